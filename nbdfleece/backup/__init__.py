@@ -1,0 +1,1 @@
+"""The client side: pull and restore over libnbd, against any NBD server."""

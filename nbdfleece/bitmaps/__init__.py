@@ -1,0 +1,1 @@
+"""Dirty bitmaps: bits, runs, merging. No files."""

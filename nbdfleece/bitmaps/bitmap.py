@@ -1,0 +1,273 @@
+"""A bitmap of a disk's granules, held as the bytes that qcow2 stores.
+
+Bit ``i`` says whether granule ``i`` (the bytes from ``i * granularity`` on) is
+dirty. The bits are packed least significant first, so loading and storing are
+plain copies, a merge is one ``|=``, and runs come out of numpy. Bits past the
+end of the disk are always zero.
+
+Spec: qcow2.txt, "Bitmap data".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..extents import Extents
+
+GRANULARITY_MIN: Final = 1 << 9
+GRANULARITY_MAX: Final = 1 << 31
+"""QEMU's limits (block/qcow2-bitmap.c: BME_MIN_GRANULARITY_BITS, BME_MAX_GRANULARITY_BITS)."""
+
+_SCAN_BYTES: Final = 1 << 16
+"""Bitmap bytes examined at once when runs are sought: 512 Ki bits, 0.5 MiB when unpacked."""
+
+_ONES_BELOW: Final = tuple((1 << bit) - 1 for bit in range(9))
+"""``_ONES_BELOW[n]`` has the ``n`` lowest bits of a byte set."""
+
+
+class Bitmap:
+    """The dirty granules of a disk.
+
+    Args:
+        size: Bytes of the disk.
+        granularity: Bytes per bit, a power of two from 512 to 2 GiB.
+        data: Packed bits to take over; shorter data is zero-extended. None means all clear.
+
+    Raises:
+        ValueError: The granularity is none, or ``data`` is too long.
+    """
+
+    __slots__ = ("_bits", "_shift", "granularity", "size")
+
+    def __init__(
+        self, size: int, granularity: int = 65536, data: bytes | memoryview | None = None
+    ) -> None:
+        if granularity & (granularity - 1) or not GRANULARITY_MIN <= granularity <= GRANULARITY_MAX:
+            raise ValueError(
+                f"granularity {granularity} is not a power of two"
+                f" from {GRANULARITY_MIN} to {GRANULARITY_MAX}"
+            )
+        self.size = size
+        self.granularity = granularity
+        self._shift = granularity.bit_length() - 1
+        self._bits = bytearray(-(-self.bit_count // 8))
+        if data is not None:
+            if len(data) > len(self._bits):
+                raise ValueError(f"{len(data)} bytes of bits where {len(self._bits)} are enough")
+            self._bits[: len(data)] = data
+            self._clear_tail()
+
+    @property
+    def bit_count(self) -> int:
+        """How many granules the disk has; the last one may reach past its end."""
+        return -(-self.size // self.granularity)
+
+    @property
+    def data(self) -> memoryview:
+        """The packed bits, ``ceil(bit_count / 8)`` bytes, read-only."""
+        return memoryview(self._bits).toreadonly()
+
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The packed bits as a writable numpy view of shape (ceil(bit_count / 8),).
+
+        Whoever writes through it keeps the bits past the end of the disk zero.
+        """
+        return np.frombuffer(self._bits, dtype=np.uint8)
+
+    def copy(self) -> Bitmap:
+        """An independent bitmap with the same bits."""
+        return Bitmap(self.size, self.granularity, self.data)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Bitmap):
+            return NotImplemented
+        return (
+            self.size == other.size
+            and self.granularity == other.granularity
+            and self._bits == other._bits
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, as list is
+
+    def __repr__(self) -> str:
+        return (
+            f"<Bitmap size={self.size} granularity={self.granularity} dirty={self.dirty_bytes()}>"
+        )
+
+    def set_range(self, offset: int, length: int) -> None:
+        """Mark every granule that the ``length`` bytes from ``offset`` on touch."""
+        self._assign(offset >> self._shift, (offset + length - 1 >> self._shift) + 1, True)
+
+    def clear_range(self, offset: int, length: int) -> None:
+        """Clear every granule that the ``length`` bytes from ``offset`` on touch."""
+        self._assign(offset >> self._shift, (offset + length - 1 >> self._shift) + 1, False)
+
+    def _assign(self, first: int, end: int, value: bool) -> None:
+        """Set or clear the bits ``[first, end)``, ``end > first``."""
+        bits = self._bits
+        first_byte, last_byte = first >> 3, end - 1 >> 3
+        head = 0xFF & ~_ONES_BELOW[first & 7]
+        tail = _ONES_BELOW[(end - 1 & 7) + 1]
+        if first_byte == last_byte:
+            if value:
+                bits[first_byte] |= head & tail
+            else:
+                bits[first_byte] &= ~(head & tail)
+            return
+        if value:
+            bits[first_byte] |= head
+            bits[last_byte] |= tail
+        else:
+            bits[first_byte] &= ~head
+            bits[last_byte] &= ~tail
+        middle = last_byte - first_byte - 1
+        if middle:
+            bits[first_byte + 1 : last_byte] = (b"\xff" if value else b"\0") * middle
+
+    def set_all(self) -> None:
+        """Mark every granule."""
+        self.array()[:] = 0xFF
+        self._clear_tail()
+
+    def clear_all(self) -> None:
+        """Clear every granule."""
+        self.array()[:] = 0
+
+    def is_set(self, offset: int) -> bool:
+        """Whether the granule that holds the byte at ``offset`` is dirty."""
+        bit = offset >> self._shift
+        return bool(self._bits[bit >> 3] >> (bit & 7) & 1)
+
+    def is_any_set(self, offset: int, length: int) -> bool:
+        """Whether any granule that the range touches is dirty."""
+        return any(status for _, status in self._runs(offset, length, extents_max=2))
+
+    def is_empty(self) -> bool:
+        """Whether no granule is dirty."""
+        return not self.array().any()
+
+    def bits_set(self) -> int:
+        """How many granules are dirty."""
+        return int.from_bytes(self._bits, "little").bit_count()
+
+    def dirty_bytes(self) -> int:
+        """Bytes of the disk that lie in dirty granules; the last granule ends with the disk."""
+        total = self.bits_set() * self.granularity
+        if self.size % self.granularity and self.is_set(self.size - 1):
+            total -= self.granularity - self.size % self.granularity
+        return total
+
+    def merge(self, other: Bitmap) -> None:
+        """Mark everything that ``other`` marks; granularities may differ, sizes may not.
+
+        From finer to coarser a granule is marked when any of its parts is; from
+        coarser to finer all parts are. Nothing marked is ever lost (rule 2).
+
+        Raises:
+            ValueError: The bitmaps are of disks of different sizes.
+        """
+        if other.size != self.size:
+            raise ValueError(f"bitmaps of {other.size} and {self.size} bytes cannot be merged")
+        if other.granularity == self.granularity:
+            mine = self.array()
+            np.bitwise_or(mine, other.array(), out=mine)
+            return
+        for offset, length in other.dirty_ranges():
+            self.set_range(offset, length)
+
+    def subtract(self, other: Bitmap) -> None:
+        """Clear everything that ``other`` marks; both have the same size and granularity.
+
+        Raises:
+            ValueError: They have not.
+        """
+        if other.size != self.size or other.granularity != self.granularity:
+            raise ValueError("only bitmaps of one size and granularity can be subtracted")
+        mine = self.array()
+        np.bitwise_and(mine, ~other.array(), out=mine)
+
+    def resized(self, size: int) -> Bitmap:
+        """A bitmap of a disk of another size; what is new in it is clear, as in QEMU."""
+        new = Bitmap(size, self.granularity)
+        new._bits[:] = self._bits[: len(new._bits)].ljust(len(new._bits), b"\0")
+        new._clear_tail()
+        return new
+
+    def dirty_ranges(self) -> Iterator[tuple[int, int]]:
+        """All dirty ranges as ``(offset, length)`` in bytes, ascending, none adjacent."""
+        offset = 0
+        pending: tuple[int, int] | None = None
+        for length, status in self._runs(0, self.size, extents_max=None):
+            if status and pending is not None:
+                pending = (pending[0], pending[1] + length)
+            elif status:
+                pending = (offset, length)
+            elif pending is not None:
+                yield pending
+                pending = None
+            offset += length
+        if pending is not None:
+            yield pending
+
+    def extents(self, offset: int, length: int, *, extents_max: int = 1 << 20) -> Extents:
+        """The range as extents of status 1 (dirty) and 0 (clean).
+
+        Returns:
+            At most ``extents_max`` extents that begin at ``offset``, alternate, and
+            together reach ``offset + length`` unless the maximum is hit.
+        """
+        parts = list(self._scan(offset, length, extents_max))
+        return Extents.concatenate(parts).limited(extents_max)
+
+    def _runs(
+        self, offset: int, length: int, *, extents_max: int | None
+    ) -> Iterator[tuple[int, int]]:
+        """``(length, status)`` of the range; equal neighbours may occur between two scans."""
+        for part in self._scan(offset, length, extents_max):
+            yield from zip(part.lengths.tolist(), part.status.tolist(), strict=True)
+
+    def _scan(self, offset: int, length: int, extents_max: int | None) -> Iterator[Extents]:
+        """The range as parts of at most ``_SCAN_BYTES`` bitmap bytes, each merged in itself."""
+        if length <= 0:
+            return
+        end = offset + length
+        array = self.array()
+        first_byte = offset >> self._shift + 3
+        byte_end = (end - 1 >> self._shift + 3) + 1
+        found = 0
+        while first_byte < byte_end and (extents_max is None or found <= extents_max):
+            stop = min(first_byte + _SCAN_BYTES, byte_end)
+            part = _uniform(array, first_byte, stop)
+            if part is None:
+                bits = np.unpackbits(array[first_byte:stop], bitorder="little")
+                edges = np.flatnonzero(bits[1:] != bits[:-1]) + 1
+                starts = np.concatenate([np.zeros(1, dtype=np.int64), edges])
+                states = bits[starts]
+            else:
+                starts = np.zeros(1, dtype=np.int64)
+                states = np.array([part], dtype=np.uint8)
+            base = first_byte << self._shift + 3
+            bounds = np.append(base + (starts << self._shift), stop << self._shift + 3)
+            np.clip(bounds, offset, end, out=bounds)
+            lengths = np.diff(bounds)
+            inside = lengths > 0
+            yield Extents(lengths[inside], states[inside].astype(np.uint32))
+            found += int(inside.sum()) - 1
+            first_byte = stop
+
+    def _clear_tail(self) -> None:
+        """Clear the bits of the last byte that lie past the end of the disk."""
+        if self.bit_count % 8:
+            self._bits[-1] &= _ONES_BELOW[self.bit_count % 8]
+
+
+def _uniform(array: npt.NDArray[np.uint8], start: int, stop: int) -> int | None:
+    """0 or 1 if the bits of all bytes ``[start, stop)`` are equal, else None."""
+    first = array[start]
+    if first in (0, 0xFF) and not (array[start:stop] != first).any():
+        return int(first & 1)
+    return None

@@ -1,0 +1,1 @@
+"""Block nodes: files, filters and views behind one small interface."""

@@ -1,0 +1,134 @@
+"""The one interface of the block layer: what every block node can do.
+
+A block node is a linear array of bytes: a raw file, a qcow2 image, a filter
+that copies before it writes, the view of a snapshot. Nodes know nothing of NBD.
+
+**Coroutines that do not wait.** All data methods are coroutines, and on the hot
+path they finish without suspending: page-cached bytes are read and written
+inline, and only what would block is handed to a thread and awaited. A caller
+may therefore start the coroutine with ``send(None)`` and use its result at
+once, without a task (:mod:`nbdfleece.server.eager` does). For this to hold, a
+node never awaits anything merely for fairness, and never relies on
+``asyncio.current_task()``.
+
+**Errors** are ``OSError`` with the right ``errno``; a view that is dead raises
+:class:`~nbdfleece.errors.SnapshotError`. Callers check ranges before they call:
+``0 <= offset`` and ``offset + length <= size``.
+
+**Ranges** are bytes, of any alignment, never empty.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import IntFlag
+from typing import Final
+
+import numpy as np
+
+from ..extents import Extents, Status
+
+
+class BlockStatus(IntFlag):
+    """The low bits of a node's block status; the depth lies above, see :func:`allocation_depth`."""
+
+    DATA = 0
+    HOLE = 1
+    """Writing here needs new space on the host."""
+    ZERO = 2
+    """Reads as zeroes."""
+
+
+DEPTH_SHIFT: Final = 8
+"""Bits of a status below the allocation depth."""
+
+
+def block_status_word(flags: BlockStatus, depth: int) -> int:
+    """Pack flags and allocation depth into one status word.
+
+    Args:
+        flags: How the range reads and whether it has space.
+        depth: 0 unallocated everywhere, 1 in this layer, 2 in its backing file, and so on.
+    """
+    return int(flags) | depth << DEPTH_SHIFT
+
+
+def allocation_flags(status: Status) -> Status:
+    """The HOLE and ZERO bits of status words of shape (n,)."""
+    return status & np.uint32(BlockStatus.HOLE | BlockStatus.ZERO)
+
+
+def allocation_depth(status: Status) -> Status:
+    """The allocation depths of status words of shape (n,)."""
+    return status >> np.uint32(DEPTH_SHIFT)
+
+
+class BlockNode(ABC):
+    """A linear array of bytes that can be read, perhaps written, and described."""
+
+    size: int
+    """Bytes; any number, not only multiples of a sector."""
+    read_only: bool
+    """Writing methods raise ``OSError(EPERM)``, or are never called."""
+    preferred_block_size: int = 4096
+    """Bytes, a power of two: what reads and writes are best aligned to."""
+
+    @abstractmethod
+    async def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the ``len(view)`` bytes from ``offset`` on.
+
+        Raises:
+            OSError: The bytes could not be read; ``view`` holds anything.
+        """
+
+    @abstractmethod
+    async def block_status(
+        self, offset: int, length: int, *, extents_max: int = 1 << 20
+    ) -> Extents:
+        """Describe the range by status words (:class:`BlockStatus` and depth).
+
+        Returns:
+            At least one extent, adjacent equal ones merged. The extents begin at
+            ``offset``, never reach past ``offset + length``, and may end before it
+            (after ``extents_max`` extents, or where going on would be expensive).
+        """
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write ``data`` at ``offset``; on return reads see it, on :meth:`flush` it is durable.
+
+        ``data`` is not kept beyond the return and may then be overwritten by the caller.
+        """
+        raise PermissionError(1, "the node is read-only")
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        """Make the range read as zeroes.
+
+        Args:
+            offset: Where, in bytes.
+            length: How much, in bytes.
+            unmap: The space on the host may be given up; without it the range stays (or
+                becomes) provisioned.
+            fast: Raise ``OSError(ENOTSUP)``, with nothing changed, if this would be no
+                faster than writing zeroes as data.
+        """
+        raise PermissionError(1, "the node is read-only")
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Give up the range's content; whole clusters inside it become holes, the rest may stay."""
+        raise PermissionError(1, "the node is read-only")
+
+    async def flush(self) -> None:
+        """Make everything durable that was written before this call.
+
+        Raises:
+            OSError: It may not be durable; the node stays usable.
+        """
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Hint that the range will be read soon."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Flush what is writable and give up files and locks; the node is unusable afterwards."""

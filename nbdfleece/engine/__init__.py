@@ -1,0 +1,1 @@
+"""Disks, snapshots, checkpoints and their transactions."""

@@ -1,0 +1,1 @@
+"""What an NBD client can name."""

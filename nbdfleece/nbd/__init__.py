@@ -1,0 +1,1 @@
+"""The NBD wire, sans-IO: no sockets, no asyncio."""
