@@ -1,0 +1,586 @@
+"""Copy-before-write: what keeps snapshots of a disk still while the guest writes on.
+
+Theory of operation
+    Every snapshot of a disk is a :class:`Layer`; the layers stand in the order in
+    which the snapshots were taken. A layer's map says, granule by granule, what the
+    guest's *first* write since that snapshot displaced:
+
+    ===================  ====================================================
+    code                 the granule, as it was before that write
+    ===================  ====================================================
+    ``UNTOUCHED``        no write since: look in the next newer layer, and
+                         after the newest in the disk itself
+    ``ZERO...HOLE``      read as zeroes; nothing was copied
+    ``FORGOTTEN``        nobody needed it; nobody may read it
+    ``COPIED + n``       granule ``n`` of the scratch
+    ===================  ====================================================
+
+    A guest write looks only at the newest layer: where its code is UNTOUCHED and
+    some snapshot still sees the disk there, the old data is copied into the scratch
+    and the code is set, and only then is the write let through. One copy serves all
+    older snapshots (ten snapshots cost the guest one copy). When a layer goes, its
+    codes move to the next older layer where that has none.
+
+Transitions
+    ``add_layer`` (with no guest write in flight), ``protect`` (a guest write is
+    about to happen), ``release`` (a reader is done with a range), ``remove_layer``,
+    and a failure to copy, which by default breaks the snapshots that needed the
+    copy and lets the guest write on (rule 5).
+
+What may be trusted
+    Codes change only between awaits, and a code other than UNTOUCHED is set only
+    after the copy is complete and before the guest's write begins. So a snapshot
+    reader never locks the guest out: it notes the codes, reads, and looks at the
+    codes again; where they changed meanwhile, it reads again (rule 1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bitmaps.bitmap import Bitmap
+from ..errors import SnapshotError
+from ..extents import Extents, Status
+from .granule_map import Codes, GranuleMap, page_end
+from .node import DEPTH_SHIFT, BlockNode, BlockStatus, block_status_word
+from .range_lock import RangeLock
+from .scratch import Scratch
+
+UNTOUCHED: Final = 0
+ZERO_DATA: Final = 1
+ZERO_HOLE: Final = 2
+UNALLOCATED: Final = 3
+FORGOTTEN: Final = 4
+COPIED: Final = 16
+
+DEFAULT_GRANULARITY: Final = 4096
+"""Bytes. Small: a random 4 KiB guest write copies 4 KiB, where QEMU copies 64."""
+
+ACCESS_GRANULARITY: Final = 65536
+"""Bytes per bit of what a snapshot may read: TRIM and limiting bitmaps work in clusters."""
+
+COPY_BYTES_MAX: Final = 1 << 20
+"""Bytes copied at once: a bound on memory, not on what a guest write may touch."""
+
+_STATUS_OF_CODE: Final = np.zeros(COPIED + 1, dtype=np.uint32)
+_STATUS_OF_CODE[ZERO_DATA] = block_status_word(BlockStatus.ZERO, 1)
+_STATUS_OF_CODE[ZERO_HOLE] = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 1)
+_STATUS_OF_CODE[UNALLOCATED] = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 0)
+_STATUS_OF_CODE[FORGOTTEN] = block_status_word(BlockStatus.DATA, 1)
+_STATUS_OF_CODE[COPIED] = block_status_word(BlockStatus.DATA, 1)
+
+_Mask = npt.NDArray[np.bool_]
+
+
+class OnCbwError(Enum):
+    """What a failure to copy old data breaks; QEMU's names, not QEMU's default."""
+
+    BREAK_SNAPSHOT = "break-snapshot"
+    BREAK_GUEST_WRITE = "break-guest-write"
+
+
+class Layer:
+    """One snapshot of the disk.
+
+    Attributes:
+        error: Why the snapshot is broken; None while it is good.
+        is_removed: Whether the layer was given up.
+    """
+
+    __slots__ = ("access", "error", "is_removed", "map")
+
+    def __init__(self, access: Bitmap | None) -> None:
+        self.map = GranuleMap()
+        self.access = access
+        self.error: str | None = None
+        self.is_removed = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the snapshot can still be read."""
+        return self.error is None and not self.is_removed
+
+    def check(self) -> None:
+        """Refuse a snapshot that is broken or gone.
+
+        Raises:
+            SnapshotError: It is.
+        """
+        if self.error is not None:
+            raise SnapshotError(f"the snapshot is broken: {self.error}")
+        if self.is_removed:
+            raise SnapshotError("the snapshot has been dropped")
+
+
+class CopyBeforeWrite:
+    """The snapshots of one disk and the copies that they share.
+
+    Args:
+        source: The disk as the guest's writes will find it.
+        scratch_directory: Where copies go; a file is made there while snapshots stand.
+        granularity: Bytes of a granule, a power of two.
+        quota: Bytes of scratch that may be in use at once; None for no limit of our own.
+        on_error: What a failure to copy breaks.
+        timeout_seconds: A copy that takes longer is a failure; None waits for ever.
+        on_broken: Called with a layer that has just been broken.
+    """
+
+    def __init__(
+        self,
+        source: BlockNode,
+        scratch_directory: str | os.PathLike[str],
+        *,
+        granularity: int = DEFAULT_GRANULARITY,
+        quota: int | None = None,
+        on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT,
+        timeout_seconds: float | None = None,
+        on_broken: Callable[[Layer], None] = lambda layer: None,
+    ) -> None:
+        self._source = source
+        self._scratch_directory = scratch_directory
+        self._shift = granularity.bit_length() - 1
+        self._quota = quota
+        self._on_error = on_error
+        self._timeout_seconds = timeout_seconds
+        self._on_broken = on_broken
+        self._scratch: Scratch | None = None
+        self._layers: list[Layer] = []
+        self._copying = RangeLock()
+        self._version = 0
+        """Counts changes of codes, layers and access: what a reader has noted is void after one."""
+
+    @property
+    def granularity(self) -> int:
+        """Bytes of a granule."""
+        return 1 << self._shift
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether guest writes must be announced by :meth:`protect`."""
+        return bool(self._layers)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of copies held now."""
+        return self._scratch.bytes_in_use if self._scratch is not None else 0
+
+    def add_layer(self, access: Bitmap | None = None) -> Layer:
+        """Freeze the disk as it is now. No guest write may be in flight.
+
+        Args:
+            access: If given, only what it marks is kept and may be read.
+
+        Raises:
+            OSError: The scratch file cannot be made.
+        """
+        if self._scratch is None:
+            self._scratch = Scratch(self._scratch_directory, self.granularity, self._quota)
+        if access is not None:
+            wide = Bitmap(access.size, max(ACCESS_GRANULARITY, self.granularity))
+            wide.merge(access)
+            access = wide
+        layer = Layer(access)
+        self._layers.append(layer)
+        self._version += 1
+        return layer
+
+    async def remove_layer(self, layer: Layer) -> None:
+        """Give a snapshot up; copies that only it needed are freed."""
+        at = self._layers.index(layer)
+        layer.is_removed = True
+        del self._layers[at]
+        self._version += 1
+        if at:
+            self._hand_down(layer, self._layers[at - 1])
+        elif self._layers:
+            self._free_all(layer)
+        elif self._scratch is not None:
+            scratch, self._scratch = self._scratch, None
+            await scratch.close()
+
+    def _hand_down(self, layer: Layer, older: Layer) -> None:
+        """Move the codes of a removed layer to the next older one, where that has none."""
+        for first, codes in layer.map.take_pages():
+            kept = older.map.codes(first, first + len(codes))
+            older.map.set(first, np.where(kept == UNTOUCHED, codes, kept))
+            self._free(codes[kept != UNTOUCHED])
+
+    def _free_all(self, layer: Layer) -> None:
+        for _, codes in layer.map.take_pages():
+            self._free(codes)
+
+    def _free(self, codes: Codes) -> None:
+        """Give back the scratch granules among ``codes``."""
+        copies = codes[codes >= COPIED] - COPIED
+        if len(copies) and self._scratch is not None:
+            copies = np.sort(copies)
+            for start, stop in _runs(np.diff(copies.astype(np.int64)) == 1):
+                self._scratch.free(int(copies[start]), stop - start)
+
+    # -- the guest's side ---------------------------------------------------------
+
+    async def protect(self, offset: int, length: int) -> None:
+        """Keep the old content of a range for the snapshots that see it; then it may be written.
+
+        Raises:
+            OSError: The old content could not be kept, and the guest's write is to fail
+                for it (``break-guest-write``).
+        """
+        first = offset >> self._shift
+        end = (offset + length - 1 >> self._shift) + 1
+        newest = self._layers[-1].map
+        if end - first == 1:
+            if newest.code(first):
+                return
+        elif newest.codes(first, end).all():
+            return
+        async with self._copying.hold(first, end):
+            await self._copy_untouched(first, end)
+
+    async def _copy_untouched(self, first: int, end: int) -> None:
+        step = max(1, COPY_BYTES_MAX >> self._shift)
+        for at in range(first, end, step):
+            stop = min(end, at + step)
+            if not self._layers:
+                return
+            needed = self._needed(at, stop)
+            if not needed.all():
+                self._record(at, np.where(needed, UNTOUCHED, FORGOTTEN).astype(np.uint32))
+            for start, run_end in _true_runs(needed):
+                await self._copy_or_break(at + start, at + run_end)
+
+    def _needed(self, first: int, end: int) -> _Mask:
+        """Which granules some snapshot still sees in the disk itself; shape (end - first,)."""
+        unresolved = np.ones(end - first, dtype=np.bool_)
+        needed = np.zeros(end - first, dtype=np.bool_)
+        for layer in reversed(self._layers):
+            unresolved &= layer.map.codes(first, end) == UNTOUCHED
+            if not layer.is_good:
+                continue
+            if layer.access is None:
+                return needed | unresolved
+            needed |= unresolved & self._accessible(layer.access, first, end)
+        return needed
+
+    def _accessible(self, access: Bitmap, first: int, end: int) -> _Mask:
+        """Which granules the access bitmap marks; shape (end - first,)."""
+        each = access.granularity >> self._shift
+        begin, stop = first // each, -(-end // each)
+        packed = access.array()[begin >> 3 : (stop + 7) >> 3]
+        bits = np.unpackbits(packed, bitorder="little")[begin & 7 :][: stop - begin]
+        return np.repeat(bits, each)[first - begin * each :][: end - first].astype(np.bool_)
+
+    async def _copy_or_break(self, first: int, end: int) -> None:
+        """Copy granules that are needed; on failure do what ``on_error`` says."""
+        try:
+            self._record(first, await self._copy_in_time(first, end))
+        except OSError as error:
+            if self._on_error is OnCbwError.BREAK_GUEST_WRITE:
+                raise
+            self._break_needing(first, end, error)
+
+    async def _copy_in_time(self, first: int, end: int) -> Codes:
+        if self._timeout_seconds is None:
+            return await self._copy(first, end)
+        copy = asyncio.get_running_loop().create_task(self._copy(first, end))
+        done, _ = await asyncio.wait({copy}, timeout=self._timeout_seconds)
+        if not done:
+            # The guest's write goes on now, so what arrives late must not be recorded.
+            copy.add_done_callback(self._drop_late_copy)
+            raise OSError(errno.ETIMEDOUT, "copying old data took too long")
+        return copy.result()
+
+    def _drop_late_copy(self, copy: asyncio.Task[Codes]) -> None:
+        if not copy.cancelled() and copy.exception() is None:
+            self._free(copy.result())
+
+    async def _copy(self, first: int, end: int) -> Codes:
+        """Bring the old content of the granules ``[first, end)`` into safety.
+
+        Returns:
+            Their codes, to be recorded, shape (end - first,).
+        """
+        codes = await self._zero_codes(first, end)
+        try:
+            for start, stop in _true_runs(codes == UNTOUCHED):
+                place = await self._copy_data(first + start, stop - start)
+                codes[start:stop] = np.arange(place, place + stop - start) + COPIED
+        except BaseException:
+            self._free(codes)
+            raise
+        return codes
+
+    async def _copy_data(self, first: int, count: int) -> int:
+        """Copy granules to the scratch; returns the number of the first one there."""
+        scratch = self._scratch
+        if scratch is None:
+            raise OSError(errno.ECANCELED, "the last snapshot was dropped")
+        offset = first << self._shift
+        buffer = memoryview(bytearray(count << self._shift))
+        await self._source.read_into(offset, buffer[: self._source.size - offset])
+        place = scratch.allocate(count)
+        try:
+            await scratch.write(place, buffer)
+        except BaseException:
+            scratch.free(place, count)
+            raise
+        return place
+
+    async def _zero_codes(self, first: int, end: int) -> Codes:
+        """Codes for granules that read as zeroes, UNTOUCHED for those that hold data."""
+        codes = np.full(end - first, FORGOTTEN, dtype=np.uint32)
+        offset, limit = first << self._shift, min(end << self._shift, self._source.size)
+        while offset < limit:
+            extents = await self._source.block_status(offset, limit - offset)
+            for length, status in extents.pairs():
+                low = (offset >> self._shift) - first
+                high = (offset + length - 1 >> self._shift) + 1 - first
+                part = codes[low:high]
+                code = _code_of_status(status)
+                # A granule of several kinds is data if any part of it is.
+                part[part != FORGOTTEN] = UNTOUCHED
+                part[part == FORGOTTEN] = code
+                offset += length
+        return codes
+
+    def _record(self, first: int, codes: Codes) -> None:
+        """Set codes in the newest layer where it has none; copies that come too late are freed."""
+        if not self._layers:
+            self._free(codes)
+            return
+        newest = self._layers[-1].map
+        present = newest.codes(first, first + len(codes))
+        vacant = present == UNTOUCHED
+        newest.set(first, np.where(vacant, codes, present))
+        self._free(codes[~vacant])
+        self._version += 1
+
+    def _break_needing(self, first: int, end: int, error: OSError) -> None:
+        """Break every snapshot that needs the granules, which are about to be overwritten."""
+        unresolved = np.ones(end - first, dtype=np.bool_)
+        for layer in reversed(self._layers):
+            unresolved &= layer.map.codes(first, end) == UNTOUCHED
+            access = layer.access
+            if (
+                layer.is_good
+                and (
+                    unresolved
+                    if access is None
+                    else unresolved & self._accessible(access, first, end)
+                ).any()
+            ):
+                layer.error = (
+                    f"its old data could not be kept ({error.strerror});"
+                    " drop the snapshot and take a new one"
+                )
+                self._on_broken(layer)
+        self._record(first, np.full(end - first, FORGOTTEN, dtype=np.uint32))
+        self._free_broken()
+
+    def _free_broken(self) -> None:
+        """Once no good snapshot is left, no copy is needed any more."""
+        if not any(layer.is_good for layer in self._layers):
+            for layer in self._layers:
+                self._free_all(layer)
+
+    # -- the snapshots' side ------------------------------------------------------
+
+    async def read_into(self, layer: Layer, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with what the snapshot has at ``offset``.
+
+        Raises:
+            SnapshotError: The snapshot is broken or gone.
+            OSError: EACCES, the range is not protected by this snapshot or was released;
+                or what reading the disk or the scratch raised.
+        """
+        first = offset >> self._shift
+        end = (offset + len(view) - 1 >> self._shift) + 1
+        while True:
+            layer.check()
+            self._check_access(layer, offset, len(view))
+            version = self._version
+            if self._is_untouched(layer, first, end):
+                await self._source.read_into(offset, view)
+            else:
+                await self._read_resolved(self._resolve(layer, first, end), first, offset, view)
+            if version == self._version:
+                return
+
+    def _is_untouched(self, layer: Layer, first: int, end: int) -> bool:
+        """Whether the guest has written nothing near the granules since the snapshot."""
+        newer = self._layers[self._layers.index(layer) :]
+        return all(other.map.next_page(first, end) == end for other in newer)
+
+    def _resolve(self, layer: Layer, first: int, end: int) -> Codes:
+        """Where the snapshot finds its granules ``[first, end)``; UNTOUCHED is the disk itself."""
+        newer = iter(self._layers[self._layers.index(layer) :])
+        codes = next(newer).map.codes(first, end)
+        for other in newer:
+            missing = codes == UNTOUCHED
+            if not missing.any():
+                break
+            codes[missing] = other.map.codes(first, end)[missing]
+        return codes
+
+    def _check_access(self, layer: Layer, offset: int, length: int) -> None:
+        access = layer.access
+        if access is not None and access.extents(offset, length).status.min() == 0:
+            raise OSError(
+                errno.EACCES, "the range is outside what this snapshot keeps, or was released"
+            )
+
+    async def _read_resolved(self, codes: Codes, first: int, offset: int, view: memoryview) -> None:
+        base = first << self._shift
+        for start, stop in _runs(_continues(codes)):
+            begin = max(offset, base + (start << self._shift))
+            stop_offset = min(offset + len(view), base + (stop << self._shift))
+            part = view[begin - offset : stop_offset - offset]
+            skip = begin - base - (start << self._shift)
+            await self._read_run(int(codes[start]), begin, skip, part)
+
+    async def _read_run(self, code: int, offset: int, skip: int, view: memoryview) -> None:
+        """Read one run of granules: from the disk, the scratch, or nowhere at all."""
+        if code == UNTOUCHED:
+            await self._source.read_into(offset, view)
+        elif code >= COPIED and self._scratch is not None:
+            await self._scratch.read_into(code - COPIED, skip, view)
+        elif code == FORGOTTEN:
+            raise OSError(errno.EACCES, "the range was released and has been overwritten")
+        else:
+            view[:] = bytes(len(view))
+
+    async def block_status(
+        self, layer: Layer, offset: int, length: int, extents_max: int
+    ) -> Extents:
+        """Describe a range of the snapshot by status words, as of the instant it was taken."""
+        parts: list[Extents] = []
+        at, limit, found = offset, offset + length, 0
+        while at < limit and found <= extents_max:
+            part = await self._final_status_part(layer, at, limit, extents_max)
+            parts.append(part)
+            found += len(part.lengths)
+            at += part.total()
+        return Extents.concatenate(parts).limited(extents_max)
+
+    async def _final_status_part(
+        self, layer: Layer, offset: int, limit: int, extents_max: int
+    ) -> Extents:
+        """A first part of the range, and nothing in it moved while it was looked at."""
+        while True:
+            layer.check()
+            version = self._version
+            part = await self._status_part(layer, offset, limit, extents_max)
+            if version == self._version:
+                return part
+
+    async def _status_part(
+        self, layer: Layer, offset: int, limit: int, extents_max: int
+    ) -> Extents:
+        """The status up to the next page that the guest touched, or inside one page."""
+        first = offset >> self._shift
+        end = (limit - 1 >> self._shift) + 1
+        newer = self._layers[self._layers.index(layer) :]
+        run_end = min(other.map.next_page(first, end) for other in newer)
+        codes = np.zeros(0, dtype=np.uint32)
+        if run_end == first:
+            codes = self._resolve(layer, first, min(end, page_end(first)))
+            untouched = codes == UNTOUCHED
+            run_end = first + next(_runs(untouched[1:] == untouched[:-1]))[1]
+        stop = min(limit, run_end << self._shift)
+        if not len(codes) or codes[0] == UNTOUCHED:
+            return await self._source.block_status(offset, stop - offset, extents_max=extents_max)
+        bounds = np.arange(first, run_end + 1, dtype=np.int64) << self._shift
+        lengths = np.diff(np.clip(bounds, offset, stop))
+        return Extents(lengths, _status_of_codes(codes[: run_end - first])).merged()
+
+    # -- giving up ranges ---------------------------------------------------------
+
+    def release(self, layer: Layer, offset: int, length: int) -> None:
+        """The reader of a snapshot is done with a range: stop protecting it, free its copies.
+
+        Only whole access granules inside the range are released; reading them is refused
+        from now on.
+        """
+        if layer.access is None:
+            layer.access = Bitmap(self._source.size, max(ACCESS_GRANULARITY, self.granularity))
+            layer.access.set_all()
+        each = layer.access.granularity
+        begin = -(-offset // each) * each
+        end = offset + length
+        if end != self._source.size:
+            end = end // each * each
+        if begin < end:
+            layer.access.clear_range(begin, end - begin)
+            self._version += 1
+            self._free_unneeded(begin >> self._shift, (end - 1 >> self._shift) + 1)
+
+    def _free_unneeded(self, first: int, end: int) -> None:
+        """Forget the copies of ``[first, end)`` that no snapshot may read any more."""
+        at = first
+        while at < end:
+            at = min(layer.map.next_page(at, end) for layer in self._layers)
+            stop = min(end, page_end(at))
+            if at < stop:
+                self._free_unneeded_page(at, stop)
+            at = stop
+
+    def _free_unneeded_page(self, first: int, end: int) -> None:
+        wanted = np.zeros(end - first, dtype=np.bool_)
+        """Granules that some layer at or before the current one still looks for."""
+        for layer in self._layers:
+            if layer.is_good and layer.access is None:
+                wanted[:] = True
+            elif layer.is_good and layer.access is not None:
+                wanted |= self._accessible(layer.access, first, end)
+            codes = layer.map.codes(first, end)
+            unneeded = (codes >= COPIED) & ~wanted
+            if unneeded.any():
+                self._free(codes[unneeded])
+                codes[unneeded] = FORGOTTEN
+                layer.map.set(first, codes)
+            wanted &= codes == UNTOUCHED
+
+
+def _status_of_codes(codes: Codes) -> Status:
+    """Status words of granules that the guest has written since the snapshot; shape (n,)."""
+    return _STATUS_OF_CODE[np.minimum(codes, COPIED)]
+
+
+def _code_of_status(status: int) -> int:
+    """The code of a granule that has this status word all over."""
+    if not status & BlockStatus.ZERO:
+        return UNTOUCHED
+    if not status & BlockStatus.HOLE:
+        return ZERO_DATA
+    return ZERO_HOLE if status >> DEPTH_SHIFT else UNALLOCATED
+
+
+def _continues(codes: Codes) -> _Mask:
+    """Whether granule ``i + 1`` can be read together with granule ``i``; shape (n - 1,)."""
+    before, after = codes[:-1], codes[1:]
+    return np.equal(after, before + (before >= COPIED))
+
+
+def _runs(joined: _Mask) -> Iterator[tuple[int, int]]:
+    """``(start, stop)`` of runs of n items, where ``joined[i]`` ties item i + 1 to item i."""
+    start = 0
+    for cut in (np.flatnonzero(~joined) + 1).tolist():
+        yield start, cut
+        start = cut
+    yield start, len(joined) + 1
+
+
+def _true_runs(mask: _Mask) -> Iterator[tuple[int, int]]:
+    """``(start, stop)`` of the runs of True."""
+    if len(mask):
+        for start, stop in _runs(mask[1:] == mask[:-1]):
+            if mask[start]:
+                yield start, stop

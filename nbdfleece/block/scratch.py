@@ -1,0 +1,113 @@
+"""Scratch space: where copy-before-write puts old data.
+
+One unlinked file per disk, so that a crash leaves nothing behind. Granules are
+handed out in ascending order and never twice: what was written once stays as it
+is until it is given back, and space that is given back is punched out of the
+file, not reused. A snapshot reader that holds an old place can therefore meet a
+hole, but never another granule's data (rule 1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from .file import FileNode
+
+GRANULES_MAX: Final = (1 << 32) - 16
+"""Places that a granule map can name; 16 TiB of copies at granules of 4 KiB."""
+
+
+class Scratch:
+    """Append-only granules in a temporary file, with a quota.
+
+    Args:
+        directory: Where the file is made; must bear the copies of all that the guest
+            overwrites while a snapshot stands.
+        granularity: Bytes of a granule.
+        quota: Bytes that may be in use at once; None leaves the limit to the file system.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], granularity: int, quota: int | None = None
+    ) -> None:
+        fd, path = tempfile.mkstemp(prefix="nbdfleece-scratch-", dir=directory)
+        os.unlink(path)
+        self._file = FileNode(fd, f"{path} (scratch)", read_only=False)
+        self._granularity = granularity
+        self._quota = quota
+        self._next = 0
+        self._in_use = 0
+        self._punching: asyncio.Task[None] | None = None
+        self._to_punch: list[tuple[int, int]] = []
+        self._busy = 0
+        self._idle: asyncio.Future[None] | None = None
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the granules that are handed out and not given back."""
+        return self._in_use * self._granularity
+
+    def allocate(self, count: int) -> int:
+        """Hand out ``count`` adjacent granules.
+
+        Returns:
+            The number of the first one.
+
+        Raises:
+            OSError: ENOSPC, the quota would be exceeded.
+        """
+        wanted = (self._in_use + count) * self._granularity
+        if (self._quota is not None and wanted > self._quota) or self._next + count > GRANULES_MAX:
+            raise OSError(errno.ENOSPC, f"scratch quota of {self._quota} bytes is used up")
+        first = self._next
+        self._next += count
+        self._in_use += count
+        return first
+
+    async def write(self, granule: int, data: memoryview) -> None:
+        """Store the data of adjacent granules from number ``granule`` on."""
+        with self._in_use_by_someone():
+            await self._file.write(granule * self._granularity, data)
+
+    async def read_into(self, granule: int, skip: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``skip`` bytes into granule number ``granule`` on."""
+        with self._in_use_by_someone():
+            await self._file.read_into(granule * self._granularity + skip, view)
+
+    @contextmanager
+    def _in_use_by_someone(self) -> Iterator[None]:
+        self._busy += 1
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            if not self._busy and self._idle is not None and not self._idle.done():
+                self._idle.set_result(None)
+
+    def free(self, granule: int, count: int) -> None:
+        """Give ``count`` adjacent granules back; their space returns to the file system soon."""
+        self._in_use -= count
+        self._to_punch.append((granule * self._granularity, count * self._granularity))
+        if self._punching is None:
+            self._punching = asyncio.get_running_loop().create_task(self._punch())
+
+    async def _punch(self) -> None:
+        while self._to_punch:
+            await self._file.trim(*self._to_punch.pop())
+        self._punching = None
+
+    async def close(self) -> None:
+        """Give the file up, and with it all its space, once nobody reads or writes it."""
+        self._to_punch.clear()
+        if self._punching is not None:
+            await self._punching
+        if self._busy:
+            self._idle = asyncio.get_running_loop().create_future()
+            await self._idle
+        await self._file.close()

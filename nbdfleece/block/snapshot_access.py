@@ -1,0 +1,67 @@
+"""The view of one snapshot of one disk: a fleece."""
+
+from __future__ import annotations
+
+from ..extents import Extents
+from .copy_before_write import CopyBeforeWrite, Layer
+from .node import BlockNode
+
+
+class SnapshotAccess(BlockNode):
+    """Reads what the disk was at the instant of the snapshot.
+
+    Writing is refused, but :meth:`trim` means "I am done with this range": it frees the
+    copies and ends their protection; reading the range is refused from then on, as in
+    QEMU's snapshot-access.
+
+    Args:
+        copies: The disk's copy-before-write.
+        layer: The snapshot.
+        size: Bytes of the disk when the snapshot was taken.
+        preferred_block_size: The disk's.
+        release_after_read: Release each range once it has been read.
+    """
+
+    read_only = True
+
+    def __init__(
+        self,
+        copies: CopyBeforeWrite,
+        layer: Layer,
+        size: int,
+        preferred_block_size: int,
+        *,
+        release_after_read: bool = False,
+    ) -> None:
+        self._copies = copies
+        self._layer = layer
+        self._release_after_read = release_after_read
+        self.size = size
+        self.preferred_block_size = preferred_block_size
+
+    @property
+    def error(self) -> str | None:
+        """Why the snapshot is broken; None while it is good."""
+        return self._layer.error
+
+    async def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes as they were."""
+        await self._copies.read_into(self._layer, offset, view)
+        if self._release_after_read:
+            self._copies.release(self._layer, offset, len(view))
+
+    async def block_status(
+        self, offset: int, length: int, *, extents_max: int = 1 << 20
+    ) -> Extents:
+        """Describe the range as it was."""
+        return await self._copies.block_status(self._layer, offset, length, extents_max)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Release the whole access granules inside the range."""
+        self._layer.check()
+        self._copies.release(self._layer, offset, length)
+
+    async def close(self) -> None:
+        """Drop the snapshot."""
+        if not self._layer.is_removed:
+            await self._copies.remove_layer(self._layer)
