@@ -1,0 +1,228 @@
+"""What all adapters share: a place to work in, a plan for a configuration, a running server."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conformance.case import Export, Server
+from conformance.content import DIRTY, Images
+from conformance.programs import Programs
+from conformance.stream import Endpoint
+
+START_SECONDS = 10.0
+STOP_SECONDS = 10.0
+
+
+class Unsupported(Exception):
+    """The server has no such configuration; the text says why."""
+
+
+@dataclass
+class Place:
+    """Where a run works: a folder of its own, images, certificates and the programs to use."""
+
+    folder: Path
+    images: Images
+    certificates: Path
+    programs: Programs
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def path(self, ending: str) -> Path:
+        """A new path in the folder; short, because Unix socket paths must be."""
+        return self.folder / f"{next(self._numbers)}{ending}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A command line and what the server that it starts will have."""
+
+    argv: list[str]
+    endpoint: Endpoint
+    exports: tuple[Export, ...]
+    tls: str = "off"
+    strict_names: bool = True
+    pid_file: Path | None = None
+    input: str | None = None
+
+
+class Adapter(ABC):
+    """One kind of server."""
+
+    name: str
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    @abstractmethod
+    def version(self) -> str:
+        """The server's name and version, as it tells them.
+
+        Raises:
+            FileNotFoundError: It is not installed.
+        """
+
+    @abstractmethod
+    def plan(self, configuration: str) -> Plan:
+        """How to start the server.
+
+        Raises:
+            Unsupported: It has no such configuration.
+        """
+
+    def start(self, configuration: str) -> Running:
+        return Running(self, configuration, self.plan(configuration))
+
+    def known_export(self, name: str = "ex", **more: object) -> Export:
+        """The suite's disk under ``name``, without bitmaps unless told."""
+        content = self.place.images.content
+        return Export(name, content.size, content=content, **more)  # type: ignore[arg-type] # passed on
+
+    def qemu_export(self, name: str = "ex", **more: object) -> Export:
+        """The same with what the qcow2 image has: bitmaps and a backing image."""
+        return self.known_export(name, dirty=DIRTY, depth=True, **more)
+
+
+class Running:
+    """A server process with its handle; ends with :meth:`stop`."""
+
+    def __init__(self, adapter: Adapter, configuration: str, plan: Plan) -> None:
+        self.plan = plan
+        self._log = adapter.place.path(".log")
+        self._pid = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self.server = Server(
+            name=adapter.name,
+            configuration=configuration,
+            endpoint=plan.endpoint,
+            exports=plan.exports,
+            tls=plan.tls,
+            certificates=adapter.place.certificates,
+            strict_names=plan.strict_names,
+            process=self,
+        )
+        self._launch()
+
+    def _launch(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.plan.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self._pid = self._process.pid
+        deadline = time.monotonic() + START_SECONDS
+        while not self._listens():
+            if time.monotonic() > deadline or not self._starting():
+                self.stop()
+                raise RuntimeError(f"{' '.join(self.plan.argv)}: {self.log()}")
+            time.sleep(0.02)
+        if self.plan.pid_file is not None:
+            self._pid = int(self.plan.pid_file.read_text())
+
+    def _starting(self) -> bool:
+        assert self._process is not None
+        status = self._process.poll()
+        return status is None or (status == 0 and self.plan.pid_file is not None)
+
+    def _listens(self) -> bool:
+        if self.plan.pid_file is not None and not self.plan.pid_file.exists():
+            return False
+        endpoint = self.plan.endpoint
+        if endpoint.path:
+            return _can_connect(socket.AF_UNIX, endpoint.path)
+        return _can_connect(socket.AF_INET, (endpoint.host, endpoint.port))
+
+    def log(self) -> str:
+        """The end of what the server wrote."""
+        return self._log.read_text(errors="replace")[-2000:].strip()
+
+    def alive(self) -> bool:
+        if self._process is not None and self.plan.pid_file is None:
+            return self._process.poll() is None
+        return _exists(self._pid)
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self._signal(signal.SIGKILL)
+        self.wait_end()
+
+    def restart(self) -> None:
+        """Start it again after it ended."""
+        if self.plan.endpoint.path:
+            Path(self.plan.endpoint.path).unlink(missing_ok=True)
+        if self.plan.pid_file is not None:
+            self.plan.pid_file.unlink(missing_ok=True)
+        self._launch()
+
+    def wait_end(self, seconds: float = STOP_SECONDS) -> bool:
+        """Whether the server ends within ``seconds``."""
+        deadline = time.monotonic() + seconds
+        while self.alive():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def stop(self) -> None:
+        self.terminate()
+        if not self.wait_end():
+            self.kill()
+        if self._process is not None:
+            self._process.wait(STOP_SECONDS)
+
+    def _signal(self, number: int) -> None:
+        if self.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, number)
+
+
+def _can_connect(family: int, address: str | tuple[str, int]) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(address)
+        except OSError:
+            return False
+    return True
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def first_line(programs: Programs, *words: str) -> str:
+    """The first line that a program prints about its version."""
+    result = subprocess.run(
+        programs.argv(*words), capture_output=True, text=True, timeout=20, check=False
+    )
+    return (result.stdout or result.stderr).strip().partition("\n")[0]
+
+
+def installed(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"{name} is not installed")
+    return found
