@@ -3,7 +3,7 @@
 A driver keeps one of :class:`SimpleReplies`, :class:`StructuredReplies` and
 :class:`ExtendedReplies` per connection (:func:`replies_for`). They hold nothing; each method
 gives the bytes of a whole message, or, for data, those that go before the payload, which the
-driver sends from where it lies (``sendmsg``).
+driver sends from where it lies (``sendmsg``). ``done`` is the only reply flag, DONE, bit 0.
 
 Spec: proto.md, "Simple reply message", "Structured reply chunk message", "Structured reply
 types"; branch extension-ext-header, "Extended reply chunk message".
@@ -25,7 +25,6 @@ from .constants import (
     Command,
     CommandFlag,
     Error,
-    ReplyFlag,
     ReplyType,
 )
 from .errors import encode_error_text
@@ -48,14 +47,7 @@ _OFFSET: Final = struct.Struct(">Q")
 _STATUS: Final = struct.Struct(">I")
 _EXTENDED_STATUS: Final = struct.Struct(">II")
 
-_DONE: Final = int(ReplyFlag.DONE)
-_TYPE_NONE: Final = int(ReplyType.NONE)
 _TYPE_DATA: Final = int(ReplyType.OFFSET_DATA)
-_TYPE_HOLE: Final = int(ReplyType.OFFSET_HOLE)
-_TYPE_ERROR: Final = int(ReplyType.ERROR)
-_TYPE_ERROR_OFFSET: Final = int(ReplyType.ERROR_OFFSET)
-_TYPE_STATUS: Final = int(ReplyType.BLOCK_STATUS)
-_TYPE_STATUS_EXT: Final = int(ReplyType.BLOCK_STATUS_EXT)
 _READ: Final = int(Command.READ)
 _BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
 
@@ -128,9 +120,7 @@ def replies_for(negotiated: Negotiated) -> Replies:
     return StructuredReplies() if negotiated.structured_replies else SimpleReplies()
 
 
-def fit_extents(
-    extents: Extents, request: Request, length: int, *, extents_max: int
-) -> Extents:
+def fit_extents(extents: Extents, request: Request, length: int, *, extents_max: int) -> Extents:
     """Cut extents to what one block status chunk may say.
 
     Args:
@@ -188,15 +178,44 @@ class SimpleReplies(Replies):
         raise NotImplementedError("a simple reply has no block status")
 
 
-class StructuredReplies(Replies):
-    """Structured reply chunks, compact headers.
-
-    A request that succeeds without data is answered by a simple reply, which is shorter, but
-    never a READ (rule 106 of the protocol: "MUST result in a structured reply").
-    """
+class ChunkedReplies(Replies):
+    """What structured replies and extended headers have in common: the payloads of chunks."""
 
     __slots__ = ()
     chunked = True
+
+    def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
+        """See :class:`Replies`."""
+        return self._chunk(request, ReplyType.OFFSET_HOLE, _HOLE.pack(offset, length), done)
+
+    def success(self, request: Request) -> bytes:
+        """See :class:`Replies`."""
+        return self._chunk(request, ReplyType.NONE, b"", True)
+
+    def error(self, request: Request, error: Error, text: str) -> bytes:
+        """See :class:`Replies`."""
+        return self._chunk(request, ReplyType.ERROR, _error_payload(error, text), True)
+
+    def error_at(
+        self, request: Request, error: Error, text: str, offset: int, *, done: bool
+    ) -> bytes:
+        """See :class:`Replies`."""
+        payload = _error_payload(error, text) + _OFFSET.pack(offset)
+        return self._chunk(request, ReplyType.ERROR_OFFSET, payload, done)
+
+    @abstractmethod
+    def _chunk(self, request: Request, kind: ReplyType, payload: bytes, done: bool) -> bytes:
+        """A whole chunk."""
+
+
+class StructuredReplies(ChunkedReplies):
+    """Structured reply chunks, compact headers.
+
+    A request that succeeds without data is answered by a simple reply, which is shorter, but
+    never a READ: "a read request MUST result in a structured reply".
+    """
+
+    __slots__ = ()
 
     def data(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """See :class:`Replies`.
@@ -209,30 +228,13 @@ class StructuredReplies(Replies):
             S: 32 bits, length of payload
             S: 64 bits, offset
         """
-        return _DATA.pack(
-            STRUCTURED_REPLY_MAGIC, done, _TYPE_DATA, request[3], length + 8, offset
-        )
-
-    def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
-        """See :class:`Replies`."""
-        return self._chunk(request, _TYPE_HOLE, _HOLE.pack(offset, length), done)
+        return _DATA.pack(STRUCTURED_REPLY_MAGIC, done, _TYPE_DATA, request[3], length + 8, offset)
 
     def success(self, request: Request) -> bytes:
         """See :class:`Replies`."""
         if request[2] == _READ or request[2] == _BLOCK_STATUS:
-            return self._chunk(request, _TYPE_NONE, b"", True)
+            return super().success(request)
         return _SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, request[3])
-
-    def error(self, request: Request, error: Error, text: str) -> bytes:
-        """See :class:`Replies`."""
-        return self._chunk(request, _TYPE_ERROR, _error_payload(error, text), True)
-
-    def error_at(
-        self, request: Request, error: Error, text: str, offset: int, *, done: bool
-    ) -> bytes:
-        """See :class:`Replies`."""
-        payload = _error_payload(error, text) + _OFFSET.pack(offset)
-        return self._chunk(request, _TYPE_ERROR_OFFSET, payload, done)
 
     def block_status(
         self, request: Request, context_id: int, extents: Extents, *, done: bool
@@ -244,19 +246,17 @@ class StructuredReplies(Replies):
             S: n times 32 bits, length; 32 bits, status
         """
         payload = _STATUS.pack(context_id) + _descriptors(extents, np.dtype(">u4"))
-        return self._chunk(request, _TYPE_STATUS, payload, done)
+        return self._chunk(request, ReplyType.BLOCK_STATUS, payload, done)
 
-    def _chunk(self, request: Request, kind: int, payload: bytes, done: bool) -> bytes:
-        return (
-            _CHUNK.pack(STRUCTURED_REPLY_MAGIC, done, kind, request[3], len(payload)) + payload
-        )
+    def _chunk(self, request: Request, kind: ReplyType, payload: bytes, done: bool) -> bytes:
+        header = _CHUNK.pack(STRUCTURED_REPLY_MAGIC, done, kind, request[3], len(payload))
+        return header + payload
 
 
-class ExtendedReplies(Replies):
-    """Chunks with extended headers, for everything."""
+class ExtendedReplies(ChunkedReplies):
+    """Chunks with extended headers, for everything; each repeats the request's offset."""
 
     __slots__ = ()
-    chunked = True
 
     def data(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """See :class:`Replies`.
@@ -274,25 +274,6 @@ class ExtendedReplies(Replies):
             EXTENDED_REPLY_MAGIC, done, _TYPE_DATA, request[3], request[4], length + 8, offset
         )
 
-    def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
-        """See :class:`Replies`."""
-        return self._chunk(request, _TYPE_HOLE, _HOLE.pack(offset, length), done)
-
-    def success(self, request: Request) -> bytes:
-        """See :class:`Replies`."""
-        return self._chunk(request, _TYPE_NONE, b"", True)
-
-    def error(self, request: Request, error: Error, text: str) -> bytes:
-        """See :class:`Replies`."""
-        return self._chunk(request, _TYPE_ERROR, _error_payload(error, text), True)
-
-    def error_at(
-        self, request: Request, error: Error, text: str, offset: int, *, done: bool
-    ) -> bytes:
-        """See :class:`Replies`."""
-        payload = _error_payload(error, text) + _OFFSET.pack(offset)
-        return self._chunk(request, _TYPE_ERROR_OFFSET, payload, done)
-
     def block_status(
         self, request: Request, context_id: int, extents: Extents, *, done: bool
     ) -> bytes:
@@ -305,15 +286,13 @@ class ExtendedReplies(Replies):
         """
         count = len(extents.lengths)
         payload = _EXTENDED_STATUS.pack(context_id, count) + _descriptors(extents, np.dtype(">u8"))
-        return self._chunk(request, _TYPE_STATUS_EXT, payload, done)
+        return self._chunk(request, ReplyType.BLOCK_STATUS_EXT, payload, done)
 
-    def _chunk(self, request: Request, kind: int, payload: bytes, done: bool) -> bytes:
-        return (
-            _EXTENDED_CHUNK.pack(
-                EXTENDED_REPLY_MAGIC, done, kind, request[3], request[4], len(payload)
-            )
-            + payload
+    def _chunk(self, request: Request, kind: ReplyType, payload: bytes, done: bool) -> bytes:
+        header = _EXTENDED_CHUNK.pack(
+            EXTENDED_REPLY_MAGIC, done, kind, request[3], request[4], len(payload)
         )
+        return header + payload
 
 
 def _error_payload(error: Error, text: str) -> bytes:
