@@ -122,7 +122,8 @@ class StatusQuery(NamedTuple):
     context_ids: tuple[int, ...]
 
 
-_NONE: Final = 0
+_DESCRIPTOR_SIZE_MAX: Final = 16
+"""Bytes of an extent in a block status chunk with extended headers; 8 without."""
 _FUA: Final = int(CommandFlag.FUA)
 _DF: Final = int(CommandFlag.DF)
 _PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
@@ -146,6 +147,7 @@ class RequestRules:
         header_size: Bytes of a request header, 28 or 32.
         payload_max: Bytes of data in one WRITE, and in one READ answered by a simple reply.
         chunk_max: Bytes of data in one structured chunk; a READ of more takes several.
+        extents_max: Extents in one block status chunk, so that it is no larger than that either.
         context_ids: The ids that a BLOCK_STATUS without payload asks for.
     """
 
@@ -161,6 +163,7 @@ class RequestRules:
         "_structured",
         "chunk_max",
         "context_ids",
+        "extents_max",
         "header_size",
         "payload_max",
         "unpack",
@@ -177,6 +180,7 @@ class RequestRules:
         self.unpack = unpack_extended_request if self._extended else unpack_request
         self.header_size = EXTENDED_REQUEST.size if self._extended else REQUEST.size
         self.chunk_max = export.maximum_payload
+        self.extents_max = min(limits.extents_max, self.chunk_max // _DESCRIPTOR_SIZE_MAX - 1)
         self.payload_max = _payload_max(negotiated, limits)
         self._skip_max = _skip_max(negotiated, limits)
         self._allowed = _allowed_flags(negotiated)
