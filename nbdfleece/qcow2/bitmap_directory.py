@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntFlag
 from typing import Final, NamedTuple
 
@@ -49,6 +49,8 @@ TABLE_ENTRY_ALL_ONES: Final = 1
 _EXTENSION: Final = struct.Struct(">IIQQ")
 _ENTRY: Final = struct.Struct(">QIIBBHI")
 _TABLE_RESERVED: Final = np.uint64(0xFF000000000001FE)
+
+Data = bytes | bytearray | memoryview
 
 Table = npt.NDArray[np.uint64]
 """A bitmap table of shape (table_entries,), in the machine's byte order."""
@@ -163,7 +165,7 @@ def pack_extension(extension: BitmapsExtension) -> bytes:
 
 
 def unpack_extension(
-    data: bytes | memoryview, geometry: BitmapGeometry, path: str | os.PathLike[str]
+    data: Data, geometry: BitmapGeometry, path: str | os.PathLike[str]
 ) -> BitmapsExtension:
     """Decode the data of the bitmaps extension and check it against the file.
 
@@ -202,6 +204,16 @@ def _extension_fault(
     return None
 
 
+def entry_size(name: str) -> int:
+    """Bytes that the entry of a bitmap takes in the directory."""
+    return _ENTRY.size + -(-len(name.encode()) // 8) * 8
+
+
+def directory_size(names: Iterable[str]) -> int:
+    """Bytes of a directory of bitmaps of these names."""
+    return sum(map(entry_size, names))
+
+
 def pack_directory(entries: Sequence[BitmapEntry]) -> bytes:
     """Encode a bitmap directory.
 
@@ -232,9 +244,7 @@ def _pack_entry(entry: BitmapEntry) -> bytes:
     return packed + name + bytes(-len(name) % 8)
 
 
-def list_directory(
-    data: bytes | memoryview, bitmap_count: int, geometry: BitmapGeometry
-) -> DirectoryListing:
+def list_directory(data: Data, bitmap_count: int, geometry: BitmapGeometry) -> DirectoryListing:
     """Decode a bitmap directory as far as it can be, and say what is wrong with the rest.
 
     Args:
@@ -262,7 +272,7 @@ def list_directory(
 
 
 def _scan_directory(
-    data: bytes | memoryview, bitmap_count: int, geometry: BitmapGeometry
+    data: Data, bitmap_count: int, geometry: BitmapGeometry
 ) -> Iterator[tuple[int, BitmapEntry | DamagedEntry]]:
     """Each entry, or what is wrong with it, with its position."""
     position = 0
@@ -280,7 +290,7 @@ def _scan_directory(
         yield position, DamagedEntry(position, None, reason)
 
 
-def _entry_end(data: bytes | memoryview, position: int) -> int | None:
+def _entry_end(data: Data, position: int) -> int | None:
     """Where the entry at ``position`` ends, or None if it reaches over the directory's end."""
     if position + _ENTRY.size > len(data):
         return None
@@ -290,7 +300,7 @@ def _entry_end(data: bytes | memoryview, position: int) -> int | None:
 
 
 def _unpack_entry(
-    data: bytes | memoryview, position: int, geometry: BitmapGeometry
+    data: Data, position: int, geometry: BitmapGeometry
 ) -> BitmapEntry | DamagedEntry:
     """Decode the entry at ``position``, of which it is known that it lies within ``data``."""
     fields = _ENTRY.unpack_from(data, position)
@@ -362,7 +372,7 @@ def pack_table(table: Table) -> bytes:
 
 
 def unpack_table(
-    data: bytes | memoryview,
+    data: Data,
     entry: BitmapEntry,
     geometry: BitmapGeometry,
     path: str | os.PathLike[str],

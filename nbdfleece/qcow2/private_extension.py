@@ -132,7 +132,7 @@ class PrivateExtension(NamedTuple):
         newest = self.newest()
         return 1 if newest is None else newest.generation + 1
 
-    def with_slot(self, index: int, slot: Slot) -> PrivateExtension:
+    def with_slot(self, index: int, slot: Slot | None) -> PrivateExtension:
         """The extension after slot ``index`` was overwritten."""
         slots = (slot, self.slots[1]) if index == 0 else (self.slots[0], slot)
         return self._replace(slots=slots)

@@ -1,0 +1,83 @@
+"""Bits of a bitmap as clusters of a file: which are stored, which a table entry stands for.
+
+Pure. A part of the bits that fills one cluster and is all zeroes or all ones takes
+no space: its table entry says so.
+
+Spec: qcow2.txt, "Bitmap table", "Bitmap data".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .bitmap_directory import (
+    TABLE_ENTRY_ALL_ONES,
+    TABLE_ENTRY_ALL_ZEROES,
+    Table,
+    table_entries_needed,
+)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class PackedBits(NamedTuple):
+    """Bits ready to be stored."""
+
+    uniform: Table
+    """Shape (table_entries,): the entry of a part that is all zeroes or all ones."""
+    stored: npt.NDArray[np.bool_]
+    """Shape (table_entries,): which parts are neither."""
+    data: Bytes
+    """Shape (parts stored, cluster_size): their bits."""
+
+    def table(self, data_offset: int) -> Table:
+        """The bitmap table if ``data`` is stored in the clusters from ``data_offset`` on."""
+        count, cluster_size = self.data.shape
+        table = self.uniform.copy()
+        table[self.stored] = data_offset + np.arange(count, dtype=np.uint64) * cluster_size
+        return table
+
+
+def pack_bits(bits: bytes, bit_count: int, cluster_size: int) -> PackedBits:
+    """Cut packed bits into clusters.
+
+    Args:
+        bits: Least significant first, ``ceil(bit_count / 8)`` bytes, those past the end zero.
+        bit_count: How many bits there are, more than none.
+        cluster_size: Bytes of a cluster.
+    """
+    entries = table_entries_needed(bit_count, 1, cluster_size)
+    padded = np.zeros(entries * cluster_size, dtype=np.uint8)
+    padded[: len(bits)] = np.frombuffer(bits, dtype=np.uint8)
+    parts = padded.reshape(entries, cluster_size)
+    is_zeroes = ~parts.any(axis=1)
+    is_ones = (parts == 0xFF).all(axis=1)
+    last_bits = bit_count - (entries - 1) * cluster_size * 8
+    is_ones[-1] = int.from_bytes(parts[-1].tobytes(), "little").bit_count() == last_bits
+    uniform = np.where(is_ones, TABLE_ENTRY_ALL_ONES, TABLE_ENTRY_ALL_ZEROES).astype(np.uint64)
+    stored = ~(is_zeroes | is_ones)
+    return PackedBits(uniform, stored, parts[stored])
+
+
+def data_clusters(table: Table) -> Table:
+    """The offsets of the clusters that a table points to, in its order."""
+    return table[table > TABLE_ENTRY_ALL_ONES]
+
+
+def cluster_runs(offsets: Table, cluster_size: int) -> Iterator[tuple[int, int]]:
+    """Cluster offsets, in any order and each once, as ascending runs ``(offset, count)``."""
+    ordered = np.sort(offsets)
+    breaks = np.flatnonzero(np.diff(ordered) != cluster_size) + 1
+    for run in np.split(ordered, breaks):
+        if len(run):
+            yield int(run[0]), len(run)
+
+
+def span_clusters(offset: int, length: int, cluster_size: int) -> Table:
+    """The offsets of the clusters that ``length`` bytes from the cluster at ``offset`` take."""
+    count = -(-length // cluster_size)
+    return np.uint64(offset) + np.arange(count, dtype=np.uint64) * np.uint64(cluster_size)

@@ -1,0 +1,546 @@
+"""The dirty bitmaps that an image keeps: loading them, and replacing them all at once.
+
+**What may be trusted.** The bitmap directory counts only while the autoclear bit
+for bitmaps is set. A bitmap found ``in_use`` is inconsistent: somebody recorded
+into it and never stored it. Only recording bitmaps are ever ``in_use`` while we
+have an image open; a frozen one stays clean on disk, and out of memory until it
+is asked for.
+
+**One mutating operation.** :meth:`BitmapStore.replace` takes what the image shall
+hold from now on. New bits, tables and a new directory go to newly allocated
+clusters, the chain's record to the idle slot of the private extension
+(:mod:`.private_extension`), and all of that is made durable. Then one write within
+one sector puts it in force (rule 6):
+
+=========================  ====================================================
+from, to                   the write that does it
+=========================  ====================================================
+directory, directory       the bitmaps extension's 24 bytes
+no directory, directory    the autoclear bit for bitmaps is set
+directory, no directory    the autoclear bit for bitmaps is cleared
+no directory, none         the slot itself, under its checksum
+=========================  ====================================================
+
+Only when that is durable are the old clusters given to the driver's quarantine.
+If it fails, it is taken back; if that fails too, nobody knows what a power cut
+would leave, neither old nor new clusters are reused, and the store refuses
+further changes.
+
+**Before the first guest write** :meth:`BitmapStore.mark_in_use` marks what records,
+in place: the flags of an entry lie within one sector.
+
+**Damage.** :meth:`BitmapStore.load` never fails because of a bitmap: it lists what is
+wrong. A store with damage is not written to, except by :func:`repair_directory`,
+which keeps what is good and drops the rest. The clusters of what was dropped
+are leaked on purpose: a damaged table may point to anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+
+from ..bitmaps.bitmap import Bitmap
+from ..errors import ImageError, StateError
+from .bitmap_bits import PackedBits, cluster_runs, data_clusters, pack_bits, span_clusters
+from .bitmap_directory import (
+    BITMAP_BYTES_MAX,
+    BITMAPS_MAX,
+    DIRECTORY_SIZE_MAX,
+    ENTRY_FLAGS_POSITION,
+    NAME_BYTES_MAX,
+    TABLE_ENTRY_ALL_ONES,
+    BitmapEntry,
+    BitmapFlags,
+    BitmapsExtension,
+    DamagedEntry,
+    Table,
+    directory_size,
+    entry_size,
+    list_directory,
+    pack_directory,
+    pack_table,
+    stored_bitmap_bytes,
+    unpack_table,
+)
+from .directory_switch import NO_DIRECTORY, BitmapImage, ChainRecord, DirectorySwitch
+
+TABLES_BYTES_MAX: Final = 256 << 20
+"""What the tables of all bitmaps may take together: four thousand bitmaps of 64 KiB granularity
+of a 64 TiB disk need 64 MiB."""
+
+_Result = TypeVar("_Result")
+
+
+class BitmapDescriptor(NamedTuple):
+    """A bitmap in QEMU's terms."""
+
+    name: str
+    granularity: int
+    """Bytes per bit."""
+    recording: bool
+    inconsistent: bool
+    """It was in use when it was loaded: its bits may miss changes."""
+    persistent: bool = True
+
+
+class StoredBitmap(NamedTuple):
+    """A bitmap that an image shall hold."""
+
+    name: str
+    granularity: int
+    """Bytes per bit."""
+    recording: bool
+    in_use: bool
+    """Marked as not to be trusted unless it is stored again; only for what is recording."""
+    content: Bitmap | None = None
+    """Its bits; None keeps those that are stored under the name."""
+
+
+class RepairReport(NamedTuple):
+    """What became of a damaged directory."""
+
+    kept: list[BitmapDescriptor]
+    dropped: list[DamagedEntry]
+
+
+class _Held(NamedTuple):
+    """A bitmap as it is on disk."""
+
+    entry: BitmapEntry
+    position: int
+    """Of its entry, in bytes from the directory's beginning."""
+    table: Table | None
+    """None if it is in use and its table does not fit the disk."""
+    inconsistent: bool
+
+
+class _Wanted(NamedTuple):
+    """A :class:`StoredBitmap` whose bits can no longer change."""
+
+    bitmap: StoredBitmap
+    bits: bytes | None
+
+
+class BitmapStore:
+    """The persistent bitmaps of one open image. Made by :meth:`load`."""
+
+    def __init__(self, image: BitmapImage, switch: DirectorySwitch | None) -> None:
+        self._image = image
+        self._switch = switch
+        self._held: dict[str, _Held] = {}
+        self._lock = asyncio.Lock()
+        self.damaged: list[DamagedEntry] = []
+        """What is wrong with the directory; while there is anything it is not written to."""
+
+    @classmethod
+    async def load(cls, image: BitmapImage) -> BitmapStore:
+        """Read the directory and all tables, but no bits.
+
+        Damage is listed in :attr:`damaged`, it is no error.
+
+        Raises:
+            OSError: The file could not be read.
+        """
+        # Version 2 has no autoclear bits, and so no bitmaps.
+        switch = await DirectorySwitch.open(image) if image.header.version >= 3 else None
+        store = cls(image, switch)
+        if switch is not None:
+            await store._load_directory(switch)
+        return store
+
+    # What there is
+
+    @property
+    def entries(self) -> list[BitmapDescriptor]:
+        """All bitmaps that are not damaged, in the directory's order."""
+        return [
+            BitmapDescriptor(
+                held.entry.name, held.entry.granularity, held.entry.auto, held.inconsistent
+            )
+            for held in self._held.values()
+        ]
+
+    @property
+    def record(self) -> ChainRecord | None:
+        """The private payload, or None if the image has none."""
+        return None if self._switch is None else self._switch.record
+
+    @property
+    def private_bit_was_set(self) -> bool:
+        """Whether, when the image was opened, nobody had written it since our last record."""
+        return self._switch is not None and self._switch.private_bit_was_set
+
+    async def load_bits(self, name: str) -> Bitmap:
+        """Read the bits of a bitmap as they were last stored.
+
+        Those of an inconsistent one may miss changes; whoever asks for them must know
+        how to make up for that (rule 2).
+
+        Raises:
+            StateError: There is no such bitmap.
+            ImageError: Its table does not fit the disk.
+            OSError: The file could not be read.
+        """
+        async with self._lock:
+            entry, _, table, _ = self._get(name)
+            if table is None:
+                raise ImageError(
+                    self._image.path, f"bitmap {name!r} is inconsistent and its bits are unreadable"
+                )
+            needed = stored_bitmap_bytes(self._image.size, entry.granularity)
+            bits = bytearray(needed)
+            for offset, start, end in _stored_runs(table, self._image.cluster_size, needed):
+                view = memoryview(bits)[start:end]
+                if offset == TABLE_ENTRY_ALL_ONES:
+                    view[:] = b"\xff" * len(view)
+                else:
+                    await self._image.file.read_into(offset, view)
+        bit_count = -(-self._image.size // entry.granularity)
+        return Bitmap(self._image.size, entry.granularity, memoryview(bits)[: -(-bit_count // 8)])
+
+    async def dirty_bytes(self, name: str) -> int:
+        """How many bytes of the disk a stored bitmap marks; errors as for :meth:`load_bits`."""
+        return (await self.load_bits(name)).dirty_bytes()
+
+    def _get(self, name: str) -> _Held:
+        held = self._held.get(name)
+        if held is None:
+            raise StateError(f"{self._image.path}: there is no bitmap {name!r}")
+        return held
+
+    # Loading
+
+    async def _load_directory(self, switch: DirectorySwitch) -> None:
+        if switch.fault is not None:
+            self.damaged.append(DamagedEntry(0, None, switch.fault))
+        count, size, offset = switch.directory
+        if not count:
+            return
+        geometry = switch.geometry()
+        data = await self._image.file.read(offset, size)
+        listing = list_directory(data, count, geometry)
+        self.damaged.extend(listing.damaged)
+        budget = TABLES_BYTES_MAX
+        for entry, position in zip(listing.entries, listing.positions, strict=True):
+            budget -= 8 * entry.table_entries
+            if budget < 0:
+                reason = f"takes the tables of all bitmaps past {TABLES_BYTES_MAX} bytes"
+                self.damaged.append(DamagedEntry(position, entry.name, reason))
+                continue
+            await self._load_table(entry, position, switch)
+        self._drop_shared_clusters()
+
+    async def _load_table(self, entry: BitmapEntry, position: int, switch: DirectorySwitch) -> None:
+        """Take up a bitmap, or note what is wrong with its table."""
+        data = await self._image.file.read(entry.table_offset, 8 * entry.table_entries)
+        table: Table | None = None
+        try:
+            table = unpack_table(data, entry, switch.geometry(), self._image.path)
+        except ImageError as error:
+            # Of a bitmap in use nothing is believed, so nothing can be wrong with it either.
+            if not entry.in_use:
+                self.damaged.append(DamagedEntry(position, entry.name, str(error)))
+                return
+        self._held[entry.name] = _Held(entry, position, table, inconsistent=entry.in_use)
+
+    def _drop_shared_clusters(self) -> None:
+        """Note bitmaps whose clusters are also the directory's or another bitmap's."""
+        clusters, counts = np.unique(self._clusters(), return_counts=True)
+        shared = clusters[counts > 1]
+        if not len(shared):
+            return
+        for name, held in list(self._held.items()):
+            if np.isin(self._clusters_of(held), shared).any():
+                del self._held[name]
+                reason = "shares clusters with another bitmap or the directory"
+                self.damaged.append(DamagedEntry(held.position, name, reason))
+
+    def _clusters(self) -> Table:
+        """The offsets of all clusters of the directory and of what it holds."""
+        parts = [self._clusters_of(held) for held in self._held.values()]
+        if self._switch is not None:
+            _, size, offset = self._switch.directory
+            parts.append(span_clusters(offset, size, self._image.cluster_size))
+        return np.concatenate(parts)
+
+    def _clusters_of(self, held: _Held) -> Table:
+        """The offsets of all clusters of a bitmap."""
+        entry = held.entry
+        table_size = 8 * entry.table_entries
+        own = span_clusters(entry.table_offset, table_size, self._image.cluster_size)
+        if held.table is None:
+            return own
+        return np.concatenate([own, data_clusters(held.table)])
+
+    # Changing
+
+    async def mark_in_use(self) -> None:
+        """Durably mark what is recording as in use; before the first guest write (rule 2).
+
+        Raises:
+            OSError: It may not be durable: do not write to the disk.
+        """
+        await _to_its_end(self._mark_in_use())
+
+    async def _mark_in_use(self) -> None:
+        async with self._lock:
+            if self._switch is None:
+                return
+            directory_offset = self._switch.directory.directory_offset
+            marked: dict[str, _Held] = {}
+            for name, held in self._held.items():
+                if held.entry.auto and not held.entry.in_use:
+                    flags = held.entry.flags | BitmapFlags.IN_USE
+                    offset = directory_offset + held.position + ENTRY_FLAGS_POSITION
+                    await self._image.file.write(offset, memoryview(int(flags).to_bytes(4, "big")))
+                    marked[name] = held._replace(entry=held.entry._replace(flags=flags))
+            await self._image.file.flush()
+            self._held.update(marked)
+
+    def replace(
+        self, entries: Sequence[StoredBitmap], private_payload: bytes | None
+    ) -> Coroutine[Any, Any, None]:
+        """Make the image hold these bitmaps and this record, and no others, all or nothing.
+
+        The bits are copied when this is called, not when the result is awaited: guest
+        writes may go on (rule 3). Once it runs it is not cut short by cancellation.
+
+        Args:
+            entries: All bitmaps that there shall be, in the directory's order.
+            private_payload: The record that belongs to them; None keeps the one there is.
+
+        Returns:
+            What is to be awaited; it ends when everything is durable.
+
+        Raises:
+            StateError: This cannot be; nothing was changed.
+            OSError: It could not be done; nothing was changed, unless the image is beyond use.
+        """
+        wanted = [
+            _Wanted(bitmap, None if bitmap.content is None else bytes(bitmap.content.data))
+            for bitmap in entries
+        ]
+        return _to_its_end(self._replace_locked(wanted, private_payload))
+
+    async def _replace_locked(self, wanted: list[_Wanted], payload: bytes | None) -> None:
+        async with self._lock:
+            if self.damaged:
+                raise StateError(
+                    f"{self._image.path}: the bitmap directory is damaged"
+                    f" ({self.damaged[0].reason}): repair it first"
+                )
+            old = self._clusters()
+            await self._replace(wanted, payload)
+            unused = np.setdiff1d(old, self._clusters())
+            for offset, count in cluster_runs(unused, self._image.cluster_size):
+                self._image.free_clusters(offset, count)
+
+    async def repair(self) -> RepairReport:
+        """Drop what is damaged from the directory and keep the rest; errors as :meth:`replace`."""
+        return await _to_its_end(self._repair())
+
+    async def _repair(self) -> RepairReport:
+        async with self._lock:
+            dropped, self.damaged = self.damaged, []
+            try:
+                if dropped:
+                    await self._replace(
+                        [_Wanted(_kept(held), None) for held in self._held.values()], None
+                    )
+            except BaseException:
+                self.damaged = dropped
+                raise
+            return RepairReport(self.entries, dropped)
+
+    async def _replace(self, wanted: list[_Wanted], payload: bytes | None) -> None:
+        switch = self._check(wanted, payload)
+        await switch.prepare(with_directory=bool(wanted), with_record=payload is not None)
+        packed = [self._pack(item) for item in wanted]
+        count = self._clusters_needed(wanted, packed)
+        offset = await self._image.allocate_clusters(count) if count else 0
+        try:
+            held = await self._write_bitmaps(wanted, packed, offset)
+            directory = await self._write_directory(held, offset)
+            slot = await switch.stage(directory, payload)
+            await self._image.flush()
+            await switch.commit(directory, slot)
+        except BaseException:
+            if count and not switch.is_uncertain:
+                self._image.free_clusters(offset, count)
+            raise
+        self._held = {item.entry.name: item for item in held}
+        await switch.tidy()
+
+    def _check(self, wanted: list[_Wanted], payload: bytes | None) -> DirectorySwitch:
+        """Insist that the image can hold ``wanted``."""
+        path, switch = self._image.path, self._switch
+        if switch is None:
+            raise StateError(f"{path}: qcow2 version 2 has no bitmaps; use version 3")
+        if self._image.read_only:
+            raise StateError(f"{path}: the image is open for reading only")
+        if switch.is_uncertain:
+            raise StateError(f"{path}: a change of the bitmaps failed half-way; open it again")
+        names = [item.bitmap.name for item in wanted]
+        if len(set(names)) != len(names):
+            raise StateError(f"{path}: two bitmaps have the same name")
+        for item in wanted:
+            if reason := self._fault(item):
+                raise StateError(f"{path}: bitmap {item.bitmap.name!r} {reason}")
+        if len(wanted) > BITMAPS_MAX or directory_size(names) > DIRECTORY_SIZE_MAX:
+            raise StateError(f"{path}: these are more bitmaps than an image can hold")
+        if payload is not None:
+            switch.check_room(payload, with_directory=bool(wanted))
+        return switch
+
+    def _fault(self, item: _Wanted) -> str | None:
+        """Why a bitmap cannot be stored, or None."""
+        name, granularity, recording, in_use, content = item.bitmap
+        try:
+            is_name = 1 <= len(name.encode()) <= NAME_BYTES_MAX and "\0" not in name
+        except UnicodeEncodeError:
+            is_name = False
+        if not is_name:
+            return f"needs a name of 1 to {NAME_BYTES_MAX} bytes of UTF-8"
+        if in_use and not recording and content is not None:
+            return "is not recording, so it cannot be in use"
+        if content is None:
+            return self._keeping_fault(name, granularity, in_use)
+        if content.size != self._image.size or content.granularity != granularity:
+            return f"does not fit a disk of {self._image.size} bytes at granularity {granularity}"
+        if not 0 < stored_bitmap_bytes(content.size, granularity) <= BITMAP_BYTES_MAX:
+            return f"would take more than {BITMAP_BYTES_MAX} bytes; use a larger granularity"
+        return None
+
+    def _keeping_fault(self, name: str, granularity: int, in_use: bool) -> str | None:
+        """Why a bitmap cannot be kept as it is stored, or None."""
+        held = self._held.get(name)
+        if held is None:
+            return "is not stored yet, so there is nothing to keep"
+        if held.entry.granularity != granularity:
+            return f"has granularity {held.entry.granularity}"
+        if held.entry.in_use and not in_use:
+            return "is in use: without its content it cannot be called good"
+        return None
+
+    def _pack(self, item: _Wanted) -> PackedBits | None:
+        """The bits of a bitmap that is to be stored anew."""
+        if item.bits is None:
+            return None
+        bit_count = -(-self._image.size // item.bitmap.granularity)
+        return pack_bits(item.bits, bit_count, self._image.cluster_size)
+
+    def _clusters_needed(self, wanted: list[_Wanted], packed: list[PackedBits | None]) -> int:
+        """How many clusters the directory, the new tables and the new bits take."""
+        cluster_size = self._image.cluster_size
+        count = -(-directory_size(item.bitmap.name for item in wanted) // cluster_size)
+        for bits in packed:
+            if bits is not None:
+                count += -(-8 * len(bits.uniform) // cluster_size) + len(bits.data)
+        return count
+
+    async def _write_bitmaps(
+        self, wanted: list[_Wanted], packed: list[PackedBits | None], offset: int
+    ) -> list[_Held]:
+        """Write new tables and bits behind the place of the directory, which is at ``offset``.
+
+        Returns:
+            What the directory shall hold; the entries' positions are in it.
+        """
+        cluster_size = self._image.cluster_size
+        size = directory_size(item.bitmap.name for item in wanted)
+        table_offset = offset + -(-size // cluster_size) * cluster_size
+        position = 0
+        result = []
+        for (bitmap, _), bits in zip(wanted, packed, strict=True):
+            held = self._held.get(bitmap.name)
+            if bits is not None:
+                entries = len(bits.uniform)
+                data_offset = table_offset + -(-8 * entries // cluster_size) * cluster_size
+                table = bits.table(data_offset)
+                await self._write(table_offset, pack_table(table))
+                await self._write(data_offset, bits.data.tobytes())
+                entry = BitmapEntry(
+                    bitmap.name, bitmap.granularity, BitmapFlags.NONE, table_offset, entries
+                )
+                held = _Held(entry, 0, table, inconsistent=False)
+                table_offset = data_offset + bits.data.size
+            assert held is not None
+            entry = held.entry._replace(flags=_flags(bitmap))
+            result.append(held._replace(entry=entry, position=position))
+            position += entry_size(bitmap.name)
+        return result
+
+    async def _write_directory(self, held: list[_Held], offset: int) -> BitmapsExtension:
+        """Write the directory at ``offset`` and return what the bitmaps extension says of it."""
+        if not held:
+            return NO_DIRECTORY
+        data = pack_directory([item.entry for item in held])
+        await self._write(offset, data)
+        return BitmapsExtension(len(held), len(data), offset)
+
+    async def _write(self, offset: int, data: bytes) -> None:
+        if data:
+            await self._image.file.write(offset, memoryview(data))
+
+
+async def repair_directory(image: BitmapImage) -> RepairReport:
+    """Drop from an image's bitmap directory what is damaged, and keep what is good.
+
+    Returns:
+        Both; nothing was changed if nothing was damaged.
+
+    Raises:
+        StateError: The image is open for reading only.
+        OSError: It could not be done; nothing was changed.
+    """
+    return await (await BitmapStore.load(image)).repair()
+
+
+def _flags(bitmap: StoredBitmap) -> BitmapFlags:
+    flags = BitmapFlags.AUTO if bitmap.recording else BitmapFlags.NONE
+    return flags | BitmapFlags.IN_USE if bitmap.in_use else flags
+
+
+def _kept(held: _Held) -> StoredBitmap:
+    """A bitmap as it is stored."""
+    entry = held.entry
+    return StoredBitmap(entry.name, entry.granularity, entry.auto, entry.in_use)
+
+
+def _stored_runs(table: Table, cluster_size: int, needed: int) -> Iterator[tuple[int, int, int]]:
+    """What of a bitmap is not all zeroes, as few runs as possible.
+
+    Args:
+        table: Shape (n,).
+        cluster_size: Bytes of a cluster.
+        needed: Bytes of bits that there are.
+
+    Yields:
+        ``(offset, start, end)``: where in the file the bytes ``[start, end)`` of the bits
+        begin, or 1 if they are all ones.
+    """
+    goes_on = np.where(table > TABLE_ENTRY_ALL_ONES, table + np.uint64(cluster_size), table)
+    starts = np.flatnonzero(table[1:] != goes_on[:-1]) + 1
+    bounds = [0, *starts.tolist(), len(table)]
+    for first, end in itertools.pairwise(bounds):
+        if table[first]:
+            yield int(table[first]), first * cluster_size, min(end * cluster_size, needed)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run ``work`` to its end even if the caller is cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled from task.exception()
+    return task.result()

@@ -1,0 +1,393 @@
+"""Which bitmap directory and which chain record an image goes by, and the change to others.
+
+The state machine of the header's part in :meth:`BitmapStore.replace
+<nbdfleece.qcow2.bitmap_store.BitmapStore.replace>`:
+
+1. :meth:`DirectorySwitch.prepare` makes places in the header that a single write can
+   switch. What is in force stays in force.
+2. :meth:`DirectorySwitch.stage` writes the idle slot, and the bitmaps extension if it
+   is void. Nothing points there yet. The caller makes it durable together with
+   the new directory.
+3. :meth:`DirectorySwitch.commit` is the one write within one sector, made durable.
+
+The in-memory header's autoclear bits and extensions follow the file's.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final, NamedTuple, Protocol
+
+from ..block.file import FileNode
+from ..errors import ImageError, StateError
+from . import bitmap_directory as bitmaps_format
+from . import private_extension as private_format
+from .bitmap_directory import AUTOCLEAR_BITMAPS, BitmapGeometry, BitmapsExtension
+from .extension_area import (
+    PLACEHOLDER_MAGIC,
+    ExtensionArea,
+    HeaderWrite,
+    PlacedExtension,
+    retype,
+    scan_extension_area,
+    straddles,
+)
+from .header import AUTOCLEAR_FIELD, Header, HeaderExtension
+from .private_extension import (
+    AUTOCLEAR_PRIVATE,
+    PrivateExtension,
+    Selection,
+    Slot,
+    SlotFlags,
+)
+
+_log = logging.getLogger(__name__)
+
+_EXTENSION_HEADER_SIZE: Final = 8
+_BITMAPS_TOTAL: Final = _EXTENSION_HEADER_SIZE + bitmaps_format.EXTENSION_SIZE
+
+_ROOM_KEPT_FRACTION: Final = 16
+"""One part in so many of the header's cluster is left to others: QEMU's feature names and
+backing file names of other lengths must still fit (4 KiB of 64 KiB)."""
+
+NO_DIRECTORY: Final = BitmapsExtension(0, 0, 0)
+
+
+class BitmapImage(Protocol):
+    """What an open image does for its bitmaps; :class:`.image.Qcow2Image` is one."""
+
+    file: FileNode
+    header: Header
+    path: str
+    size: int
+    cluster_size: int
+    read_only: bool
+
+    async def allocate_clusters(self, count: int) -> int:
+        """Allocate ``count`` adjacent clusters with refcount 1; returns their offset in bytes."""
+
+    def free_clusters(self, offset: int, count: int) -> None:
+        """Give up clusters; they are reused only after the next flush."""
+
+    async def flush(self) -> None:
+        """Make durable what was written, refcounts included."""
+
+
+class ChainRecord(NamedTuple):
+    """The caller's payload as it was found."""
+
+    payload: bytes
+    matches_directory: bool
+    """It was stored together with the directory, and nobody has written the image since."""
+
+
+class DirectorySwitch:
+    """The header's side of the bitmaps of one open image. Made by :meth:`open`."""
+
+    def __init__(self, image: BitmapImage, area: ExtensionArea) -> None:
+        self._image = image
+        self._area = area
+        self.fault: str | None = None
+        """Why the directory that the header names cannot be believed."""
+        self.directory = self._read_directory()
+        """The directory in force; :data:`NO_DIRECTORY` if there is none."""
+        self._private = self._read_private()
+        self._selection = self._select()
+        self.private_bit_was_set = self._has(AUTOCLEAR_PRIVATE) and not self._is_stale()
+        """When the image was opened: nobody has written it since the record was stored."""
+        self.is_uncertain = False
+        """A switch failed and could not be taken back: what a power cut leaves is unknown."""
+
+    @classmethod
+    async def open(cls, image: BitmapImage) -> DirectorySwitch:
+        """Read the header's extensions; ``image`` is of version 3."""
+        cluster = await image.file.read(0, image.cluster_size)
+        return cls(image, scan_extension_area(bytes(cluster), image.path))
+
+    @property
+    def record(self) -> ChainRecord | None:
+        """The chain record in force, or the newest if none is."""
+        if self._selection is None:
+            return None
+        slot, matches = self._selection
+        fresh = matches and self._has(AUTOCLEAR_PRIVATE) and not self._is_stale()
+        return ChainRecord(slot.payload, fresh)
+
+    def geometry(self) -> BitmapGeometry:
+        """What entries are checked against."""
+        image = self._image
+        return BitmapGeometry(image.size, image.cluster_size, image.file.size)
+
+    # Reading
+
+    def _has(self, autoclear_bit: int) -> bool:
+        return bool(self._image.header.autoclear_features & autoclear_bit)
+
+    def _is_stale(self) -> bool:
+        return self._selection is not None and bool(self._selection.slot.flags & SlotFlags.STALE)
+
+    def _read_directory(self) -> BitmapsExtension:
+        """What the bitmaps extension says, if the autoclear bit bears it out."""
+        places = self._area.find(bitmaps_format.EXTENSION_MAGIC)
+        if not places or not self._has(AUTOCLEAR_BITMAPS):
+            return NO_DIRECTORY
+        try:
+            data = self._area.data(places[-1])
+            return bitmaps_format.unpack_extension(data, self.geometry(), self._area.path)
+        except ImageError as error:
+            self.fault = str(error)
+            return NO_DIRECTORY
+
+    def _read_private(self) -> PrivateExtension | None:
+        place = self._private_place()
+        return None if place is None else private_format.unpack_extension(self._area.data(place))
+
+    def _private_place(self) -> PlacedExtension | None:
+        places = self._area.find(private_format.EXTENSION_MAGIC)
+        return places[0] if places else None
+
+    def _select(self) -> Selection | None:
+        """The record to go by. Without the private bit, what a slot names proves nothing:
+
+        QEMU may have put its own directory where an older one of ours was.
+        """
+        if self._private is None:
+            return None
+        if self._has(AUTOCLEAR_PRIVATE):
+            return self._private.select_slot(
+                self.directory.directory_offset, self.directory.directory_size
+            )
+        newest = self._private.newest()
+        return None if newest is None else Selection(newest, matches_directory=False)
+
+    # Room
+
+    def check_room(self, payload: bytes, *, with_directory: bool) -> None:
+        """Insist that the header can hold what :meth:`prepare` and :meth:`stage` will write.
+
+        Raises:
+            StateError: It cannot.
+        """
+        private = self._private
+        if private is None:
+            if self._private_place() is not None:
+                raise StateError(f"{self._area.path}: the chain record is of an unknown version")
+            private = self._new_private(with_directory=with_directory)
+        if len(payload) > private.payload_bytes_max:
+            raise StateError(
+                f"{self._area.path}: the chain record needs {len(payload)} bytes, but the header"
+                f" of an image with {self._image.cluster_size}-byte clusters has room for"
+                f" {max(private.payload_bytes_max, 0)}; use larger clusters"
+            )
+
+    def _new_private(self, *, with_directory: bool) -> PrivateExtension:
+        """An empty extension that leaves room for others; its slots may be too small for use."""
+        room = self._area.room() - self._image.cluster_size // _ROOM_KEPT_FRACTION
+        room -= _EXTENSION_HEADER_SIZE
+        if with_directory and self._bitmaps_place() is None:
+            room -= _BITMAPS_TOTAL
+        return PrivateExtension(private_format.slot_size_for(room), (None, None))
+
+    def _bitmaps_place(self) -> PlacedExtension | None:
+        """Where a bitmaps extension lies, or can lie, that one write within a sector switches."""
+        for extension_type in (bitmaps_format.EXTENSION_MAGIC, PLACEHOLDER_MAGIC):
+            for place in reversed(self._area.find(extension_type)):
+                if place.length == bitmaps_format.EXTENSION_SIZE and not place.straddles_sectors:
+                    return place
+        return None
+
+    # Preparing
+
+    async def prepare(self, *, with_directory: bool, with_record: bool) -> None:
+        """Make places for a directory and a record, with nothing changed for any reader.
+
+        Raises:
+            StateError: The header has no room.
+            OSError: A write failed; the header is valid all the same.
+        """
+        if self.directory == NO_DIRECTORY and self._has(AUTOCLEAR_BITMAPS):
+            # The bit without a directory: what it vouches for cannot be read.
+            await self._apply(self._autoclear_write(clear=AUTOCLEAR_BITMAPS))
+        await self._append_missing(with_directory=with_directory, with_record=with_record)
+        if with_directory:
+            await self._settle_bitmaps_place()
+        if with_record and not self._has(AUTOCLEAR_PRIVATE):
+            await self._claim()
+
+    async def _append_missing(self, *, with_directory: bool, with_record: bool) -> None:
+        """Append the extensions that have no place yet."""
+        bitmaps: list[tuple[int, bytes]] = []
+        private: list[tuple[int, bytes]] = []
+        if with_directory and self._bitmaps_place() is None:
+            # While another bitmaps extension exists, both say the same.
+            data = bitmaps_format.pack_extension(self.directory)
+            bitmaps.append((bitmaps_format.EXTENSION_MAGIC, data))
+        data_offset = self._area.end + _EXTENSION_HEADER_SIZE
+        private_first = bool(bitmaps) and straddles(data_offset, bitmaps_format.EXTENSION_SIZE)
+        wants_private = with_record or private_first
+        if wants_private and self._private_place() is None:
+            new = self._new_private(with_directory=bool(bitmaps))
+            self._private = new._replace(slot_size=self._slot_size_before_bitmaps(new.slot_size))
+            private.append(
+                (private_format.EXTENSION_MAGIC, private_format.pack_extension(self._private))
+            )
+        if missing := (private + bitmaps if private_first else bitmaps + private):
+            await self._apply(*self._area.plan_append(missing))
+
+    def _slot_size_before_bitmaps(self, slot_size: int) -> int:
+        """A slot size with which a bitmaps extension behind the private one straddles no sector."""
+        end = self._area.end + 2 * _EXTENSION_HEADER_SIZE
+        while straddles(
+            end + PrivateExtension(slot_size, (None, None)).data_size, bitmaps_format.EXTENSION_SIZE
+        ):
+            slot_size -= 8
+        return slot_size
+
+    async def _settle_bitmaps_place(self) -> None:
+        """Have exactly one bitmaps extension, and have it where one write can switch it."""
+        place = self._bitmaps_place()
+        if place is None:
+            raise StateError(
+                f"{self._area.path}: the header has no place for the bitmaps extension"
+            )
+        if place.type == PLACEHOLDER_MAGIC:
+            data = bitmaps_format.pack_extension(self.directory)
+            await self._apply(
+                HeaderWrite(place.offset, data), retype(place, bitmaps_format.EXTENSION_MAGIC)
+            )
+        for other in self._area.find(bitmaps_format.EXTENSION_MAGIC):
+            if other.offset != place.offset:
+                await self._apply(retype(other, PLACEHOLDER_MAGIC))
+
+    async def _claim(self) -> None:
+        """Set the private bit; a record that was stored before is marked as stale first."""
+        if self._selection is not None and not self._is_stale():
+            stale = self._selection.slot._replace(flags=SlotFlags.STALE)
+            self._selection = Selection(await self._write_slot(stale), matches_directory=False)
+            await self._image.file.flush()
+        await self._apply(self._autoclear_write(set_=AUTOCLEAR_PRIVATE))
+
+    # Switching
+
+    async def stage(self, directory: BitmapsExtension, payload: bytes | None) -> Slot | None:
+        """Write everything that a switch to ``directory`` needs but the switch.
+
+        Args:
+            directory: Where the new directory is, or :data:`NO_DIRECTORY`.
+            payload: The record; None keeps the one that is in force, if one is.
+
+        Returns:
+            The slot that will be in force with the directory, if any.
+        """
+        if directory != NO_DIRECTORY and self.directory == NO_DIRECTORY:
+            place = self._bitmaps_place()
+            assert place is not None
+            data = bitmaps_format.pack_extension(directory)
+            await self._write(HeaderWrite(place.offset, data))
+        record = self.record
+        if payload is None and record is not None and record.matches_directory:
+            payload = record.payload
+        if payload is None:
+            return None
+        return await self._write_slot(
+            Slot(0, directory.directory_offset, directory.directory_size, SlotFlags.NONE, payload)
+        )
+
+    async def _write_slot(self, slot: Slot) -> Slot:
+        """Write a slot under the next generation where it destroys nothing that is in force."""
+        private, place = self._private, self._private_place()
+        assert private is not None
+        assert place is not None
+        in_force = self._selection.slot if self._selection is not None else None
+        index = private.idle_index(in_force)
+        slot = slot._replace(generation=private.next_generation())
+        # Until it is written whole, the slot holds nothing that can be believed.
+        self._private = private.with_slot(index, None)
+        offset = place.offset + private.slot_position(index)
+        await self._write(HeaderWrite(offset, private_format.pack_slot(slot)))
+        self._private = private.with_slot(index, slot)
+        return slot
+
+    async def commit(self, directory: BitmapsExtension, slot: Slot | None) -> None:
+        """Put ``directory`` and ``slot`` in force by one write within one sector.
+
+        Raises:
+            OSError: It failed and was taken back, or ``is_uncertain`` is set.
+        """
+        switch, back = self._plan_switch(directory)
+        if switch is not None and back is not None:
+            await self._write_or_take_back(switch, back)
+        self.directory = directory
+        self.fault = None
+        if slot is not None:
+            self._selection = Selection(slot, matches_directory=True)
+        elif self._selection is not None:
+            self._selection = self._selection._replace(matches_directory=False)
+
+    def _plan_switch(
+        self, directory: BitmapsExtension
+    ) -> tuple[HeaderWrite | None, HeaderWrite | None]:
+        """The write that puts ``directory`` in force, and the one that takes it back."""
+        if self.directory == NO_DIRECTORY and directory == NO_DIRECTORY:
+            return None, None
+        if directory == NO_DIRECTORY:
+            return (
+                self._autoclear_write(clear=AUTOCLEAR_BITMAPS),
+                self._autoclear_write(set_=AUTOCLEAR_BITMAPS),
+            )
+        if self.directory == NO_DIRECTORY:
+            return (
+                self._autoclear_write(set_=AUTOCLEAR_BITMAPS),
+                self._autoclear_write(clear=AUTOCLEAR_BITMAPS),
+            )
+        place = self._bitmaps_place()
+        assert place is not None
+        return (
+            HeaderWrite(place.offset, bitmaps_format.pack_extension(directory)),
+            HeaderWrite(place.offset, bitmaps_format.pack_extension(self.directory)),
+        )
+
+    async def _write_or_take_back(self, switch: HeaderWrite, back: HeaderWrite) -> None:
+        self.is_uncertain = True
+        try:
+            await self._apply(switch)
+        except OSError:
+            await self._apply(back)
+            self.is_uncertain = False
+            raise
+        self.is_uncertain = False
+
+    async def tidy(self) -> None:
+        """Make a bitmaps extension that no longer counts a placeholder: QEMU would warn of it."""
+        if self.directory != NO_DIRECTORY:
+            return
+        try:
+            for place in self._area.find(bitmaps_format.EXTENSION_MAGIC):
+                await self._apply(retype(place, PLACEHOLDER_MAGIC))
+        except OSError as error:
+            # The switch itself is done and durable; a void extension is legal.
+            _log.warning("%s: the void bitmaps extension stays: %s", self._area.path, error)
+
+    # Writing
+
+    def _autoclear_write(self, *, set_: int = 0, clear: int = 0) -> HeaderWrite:
+        features = self._image.header.autoclear_features & ~clear | set_
+        return HeaderWrite(AUTOCLEAR_FIELD, features.to_bytes(8, "big"))
+
+    async def _apply(self, *writes: HeaderWrite) -> None:
+        """Do writes, each durable before the next."""
+        for write in writes:
+            await self._write(write)
+            await self._image.file.flush()
+
+    async def _write(self, write: HeaderWrite) -> None:
+        """Write into the header's cluster and let the header in memory follow."""
+        await self._image.file.write(write.offset, memoryview(write.data))
+        self._area = self._area.after([write])
+        header = self._image.header
+        if write.offset == AUTOCLEAR_FIELD:
+            header.autoclear_features = int.from_bytes(write.data, "big")
+        header.extensions = [
+            HeaderExtension(place.type, self._area.data(place), place.offset)
+            for place in self._area.extensions
+        ]
