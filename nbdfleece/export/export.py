@@ -86,6 +86,10 @@ class ExportTable:
         except KeyError:
             raise StateError(f"there is no export '{name}'") from None
 
+    def has(self, name: str) -> bool:
+        """Whether the name is taken."""
+        return name in self._exports
+
     def find(self, name: str) -> Export | None:
         """The export of that name; "" also names the only export if there is just one."""
         if name == "" and "" not in self._exports and len(self._exports) == 1:

@@ -1,0 +1,181 @@
+"""A disk's chain of checkpoints: the record that lives in the image.
+
+The checkpoints stand in the order in which they were made. Each one owns the
+bitmap of what changed from it to the next; the last one's bitmap is recording.
+The changes from K to N are therefore the union of the bitmaps of K..N-1, and a
+checkpoint is deleted by merging its bitmap into the one before.
+
+The record is packed small, because it has to fit into the header cluster twice:
+the encoding is MessagePack, deflated, and a bitmap that is named as its
+checkpoint (the rule) costs no second name.
+"""
+
+from __future__ import annotations
+
+import secrets
+import zlib
+from enum import IntEnum
+from typing import Final
+
+import msgspec
+
+from ..errors import StateError
+
+RECORD_BYTES_MAX: Final = 4 << 20
+"""Bytes of an inflated record that are looked at; more cannot be an honest chain."""
+
+NAME_BYTES_MAX: Final = 255
+"""Bytes of a checkpoint's name, so that ``qemu:dirty-bitmap:NAME`` stays a short string on the
+wire (proto.md, "Protocol phases": names should not be longer than 256 bytes)."""
+
+
+class CheckpointState(IntEnum):
+    """How far a checkpoint's life has got; what is not COMMITTED is settled at the next start."""
+
+    COMMITTED = 0
+    PENDING = 1
+    """Its backup is not finished: it goes unless another disk of it has it committed."""
+    DELETING = 2
+    """Its deletion was decided: it goes on every disk."""
+
+
+class Checkpoint(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw_only=True):
+    """A named point in time, as one disk records it.
+
+    Attributes:
+        id: 16 hexadecimal digits; the same on every disk of the checkpoint.
+        name: What people call it.
+        created_ns: Nanoseconds since the epoch.
+        size: Bytes of the disk then.
+        owner: Whose it is; "" nobody's in particular.
+        bitmap: The name of its bitmap in the image, if that is not ``name``.
+        state: Settled or not.
+        disks: Identities of all disks that it is made on, until it is settled.
+    """
+
+    id: str
+    name: str
+    created_ns: int
+    size: int
+    owner: str = ""
+    bitmap: str = ""
+    state: CheckpointState = CheckpointState.COMMITTED
+    disks: tuple[str, ...] = ()
+
+    @property
+    def bitmap_name(self) -> str:
+        """The name of its bitmap in the image."""
+        return self.bitmap or self.name
+
+    def in_state(self, state: CheckpointState) -> Checkpoint:
+        """The same checkpoint in another state."""
+        disks = self.disks if state is CheckpointState.PENDING else ()
+        return msgspec.structs.replace(self, state=state, disks=disks)
+
+
+class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw_only=True):
+    """The checkpoints of one disk, oldest first.
+
+    Attributes:
+        disk_id: 16 hexadecimal digits by which other disks' records name this disk; ""
+            as long as the image holds no record.
+    """
+
+    version: int = 1
+    disk_id: str = ""
+    checkpoints: tuple[Checkpoint, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.checkpoints)
+
+    @property
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint whose bitmap records."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    def find(self, name: str) -> Checkpoint | None:
+        """The checkpoint of that name."""
+        for checkpoint in self.checkpoints:
+            if checkpoint.name == name:
+                return checkpoint
+        return None
+
+    def index(self, name: str) -> int:
+        """The place of a checkpoint.
+
+        Raises:
+            StateError: There is none of that name.
+        """
+        for index, checkpoint in enumerate(self.checkpoints):
+            if checkpoint.name == name:
+                return index
+        raise StateError(f"there is no checkpoint '{name}'")
+
+    def with_identity(self) -> Chain:
+        """The chain of a disk that can be named by others."""
+        return msgspec.structs.replace(self, disk_id=self.disk_id or new_identity())
+
+    def with_added(self, checkpoint: Checkpoint) -> Chain:
+        """The chain with one more checkpoint at its end."""
+        return msgspec.structs.replace(self, checkpoints=(*self.checkpoints, checkpoint))
+
+    def without(self, name: str) -> Chain:
+        """The chain without a checkpoint."""
+        kept = tuple(each for each in self.checkpoints if each.name != name)
+        return msgspec.structs.replace(self, checkpoints=kept)
+
+    def with_state(self, name: str, state: CheckpointState) -> Chain:
+        """The chain with one checkpoint in another state."""
+        changed = tuple(
+            each.in_state(state) if each.name == name else each for each in self.checkpoints
+        )
+        return msgspec.structs.replace(self, checkpoints=changed)
+
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(Chain)
+
+
+def pack_chain(chain: Chain) -> bytes:
+    """Encode a chain for the image's private header extension."""
+    return zlib.compress(_encoder.encode(chain), 9)
+
+
+def unpack_chain(record: bytes) -> Chain:
+    """Decode a chain.
+
+    Raises:
+        StateError: The record is none of ours, or of a later version; the text says which.
+    """
+    inflate = zlib.decompressobj()
+    try:
+        packed = inflate.decompress(record, RECORD_BYTES_MAX)
+        if inflate.unconsumed_tail:
+            raise StateError(f"the chain record is larger than {RECORD_BYTES_MAX} bytes")
+        chain = _decoder.decode(packed)
+    except (zlib.error, msgspec.MsgspecError) as error:
+        raise StateError(f"the chain record cannot be decoded: {error}") from None
+    if chain.version != 1:
+        raise StateError(f"the chain record has version {chain.version}, this program knows 1")
+    if len({each.name for each in chain.checkpoints}) != len(chain):
+        raise StateError("the chain record names a checkpoint twice")
+    return chain
+
+
+def new_identity() -> str:
+    """What no other checkpoint or disk is called by."""
+    return secrets.token_hex(8)
+
+
+def check_checkpoint_name(name: str) -> None:
+    """Refuse names that cannot serve on the wire or in the image.
+
+    Raises:
+        StateError: The name is empty, too long, or has control characters.
+    """
+    if not name.isprintable():
+        raise StateError(f"the checkpoint name {name!r} has characters that cannot be printed")
+    if not 1 <= len(name.encode()) <= NAME_BYTES_MAX:
+        raise StateError(
+            f"a checkpoint's name has 1 to {NAME_BYTES_MAX} bytes, '{name[:40]}' has not"
+        )

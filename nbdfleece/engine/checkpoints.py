@@ -1,0 +1,157 @@
+"""Checkpoints over several disks: on all of them or on none (rule 6).
+
+Disks are changed one after another, each by one atomic switch in its image. What
+makes a change of several disks atomic is that each image tells how far the
+change had got, and what :func:`settle` does about it at the next start:
+
+=============================  ==================================================
+a checkpoint is found          then it
+=============================  ==================================================
+pending on all its disks       goes everywhere: its backup was never committed
+committed on one of them       is committed on all: that was decided
+to be deleted on one of them   goes everywhere: that was decided
+=============================  ==================================================
+
+A checkpoint is made pending, and committed only once it is on all of its disks.
+It stays pending while one of its disks is not there to be asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from ..errors import StateError
+from .chain import CheckpointState
+from .disk import Disk
+
+_log = logging.getLogger("nbdfleece.engine")
+
+
+def holders(disks: Collection[Disk], name: str) -> list[Disk]:
+    """The disks that have a checkpoint.
+
+    Raises:
+        StateError: None has it.
+    """
+    found = [disk for disk in disks if disk.state.chain.find(name)]
+    if not found:
+        raise StateError(f"there is no checkpoint '{name}'")
+    return found
+
+
+async def store_new(disks: Collection[Disk], name: str) -> None:
+    """Put a checkpoint that is installed on all disks into their images.
+
+    Raises:
+        OSError, StateError: An image could not take it; it was taken back on all disks.
+    """
+    stored: list[Disk] = []
+    try:
+        for disk in disks:
+            await disk.store_installed()
+            stored.append(disk)
+    except BaseException:
+        for disk in disks:
+            if disk not in stored:
+                disk.uninstall(name)
+        for disk in stored:
+            await _take_back(disk, name)
+        raise
+
+
+async def _take_back(disk: Disk, name: str) -> None:
+    """Merge a pending checkpoint away; where that cannot be stored, the next start does it."""
+    try:
+        await disk.remove_checkpoint(name)
+    except OSError as error:
+        _log.error(
+            "disk '%s': checkpoint '%s' stays pending until the next start: %s",
+            disk.name,
+            name,
+            error,
+        )
+
+
+async def commit(disks: Collection[Disk], name: str) -> None:
+    """Keep a pending checkpoint.
+
+    Raises:
+        StateError: There is no such checkpoint.
+        OSError: An image could not be written; try again, or let the next start settle it.
+    """
+    for disk in holders(disks, name):
+        await _store_state(disk, name, CheckpointState.COMMITTED)
+
+
+async def _store_state(disk: Disk, name: str, state: CheckpointState) -> None:
+    await disk.store(disk.state.with_checkpoint_state(name, state))
+
+
+async def remove(disks: Collection[Disk], name: str) -> None:
+    """Merge a checkpoint away on every disk that has it.
+
+    Raises:
+        StateError: There is no such checkpoint.
+        OSError: An image could not be written; try again, or let the next start settle it.
+    """
+    for disk in holders(disks, name):
+        await disk.remove_checkpoint(name)
+
+
+async def delete(disks: Collection[Disk], name: str) -> None:
+    """Delete a committed checkpoint: decide it on all disks, then do it.
+
+    Raises:
+        StateError: There is no such checkpoint.
+        OSError: As :func:`remove`; if the decision could not be stored, nothing was changed.
+    """
+    found = holders(disks, name)
+    if len(found) > 1:
+        await _decide_deletion(found, name)
+    await remove(found, name)
+
+
+async def _decide_deletion(disks: Collection[Disk], name: str) -> None:
+    decided: list[Disk] = []
+    try:
+        for disk in disks:
+            await _store_state(disk, name, CheckpointState.DELETING)
+            decided.append(disk)
+    except OSError:
+        for disk in decided:
+            await _store_state(disk, name, CheckpointState.COMMITTED)
+        raise
+
+
+async def settle(disks: Collection[Disk]) -> None:
+    """Finish or take back what a crash left half done.
+
+    Raises:
+        OSError: An image could not be written.
+    """
+    unsettled = {
+        checkpoint.name
+        for disk in disks
+        for checkpoint in disk.state.chain.checkpoints
+        if checkpoint.state is not CheckpointState.COMMITTED
+    }
+    for name in sorted(unsettled):
+        await _settle_one(disks, name)
+
+
+async def _settle_one(disks: Collection[Disk], name: str) -> None:
+    records = [found for disk in disks if (found := disk.state.chain.find(name)) is not None]
+    states = {record.state for record in records}
+    here = {disk.state.chain.disk_id for disk in disks}
+    if CheckpointState.DELETING in states:
+        _log.warning("finishing the deletion of checkpoint '%s'", name)
+        await remove(disks, name)
+    elif CheckpointState.COMMITTED in states:
+        _log.warning("finishing the commit of checkpoint '%s'", name)
+        await commit(disks, name)
+    elif here.issuperset(records[0].disks):
+        _log.warning("taking back checkpoint '%s': its backup was not committed", name)
+        await remove(disks, name)
+    else:
+        _log.warning("checkpoint '%s' stays pending: not all of its disks are here", name)

@@ -1,0 +1,286 @@
+"""A disk that the server holds: its image, its bitmaps and chain, and the nodes over it.
+
+guest -> GuestNode (marks bitmaps, has old data copied) -> Qcow2Image
+                      ^ CopyBeforeWrite <- SnapshotAccess (one per snapshot)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..bitmaps.bitmap import Bitmap
+from ..block.copy_before_write import CopyBeforeWrite, Layer, OnCbwError
+from ..block.guest import GuestNode
+from ..errors import StateError
+from ..qcow2.bitmap_store import BitmapStore
+from ..qcow2.image import Qcow2Image
+from .chain import Chain, pack_chain, unpack_chain
+from .disk_state import DiskBitmap, DiskState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScratchOptions:
+    """How snapshots of a disk are kept.
+
+    Attributes:
+        directory: Where copies go. /var/tmp rather than /tmp, which may be memory.
+        granularity: Bytes that a first guest write copies at least.
+        quota: Bytes of copies per disk; None leaves the limit to the file system.
+        on_error: What a failure to copy breaks.
+        timeout_seconds: A copy that takes longer is a failure; None waits for ever.
+    """
+
+    directory: Path = Path("/var/tmp")
+    granularity: int = 4096
+    quota: int | None = None
+    on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
+    timeout_seconds: float | None = None
+
+
+class Instant(NamedTuple):
+    """A disk's chain as it was at one instant.
+
+    Attributes:
+        checkpoint_ids: The checkpoints that there were.
+        newest_id: The newest of them.
+        changes: What had changed since the newest; None if that was not known.
+    """
+
+    checkpoint_ids: frozenset[str]
+    newest_id: str | None
+    changes: Bitmap | None
+
+
+class Disk:
+    """One disk. Made by :meth:`open`.
+
+    Attributes:
+        name: As the operator calls it; also the name of its live export.
+        node: What the guest writes through.
+        copies: Its snapshots' copy-before-write.
+        state: Its bitmaps and chain; replaced whole.
+        chain_problem: Why the image's chain record could not be used; None if it could.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image: Qcow2Image,
+        store: BitmapStore,
+        scratch: ScratchOptions,
+        on_broken: Callable[[Layer], None],
+    ) -> None:
+        self.name = name
+        self.image = image
+        self.copies = CopyBeforeWrite(
+            image,
+            scratch.directory,
+            granularity=scratch.granularity,
+            quota=scratch.quota,
+            on_error=scratch.on_error,
+            timeout_seconds=scratch.timeout_seconds,
+            on_broken=on_broken,
+        )
+        self.node = GuestNode(image, self.copies)
+        self.state = DiskState({}, Chain())
+        self.chain_problem: str | None = None
+        self._store = store
+
+    @classmethod
+    async def open(
+        cls,
+        name: str,
+        path: Path,
+        scratch: ScratchOptions,
+        on_broken: Callable[[Layer], None] = lambda layer: None,
+    ) -> Disk:
+        """Open an image for writing, load what records, and mark it in use before any write.
+
+        Args:
+            name: What to call the disk.
+            path: The image.
+            scratch: How snapshots of it are kept.
+            on_broken: Called when a copy failed and a snapshot was broken for it.
+
+        Raises:
+            OSError: The image cannot be opened.
+            ImageError: It is damaged, in use, or of a kind that is not supported.
+        """
+        image = await Qcow2Image.open(path, read_only=False)
+        try:
+            disk = cls(name, image, await BitmapStore.load(image), scratch, on_broken)
+            await disk._load_state()
+        except BaseException:
+            await image.close()
+            raise
+        return disk
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.image.size
+
+    @property
+    def default_granularity(self) -> int:
+        """Bytes per bit of a new bitmap: the cluster size within 4 KiB and 64 KiB, as in QEMU."""
+        return min(max(self.image.cluster_size, 4096), 65536)
+
+    async def _load_state(self) -> None:
+        bitmaps = {}
+        for entry in self._store.entries:
+            bitmap = DiskBitmap(entry.name, entry.granularity, entry.recording, entry.inconsistent)
+            if bitmap.recording and not bitmap.inconsistent:
+                bitmap = bitmap._replace(bits=await self._store.load_bits(entry.name))
+            bitmaps[entry.name] = bitmap
+        self.state = DiskState(bitmaps, self._load_chain())
+        await self._store.mark_in_use()
+        self.node.recording = self.state.recording
+
+    def _load_chain(self) -> Chain:
+        record = self._store.record
+        if record is None:
+            return Chain()
+        try:
+            return unpack_chain(record.payload)
+        except StateError as error:
+            self.chain_problem = str(error)
+            return Chain()
+
+    async def ensure_identity(self) -> None:
+        """Give the disk an identity in its image, if it has none, before others refer to it.
+
+        Raises:
+            OSError, StateError: As :meth:`store`.
+        """
+        if not self.state.chain.disk_id:
+            await self.store(self.state.with_identity())
+
+    async def bits(self, name: str) -> Bitmap:
+        """The bits of a bitmap, read from the image if they are not in memory.
+
+        Raises:
+            StateError: There is no such bitmap, or it is inconsistent.
+        """
+        bitmap = self.state.bitmaps.get(name)
+        if bitmap is None:
+            raise StateError(f"disk '{self.name}' has no bitmap '{name}'")
+        if bitmap.inconsistent:
+            raise StateError(f"bitmap '{name}' of disk '{self.name}' is inconsistent")
+        return bitmap.bits or await self._store.load_bits(name)
+
+    async def dirty_bytes(self, name: str) -> int | None:
+        """Bytes that a bitmap marks; None if it is inconsistent or missing."""
+        bitmap = self.state.bitmaps.get(name)
+        if bitmap is None or bitmap.inconsistent:
+            return None
+        return (await self.bits(name)).dirty_bytes()
+
+    async def store(self, state: DiskState) -> None:
+        """Put a new state into the image, and in its place if that worked.
+
+        Guest writes that happen meanwhile are recorded in the bitmaps of both states, so
+        that neither misses one (rule 2).
+
+        Raises:
+            OSError: The image does not hold the new state; the old one stays.
+            StateError: The chain does not fit into the image's header.
+        """
+        old = self.state
+        self.node.recording = _union(old.recording, state.recording)
+        try:
+            await self._write(state, closing=False)
+        except BaseException:
+            self.node.recording = old.recording
+            raise
+        self.state = state.after_store()
+        self.node.recording = self.state.recording
+
+    def install(self, state: DiskState) -> None:
+        """Let guest writes be recorded by a new state from this instant on; not stored yet.
+
+        Between :meth:`GuestNode.drain` and ``resume``, so that no write is in flight (rule 3).
+        """
+        self.state = state
+        self.node.recording = state.recording
+
+    async def store_installed(self) -> None:
+        """Put the installed state into the image.
+
+        Raises:
+            OSError, StateError: As :meth:`store`; the state stays installed.
+        """
+        await self._write(self.state, closing=False)
+        self.state = self.state.after_store()
+
+    def uninstall(self, checkpoint: str) -> None:
+        """Undo :meth:`install` of a new checkpoint that was not stored, as if it had not begun.
+
+        Nothing is awaited, so no change is missed (rule 2); the image still holds the state
+        from before.
+        """
+        self.install(self.state.without_checkpoint(checkpoint))
+
+    async def remove_checkpoint(self, name: str) -> None:
+        """Delete a checkpoint, merging its changes into the one before it.
+
+        Raises:
+            OSError: The image could not be changed; the checkpoint is still there.
+            StateError: There is no such checkpoint.
+        """
+        state = self.state
+        for partner in state.merge_partners(name):
+            state = state.with_bits(partner, await self.bits(partner))
+        await self.store(state.without_checkpoint(name))
+
+    async def changes_since(self, name: str, instant: Instant) -> Bitmap:
+        """The changes from a checkpoint to an instant, as one new bitmap.
+
+        Raises:
+            StateError: The checkpoint is unknown or newer than the instant, or the changes
+                since it are not known.
+        """
+        self.state.check_since(name)
+        links = self.state.chain.checkpoints[self.state.chain.index(name) :]
+        if links[0].id not in instant.checkpoint_ids or instant.changes is None:
+            raise StateError(f"checkpoint '{name}' is not older than the snapshot")
+        merged = instant.changes.copy()
+        for link in links:
+            if link.id in instant.checkpoint_ids and link.id != instant.newest_id:
+                merged.merge(await self.bits(link.bitmap_name))
+        return merged
+
+    def instant(self, *, freezing: bool) -> Instant:
+        """What must be remembered of this instant to tell later what had changed until it.
+
+        Args:
+            freezing: The newest bitmap is about to be frozen, so that its bits need no copy.
+        """
+        newest = self.state.chain.newest
+        bitmap = self.state.newest_bitmap()
+        bits = bitmap.bits if bitmap is not None else None
+        return Instant(
+            frozenset(each.id for each in self.state.chain.checkpoints),
+            newest.id if newest is not None else None,
+            bits if bits is None or freezing else bits.copy(),
+        )
+
+    async def close(self) -> None:
+        """Store all bitmaps as no longer in use, and give the image up."""
+        await self.node.drain()
+        try:
+            await self._write(self.state, closing=True)
+        finally:
+            await self.image.close()
+
+    async def _write(self, state: DiskState, *, closing: bool) -> None:
+        stored = [each.stored(closing=closing) for each in state.bitmaps.values()]
+        if stored or state.chain.disk_id:
+            await self._store.replace(stored, pack_chain(state.chain))
+
+
+def _union(first: Sequence[Bitmap], second: Sequence[Bitmap]) -> tuple[Bitmap, ...]:
+    """The bitmaps of both, each once."""
+    return tuple({id(bitmap): bitmap for bitmap in (*first, *second)}.values())

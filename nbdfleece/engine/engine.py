@@ -1,0 +1,474 @@
+"""The engine: disks, snapshots and checkpoints, and the operations over several of them.
+
+Life of a backup
+    :meth:`Engine.begin_backup` takes a snapshot of some disks and makes a *pending*
+    checkpoint, in one instant (rule 3); the exports of the snapshot are read; then
+    :meth:`Engine.commit_backup` keeps the checkpoint, or :meth:`Engine.abort_backup` merges
+    it away, as if it had never been.
+
+A lock serialises the operations that change bitmaps, chains or snapshots. Guest
+writes and snapshot reads never take it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..bitmaps.bitmap import Bitmap
+from ..block.snapshot_access import SnapshotAccess
+from ..errors import StateError
+from ..export.contexts import AllocationDepth, BaseAllocation, DirtyBitmap, MetadataContext
+from ..export.export import Export, ExportTable
+from . import checkpoints
+from .chain import Checkpoint, CheckpointState, check_checkpoint_name, new_identity
+from .disk import Disk, ScratchOptions
+from .disk_state import DiskState
+from .snapshot import Snapshot, SnapshotDisk
+
+_log = logging.getLogger("nbdfleece.engine")
+
+
+class BackupDisk(NamedTuple):
+    """What the client of a backup is told about one disk.
+
+    Attributes:
+        disk: The disk's name.
+        export: The name of the export that shows it.
+        context: The metadata context with the changes; None if everything must be read.
+        reason: Why everything must be read although changes were asked for; else None.
+    """
+
+    disk: str
+    export: str
+    context: str | None
+    reason: str | None
+
+
+async def _nobody_connected(export: str) -> None:
+    """For an engine without a server."""
+
+
+class Engine:
+    """Disks, snapshots, checkpoints.
+
+    Args:
+        exports: The table that the server serves from; the engine adds and removes its own.
+        scratch: How snapshots are kept.
+        disconnect: Called with the name of an export that was removed; returns once no
+            client uses it any more.
+        event: Called with the name and the data of each event.
+    """
+
+    def __init__(
+        self,
+        exports: ExportTable,
+        scratch: ScratchOptions | None = None,
+        *,
+        disconnect: Callable[[str], Awaitable[None]] = _nobody_connected,
+        event: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None,
+    ) -> None:
+        self.exports = exports
+        self.disks: dict[str, Disk] = {}
+        self.snapshots: dict[str, Snapshot] = {}
+        self._scratch = scratch or ScratchOptions()
+        self._disconnect = disconnect
+        self._event = event
+        self._changing = asyncio.Lock()
+
+    # -- disks --------------------------------------------------------------------
+
+    async def open_disk(self, name: str, path: Path) -> Disk:
+        """Open an image for the guest, and export it under the disk's name.
+
+        Raises:
+            StateError: The name is taken.
+            OSError, ImageError: The image cannot be opened.
+        """
+        async with self._changing:
+            if name in self.disks:
+                raise StateError(f"disk '{name}' exists already")
+            if self.exports.has(name):
+                raise StateError(f"export '{name}' exists already")
+            disk = await Disk.open(name, path, self._scratch, lambda _: self._tell_broken(name))
+            self.exports.add(_live_export(disk))
+            self.disks[name] = disk
+            return disk
+
+    def disk(self, name: str) -> Disk:
+        """The disk of that name.
+
+        Raises:
+            StateError: There is none.
+        """
+        try:
+            return self.disks[name]
+        except KeyError:
+            raise StateError(f"there is no disk '{name}'") from None
+
+    def _chosen(self, names: Iterable[str] | None) -> list[Disk]:
+        """The named disks, or all."""
+        chosen = [self.disk(name) for name in (self.disks if names is None else names)]
+        if not chosen:
+            raise StateError("there is no disk")
+        return chosen
+
+    async def close(self) -> None:
+        """Abort what is pending, drop all snapshots, and close all disks.
+
+        Every disk is tried; the first error is raised at the end.
+        """
+        errors: list[Exception] = []
+        for name, snapshot in list(self.snapshots.items()):
+            ending = self.abort_backup(name) if snapshot.is_pending else self.drop_snapshot(name)
+            await _collect(errors, ending)
+        for name, disk in list(self.disks.items()):
+            self.exports.remove(name)
+            await _collect(errors, self._disconnect(name))
+            await _collect(errors, disk.close())
+            del self.disks[name]
+        if errors:
+            raise errors[0]
+
+    # -- snapshots ----------------------------------------------------------------
+
+    async def create_snapshot(
+        self,
+        name: str,
+        disks: Sequence[str] | None = None,
+        *,
+        checkpoint: str | None = None,
+        owner: str = "",
+    ) -> Snapshot:
+        """Freeze a view of some disks, and make a checkpoint of the same instant if asked.
+
+        Args:
+            name: What to call the snapshot.
+            disks: Which disks; None for all.
+            checkpoint: The name of the checkpoint to make; None for none.
+            owner: Whose checkpoint it is.
+
+        Raises:
+            StateError: A name is taken or unknown.
+            OSError: An image or the scratch directory cannot be written; nothing was changed.
+        """
+        async with self._changing:
+            snapshot = await self._freeze(name, self._chosen(disks), checkpoint, owner)
+            if checkpoint is not None:
+                await checkpoints.commit(self.disks.values(), checkpoint)
+                snapshot.is_pending = False
+            return snapshot
+
+    async def drop_snapshot(self, name: str) -> None:
+        """End a snapshot, its exports and their clients.
+
+        Raises:
+            StateError: There is none of that name, or its backup is not finished.
+        """
+        async with self._changing:
+            if self.snapshot(name).is_pending:
+                raise StateError(f"backup '{name}' is not finished: commit or abort it")
+            await self._drop(name)
+
+    def snapshot(self, name: str) -> Snapshot:
+        """The snapshot of that name.
+
+        Raises:
+            StateError: There is none.
+        """
+        try:
+            return self.snapshots[name]
+        except KeyError:
+            raise StateError(f"there is no snapshot '{name}'") from None
+
+    async def _freeze(
+        self, name: str, disks: list[Disk], checkpoint: str | None, owner: str
+    ) -> Snapshot:
+        """Take a snapshot, with a pending checkpoint if one is named, in one instant (rule 3)."""
+        if name in self.snapshots:
+            raise StateError(f"snapshot '{name}' exists already")
+        states = None
+        if checkpoint is not None:
+            states = await self._states_with_checkpoint(disks, checkpoint, owner)
+        snapshot = Snapshot(
+            name=name, disks={}, checkpoint=checkpoint, is_pending=checkpoint is not None
+        )
+        self.snapshots[name] = snapshot
+        try:
+            await self._instant(snapshot, disks, states)
+            if checkpoint is not None:
+                await checkpoints.store_new(disks, checkpoint)
+        except BaseException:
+            await self._drop(name)
+            raise
+        return snapshot
+
+    async def _states_with_checkpoint(
+        self, disks: list[Disk], name: str, owner: str
+    ) -> dict[str, DiskState]:
+        """What each disk's state will be once it has the new checkpoint."""
+        check_checkpoint_name(name)
+        if any(disk.state.chain.find(name) for disk in self.disks.values()):
+            raise StateError(f"checkpoint '{name}' exists already")
+        for disk in disks:
+            await disk.ensure_identity()
+        identity, now = new_identity(), time.time_ns()
+        states = {}
+        for disk in disks:
+            record = Checkpoint(
+                id=identity,
+                name=name,
+                created_ns=now,
+                size=disk.size,
+                owner=owner,
+                state=CheckpointState.PENDING,
+                disks=tuple(each.state.chain.disk_id for each in disks),
+            )
+            states[disk.name] = disk.state.with_checkpoint(record, disk.default_granularity)
+        return states
+
+    async def _instant(
+        self, snapshot: Snapshot, disks: list[Disk], states: dict[str, DiskState] | None
+    ) -> None:
+        """Hold the guests' writes for as long as it takes to freeze all disks, without I/O."""
+        try:
+            await asyncio.gather(*(disk.node.drain() for disk in disks))
+            for disk in disks:
+                instant = disk.instant(freezing=states is not None)
+                layer = disk.copies.add_layer()
+                node = SnapshotAccess(disk.copies, layer, disk.size, disk.node.preferred_block_size)
+                snapshot.disks[disk.name] = SnapshotDisk(disk, node, instant)
+            for name, state in (states or {}).items():
+                self.disks[name].install(state)
+        finally:
+            for disk in disks:
+                disk.node.resume()
+
+    async def _drop(self, name: str) -> None:
+        snapshot = self.snapshots.pop(name)
+        for export in list(snapshot.exports):
+            self.exports.remove(export)
+            await self._disconnect(export)
+        for part in snapshot.disks.values():
+            await part.node.close()
+
+    def _tell_broken(self, disk: str) -> None:
+        for snapshot in self.snapshots.values():
+            part = snapshot.disks.get(disk)
+            if part is not None and part.node.error is not None:
+                _log.error("snapshot '%s' of disk '%s': %s", snapshot.name, disk, part.node.error)
+                data = {"snapshot": snapshot.name, "disk": disk, "reason": part.node.error}
+                self._event("SNAPSHOT_BROKEN", data)
+
+    # -- exports ------------------------------------------------------------------
+
+    async def add_export(
+        self,
+        snapshot: str,
+        disk: str,
+        *,
+        name: str | None = None,
+        since: Mapping[str, str] | None = None,
+        allocation_depth: bool = True,
+    ) -> Export:
+        """Export one disk of a snapshot, read-only.
+
+        Args:
+            snapshot: The snapshot's name.
+            disk: The disk's name.
+            name: What to call the export; ``SNAPSHOT/DISK`` if not given.
+            since: Checkpoints whose changes up to the snapshot are offered, each under the
+                bitmap name that it maps to (``qemu:dirty-bitmap:NAME``).
+            allocation_depth: Offer ``qemu:allocation-depth`` too.
+
+        Raises:
+            StateError: A name is unknown or taken, or changes are not known.
+        """
+        async with self._changing:
+            found = self.snapshot(snapshot)
+            if disk not in found.disks:
+                raise StateError(f"snapshot '{snapshot}' has no disk '{disk}'")
+            part = found.disks[disk]
+            bitmaps = {
+                leaf: await part.disk.changes_since(checkpoint, part.instant)
+                for checkpoint, leaf in (since or {}).items()
+            }
+            return self._export(found, disk, name, bitmaps, allocation_depth)
+
+    def _export(
+        self,
+        snapshot: Snapshot,
+        disk: str,
+        name: str | None,
+        bitmaps: Mapping[str, Bitmap],
+        allocation_depth: bool,
+    ) -> Export:
+        node = snapshot.disks[disk].node
+        contexts: list[MetadataContext] = [BaseAllocation(node)]
+        if allocation_depth:
+            contexts.append(AllocationDepth(node))
+        contexts += [DirtyBitmap(leaf, bitmap) for leaf, bitmap in bitmaps.items()]
+        export = Export(
+            name=f"{snapshot.name}/{disk}" if name is None else name,
+            node=node,
+            description=f"disk {disk} as of snapshot {snapshot.name}",
+            can_trim=True,
+            contexts=tuple(contexts),
+        )
+        self.exports.add(export)
+        snapshot.exports.append(export.name)
+        return export
+
+    async def remove_export(self, name: str) -> None:
+        """Remove an export of a snapshot and disconnect its clients.
+
+        Raises:
+            StateError: There is none of that name, or it is a disk's live export.
+        """
+        async with self._changing:
+            for snapshot in self.snapshots.values():
+                if name in snapshot.exports:
+                    self.exports.remove(name)
+                    snapshot.exports.remove(name)
+                    await self._disconnect(name)
+                    return
+        raise StateError(f"there is no export '{name}' of a snapshot")
+
+    # -- backups ------------------------------------------------------------------
+
+    async def begin_backup(
+        self,
+        name: str,
+        disks: Sequence[str] | None = None,
+        *,
+        checkpoint: str | None = None,
+        since: str | None = None,
+        owner: str = "",
+    ) -> list[BackupDisk]:
+        """Take a snapshot with a pending checkpoint and export it, with what changed.
+
+        Args:
+            name: What to call the backup; also the snapshot's name.
+            disks: Which disks; None for all.
+            checkpoint: The checkpoint to make; None makes none.
+            since: The checkpoint of the backup that this one builds on; None for a full one.
+            owner: Whose checkpoint it is.
+
+        Returns:
+            What to read, per disk. A disk that has no usable chain since that checkpoint
+            must be read in full; the others need not.
+
+        Raises:
+            StateError: A name is taken, or no disk knows ``since``; nothing was changed.
+            OSError: An image or the scratch directory cannot be written; nothing was changed.
+        """
+        async with self._changing:
+            chosen = self._chosen(disks)
+            if since is not None and not any(disk.state.chain.find(since) for disk in chosen):
+                raise StateError(f"there is no checkpoint '{since}'")
+            snapshot = await self._freeze(name, chosen, checkpoint, owner)
+            return [await self._export_backup(snapshot, disk, since) for disk in chosen]
+
+    async def _export_backup(self, snapshot: Snapshot, disk: Disk, since: str | None) -> BackupDisk:
+        bitmaps = {}
+        context = reason = None
+        if since is not None:
+            try:
+                instant = snapshot.disks[disk.name].instant
+                bitmaps[since] = await disk.changes_since(since, instant)
+                context = DirtyBitmap(since, bitmaps[since]).name
+            except StateError as error:
+                reason = str(error)
+        export = self._export(snapshot, disk.name, None, bitmaps, allocation_depth=True)
+        return BackupDisk(disk.name, export.name, context, reason)
+
+    async def commit_backup(self, name: str) -> None:
+        """Keep the backup's checkpoint, and end its snapshot.
+
+        Raises:
+            StateError: There is no such backup, or its snapshot is broken: what was read of
+                it cannot be trusted to be complete. Abort it.
+            OSError: An image could not be written; commit again, or let the next start settle it.
+        """
+        async with self._changing:
+            snapshot = self.snapshot(name)
+            if snapshot.error is not None:
+                raise StateError(f"backup '{name}' cannot be committed: {snapshot.error}")
+            if snapshot.is_pending and snapshot.checkpoint is not None:
+                await checkpoints.commit(self.disks.values(), snapshot.checkpoint)
+            await self._drop(name)
+
+    async def abort_backup(self, name: str) -> None:
+        """End a backup as if it had not begun: its checkpoint is merged away.
+
+        Raises:
+            StateError: There is no such backup.
+            OSError: An image could not be written; the checkpoint is still pending.
+        """
+        async with self._changing:
+            snapshot = self.snapshot(name)
+            if snapshot.is_pending and snapshot.checkpoint is not None:
+                await checkpoints.remove(self.disks.values(), snapshot.checkpoint)
+            await self._drop(name)
+
+    # -- checkpoints --------------------------------------------------------------
+
+    async def create_checkpoint(
+        self, name: str, disks: Sequence[str] | None = None, *, owner: str = ""
+    ) -> None:
+        """Make a checkpoint without a snapshot.
+
+        Raises:
+            As :meth:`create_snapshot`.
+        """
+        async with self._changing:
+            chosen = self._chosen(disks)
+            snapshot = await self._freeze(f"checkpoint {name}", chosen, name, owner)
+            await self._drop(snapshot.name)
+            await checkpoints.commit(chosen, name)
+
+    async def delete_checkpoint(self, name: str) -> None:
+        """Delete a checkpoint on all its disks; its changes go to the one before.
+
+        Raises:
+            StateError: There is no such checkpoint, or a running backup needs it.
+            OSError: An image could not be written. If the deletion had been decided, it is
+                finished by trying again, or at the next start.
+        """
+        async with self._changing:
+            for snapshot in self.snapshots.values():
+                if snapshot.is_pending and snapshot.checkpoint == name:
+                    raise StateError(f"checkpoint '{name}' belongs to backup '{snapshot.name}'")
+            await checkpoints.delete(self.disks.values(), name)
+
+    async def recover(self) -> None:
+        """Settle what a crash left open; called once all disks are opened.
+
+        Raises:
+            OSError: An image could not be written.
+        """
+        async with self._changing:
+            await checkpoints.settle(self.disks.values())
+
+
+def _live_export(disk: Disk) -> Export:
+    return Export(
+        name=disk.name,
+        node=disk.node,
+        description=f"disk {disk.name}",
+        read_only=False,
+        can_trim=True,
+        contexts=(BaseAllocation(disk.node), AllocationDepth(disk.node)),
+    )
+
+
+async def _collect(errors: list[Exception], work: Awaitable[None]) -> None:
+    """Await work of a shutdown; what it raises is kept, so that the rest is done too."""
+    try:
+        await work
+    except Exception as error:
+        errors.append(error)

@@ -1,0 +1,163 @@
+"""What the engine tells about itself: plain records that become JSON as they are."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .chain import CheckpointState
+from .disk import Disk
+from .engine import Engine
+
+
+class BitmapInfo(msgspec.Struct, kw_only=True, rename="kebab"):
+    """A dirty bitmap, in QEMU's terms; ``count`` is dirty bytes, None where it is not known."""
+
+    name: str
+    granularity: int
+    recording: bool
+    busy: bool
+    persistent: bool
+    inconsistent: bool
+    count: int | None
+
+
+class LinkInfo(msgspec.Struct, kw_only=True, rename="kebab"):
+    """A checkpoint on one disk.
+
+    Attributes:
+        size: Bytes of the disk when it was made.
+        changed: Bytes changed from it to the next checkpoint, or to now; None if not known.
+        problem: Why the changes are not known; None if they are.
+    """
+
+    size: int
+    changed: int | None
+    problem: str | None
+
+
+class CheckpointInfo(msgspec.Struct, kw_only=True, rename="kebab"):
+    """A checkpoint; ``created`` is seconds since the epoch, ``parent`` the one before it."""
+
+    name: str
+    parent: str | None
+    created: float
+    owner: str
+    state: str
+    disks: dict[str, LinkInfo]
+
+
+class DiskInfo(msgspec.Struct, kw_only=True, rename="kebab"):
+    """A disk; sizes are bytes, ``chain_problem`` says why its chain record is not usable."""
+
+    name: str
+    file: str
+    size: int
+    cluster_size: int
+    bitmaps: list[BitmapInfo]
+    checkpoints: list[str]
+    chain_problem: str | None
+    scratch_bytes: int
+
+
+class SnapshotInfo(msgspec.Struct, kw_only=True, rename="kebab"):
+    """A snapshot; ``error`` says why it is broken."""
+
+    name: str
+    created: float
+    disks: list[str]
+    checkpoint: str | None
+    pending: bool
+    exports: list[str]
+    error: str | None
+
+
+class ExportInfo(msgspec.Struct, kw_only=True, rename="kebab"):
+    """An export and how many clients have it open."""
+
+    name: str
+    description: str
+    size: int
+    read_only: bool
+    contexts: list[str]
+    connections: int
+
+
+async def disk_info(disk: Disk) -> DiskInfo:
+    """Describe a disk."""
+    bitmaps = [
+        BitmapInfo(
+            name=each.name,
+            granularity=each.granularity,
+            recording=each.recording,
+            busy=False,
+            persistent=True,
+            inconsistent=each.inconsistent,
+            count=await disk.dirty_bytes(each.name),
+        )
+        for each in disk.state.bitmaps.values()
+    ]
+    return DiskInfo(
+        name=disk.name,
+        file=str(disk.image.path),
+        size=disk.size,
+        cluster_size=disk.image.cluster_size,
+        bitmaps=bitmaps,
+        checkpoints=[each.name for each in disk.state.chain.checkpoints],
+        chain_problem=disk.chain_problem,
+        scratch_bytes=disk.copies.scratch_bytes,
+    )
+
+
+async def checkpoint_infos(engine: Engine) -> list[CheckpointInfo]:
+    """Describe all checkpoints, oldest first."""
+    found: dict[str, CheckpointInfo] = {}
+    for disk in engine.disks.values():
+        parent = None
+        for each in disk.state.chain.checkpoints:
+            info = found.setdefault(
+                each.name,
+                CheckpointInfo(
+                    name=each.name,
+                    parent=parent,
+                    created=each.created_ns / 1e9,
+                    owner=each.owner,
+                    state=CheckpointState(each.state).name.lower(),
+                    disks={},
+                ),
+            )
+            problem = disk.state.problem(each)
+            changed = None if problem else await disk.dirty_bytes(each.bitmap_name)
+            info.disks[disk.name] = LinkInfo(size=each.size, changed=changed, problem=problem)
+            parent = each.name
+    return sorted(found.values(), key=lambda info: info.created)
+
+
+def snapshot_infos(engine: Engine) -> list[SnapshotInfo]:
+    """Describe all snapshots, oldest first."""
+    return [
+        SnapshotInfo(
+            name=each.name,
+            created=each.created_ns / 1e9,
+            disks=list(each.disks),
+            checkpoint=each.checkpoint,
+            pending=each.is_pending,
+            exports=list(each.exports),
+            error=each.error,
+        )
+        for each in engine.snapshots.values()
+    ]
+
+
+def export_infos(engine: Engine) -> list[ExportInfo]:
+    """Describe all exports."""
+    return [
+        ExportInfo(
+            name=each.name,
+            description=each.description,
+            size=each.size,
+            read_only=each.read_only,
+            contexts=[context.name for context in each.contexts],
+            connections=each.connections,
+        )
+        for each in engine.exports
+    ]
