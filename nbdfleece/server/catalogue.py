@@ -1,0 +1,65 @@
+"""The exports as the wire sees them: an :class:`Export` becomes an ``ExportInfo``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..export.export import Export, ExportTable
+from ..nbd.export_info import ExportInfo
+from ..nbd.limits import Limits as WireLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedExport(ExportInfo):
+    """What negotiation is shown of an export, with the way back to it.
+
+    Attributes:
+        export: The export itself.
+    """
+
+    export: Export
+
+
+def describe_export(export: Export, limits: WireLimits) -> ServedExport:
+    """Say to the wire what an export can do.
+
+    All connections to an export share its one block node, and a flush of the node covers all
+    that was written to it: CAN_MULTI_CONN holds for every export.
+    """
+    node = export.node
+    read_only = export.read_only or node.read_only
+    return ServedExport(
+        export=export,
+        name=export.name,
+        description=export.description,
+        size=export.size,
+        read_only=read_only,
+        can_multi_conn=True,
+        can_trim=export.can_trim,
+        can_write_zeroes=not read_only,
+        can_fast_zero=not read_only,
+        can_cache=True,
+        minimum_block_size=export.minimum_block_size,
+        preferred_block_size=max(512, export.minimum_block_size, node.preferred_block_size),
+        maximum_payload=limits.payload_advertised_max,
+        contexts=[context.name for context in export.contexts],
+        tls_only=export.tls_only,
+    )
+
+
+class Catalogue:
+    """An :class:`ExportTable` as negotiation asks for it; every answer is worked out anew."""
+
+    def __init__(self, table: ExportTable, limits: WireLimits) -> None:
+        self._table = table
+        self._limits = limits
+
+    def exports(self) -> Iterable[ExportInfo]:
+        """The exports in the table's order."""
+        return [describe_export(export, self._limits) for export in self._table]
+
+    def find(self, name: str) -> ExportInfo | None:
+        """The export that a client means by ``name``."""
+        export = self._table.find(name)
+        return None if export is None else describe_export(export, self._limits)

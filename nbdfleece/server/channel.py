@@ -1,0 +1,161 @@
+"""Channels: where a connection's bytes come from and go to, without waiting.
+
+A channel is a socket, a pair of pipes (one connection on stdin and stdout), or
+TLS over one of them (:mod:`nbdfleece.server.tls`). Receiving and sending raise
+``BlockingIOError`` where they would wait; the connection then asks the event
+loop to say when the descriptor is ready.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from typing import Final, Protocol
+
+SOCKET_BUFFER_BYTES: Final = 4 << 20
+"""Asked of the kernel for sending; it grants what net.core.wmem_max allows. With more room a
+client finds the next replies waiting when it comes back."""
+
+
+class Channel(Protocol):
+    """Both directions of one connection."""
+
+    reader_fd: int
+    """Becomes readable when there is something to receive."""
+    writer_fd: int
+    """Becomes writable when more can be sent."""
+    peer: str
+    """Who is at the other end, for the log."""
+
+    def recv_into(self, view: memoryview, /) -> int:
+        """Receive what is there, up to ``len(view)`` bytes.
+
+        Returns:
+            The number of bytes; 0 at the end.
+
+        Raises:
+            BlockingIOError: Nothing is there now.
+            OSError: The connection is broken.
+        """
+
+    def sendmsg(self, views: list[memoryview], /) -> int:
+        """Send what can be sent without waiting; see :meth:`outbox.Sender.sendmsg`."""
+
+    def has_pending(self) -> bool:
+        """Whether bytes were received that :meth:`recv_into` would return without the kernel."""
+
+    def wants_to_send(self) -> bool:
+        """Whether bytes of the channel's own wait for the descriptor to be writable."""
+
+    def send_own(self) -> None:
+        """Send the channel's own waiting bytes.
+
+        Raises:
+            BlockingIOError: Some of them are left.
+            OSError: The connection is broken.
+        """
+
+    def finish(self) -> None:
+        """Say that nothing more will be sent; queues it for :meth:`send_own` if need be."""
+
+    def close(self) -> None:
+        """Give the descriptors up."""
+
+
+class PlainChannel:
+    """What the channels without TLS have in common: nothing of their own to send."""
+
+    def has_pending(self) -> bool:
+        """Never: all that was not returned is in the kernel."""
+        return False
+
+    def wants_to_send(self) -> bool:
+        """Never."""
+        return False
+
+    def send_own(self) -> None:
+        """Nothing to do."""
+
+
+class SocketChannel(PlainChannel):
+    """A stream socket.
+
+    Args:
+        sock: Connected; owned by the channel from now on.
+        peer: Who is at the other end, for the log.
+    """
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            # Spec: "TCP_NODELAY ... SHOULD be set": a reply must not wait for the next one.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self.peer = peer
+        self.reader_fd = self.writer_fd = sock.fileno()
+        self.recv_into = sock.recv_into
+
+    def sendmsg(self, views: list[memoryview], /) -> int:
+        """Send what the socket takes."""
+        # MSG_NOSIGNAL: a peer that is gone is an error here, whatever SIGPIPE is set to.
+        if len(views) == 1:
+            return self._sock.send(views[0], socket.MSG_NOSIGNAL)
+        return self._sock.sendmsg(views, [], socket.MSG_NOSIGNAL)
+
+    def finish(self) -> None:
+        """Shut the sending side down; what was sent still reaches the peer."""
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            # The peer closed first: there is nobody left to tell.
+            return
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
+
+
+class PipeChannel(PlainChannel):
+    """A pair of pipes, for one connection on stdin and stdout.
+
+    Args:
+        reader_fd: Where requests come from; owned by the channel from now on.
+        writer_fd: Where replies go; likewise.
+    """
+
+    peer = "stdin"
+
+    def __init__(self, reader_fd: int, writer_fd: int) -> None:
+        os.set_blocking(reader_fd, False)
+        os.set_blocking(writer_fd, False)
+        self.reader_fd = reader_fd
+        self.writer_fd = writer_fd
+
+    def recv_into(self, view: memoryview, /) -> int:
+        """Receive what is there."""
+        return os.readv(self.reader_fd, [view])
+
+    def sendmsg(self, views: list[memoryview], /) -> int:
+        """Send what the pipe takes."""
+        return os.writev(self.writer_fd, views)
+
+    def finish(self) -> None:
+        """Nothing to do: the peer sees the end when the pipe is closed."""
+
+    def close(self) -> None:
+        """Close both pipes."""
+        os.close(self.reader_fd)
+        os.close(self.writer_fd)
+
+
+def open_standard_channel() -> SocketChannel | PipeChannel:
+    """The channel on stdin and stdout: one socket as inetd passes it, or two pipes.
+
+    Raises:
+        OSError: They are neither.
+    """
+    if stat.S_ISSOCK(os.fstat(0).st_mode):
+        return SocketChannel(socket.socket(fileno=os.dup(0)), "stdin")
+    return PipeChannel(os.dup(0), os.dup(1))

@@ -1,0 +1,521 @@
+"""One connection: a channel, the handshake, the transmission phase, and the end.
+
+No streams, no task: the event loop calls :meth:`Connection._on_readable` and
+:meth:`Connection._on_writable`, and everything happens in them.
+
+**A turn.** One receive takes what the kernel has, the current phase handles every
+whole message in it, and the replies leave in one send. What is left when the turn
+has used up its share of time is handled in the next turn of the loop.
+
+**States.** Each has one way in:
+
+=============  ======================================================================
+HANDSHAKE      from the start; the phase is a :class:`Handshake`
+TRANSMISSION   :meth:`_begin_transmission`; the phase is a :class:`Transmission`
+CLOSING        :meth:`_begin_closing`, after DISC, ABORT, the end of the stream, or a
+               broken rule: nothing is received any more; requests in flight finish
+               and all replies are sent, then the channel is closed
+CLOSED         :meth:`_release`; from any state when the channel breaks. Descriptors
+               and buffers are given up at once; requests in flight still finish, and
+               their replies are thrown away
+=============  ======================================================================
+
+**Pausing.** When the phase is not open (too many replies unread, too many requests
+in flight) the reader is removed, so that the kernel's buffer fills and the client
+waits. The turn that makes room goes on with what was received.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import Final, Protocol
+
+from ..errors import NbdfleeceError, ProtocolError
+from ..export.export import Export
+from ..nbd.negotiation import MayAccess, Negotiation
+from ..nbd.outcomes import Closed, Negotiated, Outcome, StartTls, TlsMode
+from .buffers import BufferPool
+from .catalogue import Catalogue
+from .channel import Channel
+from .inbox import Inbox
+from .limits import Limits
+from .outbox import Outbox
+from .statistics import Statistics
+from .transmission import Transmission
+
+logger = logging.getLogger("nbdfleece.server")
+
+FAILURES_LOGGED_MAX: Final = 10
+"""Failed requests that are logged for each connection and minute; a broken disk fails thousands."""
+
+
+class State(Enum):
+    """How far a connection is."""
+
+    HANDSHAKE = "handshake"
+    TRANSMISSION = "transmission"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+class Host(Protocol):
+    """What a connection needs of its server."""
+
+    limits: Limits
+    pool: BufferPool
+    catalogue: Catalogue
+    tls_mode: TlsMode
+
+    def may_access(self, connection: Connection) -> MayAccess:
+        """The check of what this client may have."""
+
+    def start_tls(self, channel: Channel) -> Channel:
+        """TLS over a channel, as the server's side."""
+
+    def open_export(self, connection: Connection, export: Export) -> str | None:
+        """The connection's transmission phase begins; says why not, if it must not."""
+
+    def closed(self, connection: Connection) -> None:
+        """The connection is over and nothing of it is left."""
+
+
+class Handshake:
+    """The handshake phase: bytes go to the state machine, its replies to the outbox."""
+
+    needed = 1
+
+    def __init__(self, negotiation: Negotiation, outbox: Outbox, limits: Limits) -> None:
+        self._negotiation = negotiation
+        self._outbox = outbox
+        self._reply_bytes_max = limits.wire.reply_bytes_max
+        self._has_more = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something to do: receiving more, or answering what was received."""
+        return not self._is_full and (self._has_more or self._negotiation.outcome is None)
+
+    @property
+    def _is_full(self) -> bool:
+        return self._outbox.queued_bytes > self._reply_bytes_max
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the handshake has ended, once all its replies are in the outbox."""
+        return None if self._has_more else self._negotiation.outcome
+
+    def handle(self, inbox: Inbox) -> bool:
+        """Give what was received to the machine and take its replies."""
+        if len(inbox) and self._negotiation.outcome is None:
+            data = inbox.peek(len(inbox))
+            inbox.start = inbox.end
+            self._negotiation.receive_data(data)
+        self._has_more = True
+        while not self._is_full:
+            reply = self._negotiation.data_to_send()
+            if not reply:
+                self._has_more = False
+                break
+            self._outbox.put(reply)
+        return False
+
+    def receive_eof(self) -> None:
+        """The client has closed its side."""
+        self._negotiation.receive_eof()
+        self._has_more = False
+
+    def shut_down(self) -> None:
+        """Answer further options with ERR_SHUTDOWN."""
+        self._negotiation.shut_down()
+
+
+class Connection:
+    """One client.
+
+    Args:
+        host: The server.
+        channel: The bytes; owned by the connection.
+
+    Attributes:
+        state: How far it is.
+        export: What it has open, in its transmission phase.
+        statistics: What it has done.
+    """
+
+    def __init__(self, host: Host, channel: Channel) -> None:
+        self.state = State.HANDSHAKE
+        self.export: Export | None = None
+        self.statistics = Statistics()
+        self.outbox = Outbox(host.pool)
+        self.peer = channel.peer
+        self._host = host
+        self._limits = host.limits
+        self._channel = channel
+        self._loop = asyncio.get_running_loop()
+        self._inbox = Inbox(host.pool)
+        self._phase: Handshake | Transmission = self._new_handshake(None)
+        self._is_reading = False
+        self._is_writing = False
+        self._turn: asyncio.Handle | None = None
+        self._tick: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._drain_waiters: list[asyncio.Future[None]] = []
+        self._progress = (0, 0)
+        self._failures = FailureLog(self.peer)
+        self._is_released = False
+
+    def start(self) -> None:
+        """Greet the client."""
+        seconds = self._limits.handshake_seconds
+        if seconds:
+            self._timer = self._loop.call_later(seconds, self._end_slow_handshake)
+        self._take_turn()
+
+    def shut_down(self, reason: str) -> None:
+        """Refuse what is asked from now on; see :meth:`finish` for what ends the connection."""
+        logger.debug("%s: shutting down: %s", self.peer, reason)
+        if isinstance(self._phase, Handshake):
+            self._phase.shut_down()
+        else:
+            self._phase.shutting_down = True
+
+    def finish(self, reason: str) -> None:
+        """Finish what is in flight, send all replies, close."""
+        if self.state in (State.HANDSHAKE, State.TRANSMISSION):
+            self._begin_closing(reason)
+            self._settle()
+
+    def abort(self, reason: str) -> None:
+        """Close at once; what is in flight is cancelled."""
+        if isinstance(self._phase, Transmission):
+            self._phase.cancel()
+        if self.state is not State.CLOSED:
+            logger.info("%s: connection closed: %s", self.peer, reason)
+            self._release()
+
+    @property
+    def requests_in_flight(self) -> int:
+        """Requests that wait for something."""
+        return self._phase.requests_in_flight if isinstance(self._phase, Transmission) else 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight, half received, or on its way out."""
+        return not (self.requests_in_flight or self.outbox.queued_bytes or self._turn)
+
+    # Receiving.
+
+    def _on_readable(self) -> None:
+        if self._turn is not None or self.state in (State.CLOSING, State.CLOSED):
+            return  # the rest of the last turn comes first
+        try:
+            count = self._channel.recv_into(self._inbox.space(self._phase.needed))
+        except BlockingIOError:
+            self.flush()  # TLS may have something to say
+            self._settle()
+            return
+        except OSError as error:
+            self._lose(error)
+            return
+        if count == 0:
+            self._receive_eof()
+            return
+        self._inbox.received(count)
+        self._take_turn()
+
+    def _take_turn(self) -> None:
+        """Handle what was received, send the replies."""
+        self._turn = None
+        try:
+            has_more = self._phase.handle(self._inbox)
+        except ProtocolError as error:
+            self._begin_closing(f"protocol error: {error}", level=logging.WARNING)
+            has_more = False
+        if self.state is State.CLOSED:
+            return
+        self.flush()
+        if has_more and self._can_receive():
+            self._turn = self._loop.call_soon(self._take_turn)
+        self._settle()
+
+    def _receive_eof(self) -> None:
+        if isinstance(self._phase, Handshake):
+            self._phase.receive_eof()
+        elif len(self._inbox):
+            self._begin_closing("the client left in the middle of a request")
+        else:
+            self._begin_closing("the client left without a DISC")
+        self._settle()
+
+    # Sending.
+
+    def flush(self) -> None:
+        """Send what can be sent now; the rest follows when the channel is writable."""
+        if self._is_writing or self.state is State.CLOSED:
+            return
+        try:
+            self._send()
+        except BlockingIOError:
+            self._is_writing = True
+            self._loop.add_writer(self._channel.writer_fd, self._on_writable)
+        except OSError as error:
+            self._lose(error)
+
+    def _send(self) -> None:
+        self.outbox.send(self._channel)
+        self._channel.send_own()
+
+    def _on_writable(self) -> None:
+        try:
+            self._send()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(error)
+            return
+        else:
+            self._stop_writing()
+        self._wake_drain_waiters()
+        self._go_on()
+
+    def _stop_writing(self) -> None:
+        if self._is_writing:
+            self._is_writing = False
+            self._loop.remove_writer(self._channel.writer_fd)
+
+    def send_soon(self) -> None:
+        """Send in this turn of the loop, together with what else ends in it."""
+        if self._tick is None and not self._is_released:
+            self._tick = self._loop.call_soon(self._on_tick)
+
+    def _on_tick(self) -> None:
+        self._tick = None
+        self.flush()
+        self._go_on()
+
+    async def drained(self) -> None:
+        """Wait until the client has read something, or has left."""
+        waiter = self._loop.create_future()
+        self._drain_waiters.append(waiter)
+        await waiter
+
+    def _wake_drain_waiters(self) -> None:
+        for waiter in self._drain_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._drain_waiters.clear()
+
+    # What follows from it.
+
+    def _go_on(self) -> None:
+        """Handle what was left when the connection paused, if it may go on now."""
+        if self._can_receive() and not self._is_reading and self._turn is None:
+            self._take_turn()
+        else:
+            self._settle()
+
+    def _can_receive(self) -> bool:
+        return self.state in (State.HANDSHAKE, State.TRANSMISSION) and self._phase.is_open
+
+    def _settle(self) -> None:
+        """After anything happened: next phase, reading or pausing, the end."""
+        if self.state is State.HANDSHAKE:
+            self._leave_handshake()
+        elif isinstance(self._phase, Transmission) and self._phase.disconnected:
+            self._begin_closing("the client disconnected", level=logging.DEBUG)
+        if self.state is State.CLOSING and self.is_idle:
+            self._close_channel()
+        elif self.state is State.CLOSED:
+            self._report_if_over()
+        else:
+            self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        """Read the channel, or pause; a connection with nothing left over keeps no buffer."""
+        can_receive = self._can_receive()
+        if can_receive != self._is_reading:
+            self._is_reading = can_receive
+            if can_receive:
+                self._loop.add_reader(self._channel.reader_fd, self._on_readable)
+            else:
+                self._loop.remove_reader(self._channel.reader_fd)
+        self._inbox.give_back()
+        if can_receive and self._channel.has_pending():
+            self._loop.call_soon(self._on_readable)
+
+    def _leave_handshake(self) -> None:
+        assert isinstance(self._phase, Handshake)
+        outcome = self._phase.outcome
+        if isinstance(outcome, Negotiated):
+            self._begin_transmission(outcome)
+        elif isinstance(outcome, Closed):
+            level = logging.DEBUG if outcome.clean else logging.WARNING
+            self._begin_closing(outcome.reason, level=level)
+        elif isinstance(outcome, StartTls) and not self.outbox.queued_bytes:
+            self._begin_tls(outcome)
+
+    def _new_handshake(self, after: StartTls | None) -> Handshake:
+        negotiation = Negotiation(
+            self._host.catalogue,
+            self._limits.wire,
+            tls=self._host.tls_mode,
+            after=after,
+            may_access=self._host.may_access(self),
+        )
+        return Handshake(negotiation, self.outbox, self._limits)
+
+    def _begin_tls(self, outcome: StartTls) -> None:
+        """Everything received so far is forgotten; the handshake begins anew inside TLS."""
+        self._channel = self._host.start_tls(self._channel)
+        self._phase = self._new_handshake(outcome)
+
+    def _begin_transmission(self, negotiated: Negotiated) -> None:
+        self.state = State.TRANSMISSION
+        self._phase = transmission = Transmission(negotiated, self, self._limits)
+        self.export = transmission.export
+        self.statistics = transmission.statistics
+        refusal = self._host.open_export(self, transmission.export)
+        if refusal is not None:
+            self._begin_closing(refusal)
+            return
+        logger.info("%s: opened export '%s'", self.peer, self.export.name)
+        self._set_timer(self._limits.idle_seconds, self._end_idle)
+        if negotiated.leftover:
+            self._inbox.append(negotiated.leftover)
+            self._turn = self._loop.call_soon(self._take_turn)
+
+    # Time.
+
+    def _set_timer(self, seconds: float, callback: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._progress = self._current_progress()
+        self._timer = self._loop.call_later(seconds, callback) if seconds else None
+
+    def _current_progress(self) -> tuple[int, int]:
+        return self.statistics.requests, self.outbox.sent_bytes
+
+    def _has_moved(self) -> bool:
+        """Whether something was received or sent since the timer was set."""
+        return self._progress != self._current_progress()
+
+    def _end_slow_handshake(self) -> None:
+        self._timer = None
+        logger.warning(
+            "%s: handshake not done after %g s, the limit: connection closed",
+            self.peer,
+            self._limits.handshake_seconds,
+        )
+        self._release()
+
+    def _end_idle(self) -> None:
+        if self._has_moved() or self.requests_in_flight:
+            self._set_timer(self._limits.idle_seconds, self._end_idle)
+            return
+        self.abort(f"idle for {self._limits.idle_seconds:g} s, the limit")
+
+    def _end_slow_closing(self) -> None:
+        if self._has_moved() or self.requests_in_flight:
+            self._set_timer(self._limits.closing_seconds, self._end_slow_closing)
+            return
+        self.abort(f"the client does not read its replies for {self._limits.closing_seconds:g} s")
+
+    # The end.
+
+    def _begin_closing(self, reason: str, *, level: int = logging.INFO) -> None:
+        if self.state in (State.CLOSING, State.CLOSED):
+            return
+        logger.log(level, "%s: closing: %s", self.peer, reason)
+        self.state = State.CLOSING
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+        if self._is_reading:
+            self._is_reading = False
+            self._loop.remove_reader(self._channel.reader_fd)
+        self._inbox.close()
+        self._set_timer(self._limits.closing_seconds, self._end_slow_closing)
+
+    def _close_channel(self) -> None:
+        """All replies are sent: say goodbye and close."""
+        try:
+            self._channel.finish()
+            self._channel.send_own()
+        except BlockingIOError:
+            logger.debug("%s: no room for the end of TLS", self.peer)
+        except OSError as error:
+            logger.debug("%s: %s", self.peer, error)
+        self._release()
+
+    def _lose(self, error: OSError) -> None:
+        """The channel is broken."""
+        logger.info("%s: connection lost: %s", self.peer, error)
+        with contextlib.suppress(OSError):  # a TLS alert may still get through
+            self._channel.send_own()
+        self._release()
+
+    def _release(self) -> None:
+        """Give everything up but the requests in flight."""
+        if self.state is State.CLOSED:
+            return
+        self.state = State.CLOSED
+        for handle in (self._turn, self._timer):
+            if handle is not None:
+                handle.cancel()
+        self._turn = self._timer = None
+        if self._is_reading:
+            self._is_reading = False
+            self._loop.remove_reader(self._channel.reader_fd)
+        self._stop_writing()
+        self._inbox.close()
+        self.outbox.close()
+        self._channel.close()
+        self._wake_drain_waiters()
+        self._report_if_over()
+
+    def _report_if_over(self) -> None:
+        if self.requests_in_flight or self._is_released:
+            return
+        self._is_released = True
+        if self._tick is not None:
+            self._tick.cancel()
+        self._failures.close()
+        self._host.closed(self)
+
+    def log_failure(self, text: str, error: BaseException) -> None:
+        """Note a request that failed for a reason of ours, not more often than is readable."""
+        self._failures.log(text, error)
+
+
+class FailureLog:
+    """Failed requests in the log, at most :data:`FAILURES_LOGGED_MAX` a minute."""
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+        self._minute = 0
+        self._logged = 0
+        self._left_out = 0
+
+    def log(self, text: str, error: BaseException) -> None:
+        """Write one line; with a traceback if the error is a bug of ours."""
+        minute = int(time.monotonic() / 60)
+        if minute != self._minute:
+            self.close()
+            self._minute, self._logged = minute, 0
+        if self._logged >= FAILURES_LOGGED_MAX:
+            self._left_out += 1
+            return
+        self._logged += 1
+        known = isinstance(error, (OSError, NbdfleeceError))
+        logger.error("%s: %s: %s", self._peer, text, error, exc_info=None if known else error)
+
+    def close(self) -> None:
+        """Say how many lines were left out."""
+        if self._left_out:
+            logger.error("%s: %d more requests failed", self._peer, self._left_out)
+            self._left_out = 0

@@ -1,0 +1,52 @@
+"""Limits of the server: how much time, how many connections, how much memory, and why that much.
+
+What one message or one handshake may contain is the wire's affair
+(:class:`nbdfleece.nbd.limits.Limits`); it is carried along here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..nbd.limits import KIB, MIB
+from ..nbd.limits import Limits as WireLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What clients may take of the server; each hit is one line in the log.
+
+    Attributes:
+        handshake_seconds: From accepting a connection to its transmission phase, TLS
+            included; QEMU's 10 s. A client that dribbles holds a socket no longer
+            (CVE-2024-7409). 0: no limit.
+        idle_seconds: A connection in transmission without a request for so long is closed.
+            0: no limit, since a kernel's block device may be idle for days.
+        connections_max: Connections at a time, handshakes included. One costs about 10 KiB
+            before its transmission phase, so 1000 cost 10 MiB. Above it: closed at once.
+        closing_seconds: At the end of a connection, for a client that reads nothing of the
+            replies that are left. 0: no limit.
+        queued_bytes_max: Replies that wait for one client to read them before its requests
+            are no longer read. Large enough for a whole round of a fast client (64 requests
+            of 64 KiB); a hundred clients that never read hold 400 MiB of it at most.
+        flush_bytes: Replies are sent when so many bytes wait, also within one wake-up:
+            what was just read is still in the processor's cache.
+        wake_up_bytes_max: Work for one connection before the others have their turn; about a
+            millisecond. A request counts for 4 KiB at least.
+        read_chunk_bytes_max: A structured read is answered in chunks of this size once it is
+            larger, so that a read of 32 MiB needs no buffer of 32 MiB.
+        idle_buffer_bytes_max: Buffers that are kept for the next use, for all connections.
+        wire: The limits of the handshake and of single messages; also the requests and bytes
+            in flight per connection.
+    """
+
+    handshake_seconds: float = 10.0
+    idle_seconds: float = 0.0
+    connections_max: int = 1000
+    closing_seconds: float = 5.0
+    queued_bytes_max: int = 4 * MIB
+    flush_bytes: int = 256 * KIB
+    wake_up_bytes_max: int = 2 * MIB
+    read_chunk_bytes_max: int = 2 * MIB
+    idle_buffer_bytes_max: int = 64 * MIB
+    wire: WireLimits = field(default_factory=WireLimits)

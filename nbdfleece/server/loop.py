@@ -1,0 +1,41 @@
+"""Choosing the event loop: uvloop where it is installed, asyncio's own where asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Literal, TypeVar
+
+from ..errors import UsageError
+
+T = TypeVar("T")
+
+LoopChoice = Literal["auto", "uvloop", "asyncio"]
+LOOP_CHOICES: Final[tuple[LoopChoice, ...]] = ("auto", "uvloop", "asyncio")
+
+
+def loop_factory(choice: LoopChoice = "auto") -> Callable[[], asyncio.AbstractEventLoop]:
+    """What makes the event loop.
+
+    Args:
+        choice: "auto" takes uvloop if it is installed.
+
+    Raises:
+        UsageError: uvloop was asked for and is not installed.
+    """
+    if choice == "asyncio":
+        return asyncio.new_event_loop
+    if importlib.util.find_spec("uvloop") is not None:
+        import uvloop
+
+        return uvloop.new_event_loop
+    if choice == "uvloop":
+        raise UsageError("uvloop is not installed: install it, or choose the loop 'asyncio'")
+    return asyncio.new_event_loop
+
+
+def run(main: Coroutine[Any, Any, T], choice: LoopChoice = "auto", *, debug: bool = False) -> T:
+    """Run ``main`` to its end in a new event loop, as ``asyncio.run`` does."""
+    with asyncio.Runner(debug=debug or None, loop_factory=loop_factory(choice)) as runner:
+        return runner.run(main)

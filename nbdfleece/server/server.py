@@ -1,0 +1,263 @@
+"""The NBD server: exports, listeners, connections, and how they all end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import struct
+from typing import Final
+
+from ..export.export import Export, ExportTable
+from ..nbd.export_info import ExportInfo
+from ..nbd.negotiation import MayAccess
+from ..nbd.outcomes import TlsMode
+from .buffers import BufferPool
+from .catalogue import Catalogue, ServedExport
+from .channel import Channel, SocketChannel
+from .connection import Connection
+from .limits import Limits
+from .listener import Listener
+from .statistics import Statistics
+
+logger = logging.getLogger("nbdfleece.server")
+
+LINGER_SECONDS: Final = 0.1
+"""On shutting down, how long requests that are on their way are still answered (with ESHUTDOWN)."""
+
+CANCEL_SECONDS: Final = 5.0
+"""How long cancelled requests may take to end before they are left behind."""
+
+_ACCEPTS_MAX: Final = 64
+"""Connections that are accepted in one go, before the others have their turn."""
+
+_OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_ACCEPT_PAUSE_SECONDS: Final = 1.0
+
+
+class NbdServer:
+    """Serves the exports of a table; made and used inside a running event loop.
+
+    Args:
+        exports: What is served; may change at any time, see :meth:`close_export`.
+        limits: What clients may take.
+
+    Attributes:
+        connections: All that are open, in the order of their arrival.
+        exports: As given.
+    """
+
+    def __init__(self, exports: ExportTable, *, limits: Limits | None = None) -> None:
+        self.exports = exports
+        self.limits = limits or Limits()
+        self.pool = BufferPool(self.limits.idle_buffer_bytes_max)
+        self.catalogue = Catalogue(exports, self.limits.wire)
+        self.tls_mode = TlsMode.NOTLS
+        self.connections: dict[Connection, None] = {}
+        self._listeners: list[Listener] = []
+        self._loop = asyncio.get_running_loop()
+        self._past: dict[str, Statistics] = {}
+        self._watchers: list[asyncio.Event] = []
+        self._is_shutting_down = False
+
+    # Listeners and connections.
+
+    def add_listener(self, listener: Listener) -> None:
+        """Accept clients; the listener is the server's from now on."""
+        self._listeners.append(listener)
+        self._loop.add_reader(listener.sock.fileno(), self._accept, listener)
+
+    def remove_listener(self, listener: Listener) -> None:
+        """Stop listening; connected clients stay."""
+        self._listeners.remove(listener)
+        self._loop.remove_reader(listener.sock.fileno())
+        listener.close()
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """Where clients are accepted."""
+        return list(self._listeners)
+
+    def _accept(self, listener: Listener) -> None:
+        for _ in range(_ACCEPTS_MAX):
+            try:
+                sock, address = listener.sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                self._pause_accepting(listener, error)
+                return
+            self._accept_socket(sock, address)
+
+    def _accept_socket(self, sock: socket.socket, address: object) -> None:
+        peer = _describe_peer(sock, address)
+        if len(self.connections) >= self.limits.connections_max:
+            logger.warning(
+                "%s: connection refused: %d are open, the limit",
+                peer,
+                self.limits.connections_max,
+            )
+            sock.close()
+            return
+        self.add_channel(SocketChannel(sock, peer))
+
+    def _pause_accepting(self, listener: Listener, error: OSError) -> None:
+        """Out of descriptors: the listener would call us again at once, for ever."""
+        if error.errno not in _OUT_OF_RESOURCES:
+            raise error
+        logger.error("cannot accept on %s: %s; trying again soon", listener.name, error.strerror)
+        self._loop.remove_reader(listener.sock.fileno())
+        self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._accept_again, listener)
+
+    def _accept_again(self, listener: Listener) -> None:
+        if listener in self._listeners:
+            self._loop.add_reader(listener.sock.fileno(), self._accept, listener)
+
+    def add_channel(self, channel: Channel) -> Connection:
+        """Serve one client on a channel that is connected already."""
+        connection = Connection(self, channel)
+        self.connections[connection] = None
+        logger.debug("%s: connected", channel.peer)
+        connection.start()
+        return connection
+
+    # What connections ask for.
+
+    def may_access(self, connection: Connection) -> MayAccess:
+        """The check of what this client may have."""
+
+        def check(info: ExportInfo) -> str | None:
+            assert isinstance(info, ServedExport)
+            export = info.export
+            if export.connections_max is None or export.connections < export.connections_max:
+                return None
+            reason = f"{export.connections} clients have it open, the limit"
+            logger.warning("%s: export '%s' refused: %s", connection.peer, export.name, reason)
+            return f"export '{export.name}': {reason}"
+
+        return check
+
+    def start_tls(self, channel: Channel) -> Channel:
+        """TLS over a channel."""
+        raise AssertionError("negotiation offers no TLS")
+
+    def open_export(self, connection: Connection, export: Export) -> str | None:
+        """Note that a connection uses an export, unless it was closed a moment ago."""
+        if all(offered is not export for offered in self.exports):
+            return f"export '{export.name}' is no longer served"
+        export.connections += 1
+        return None
+
+    def closed(self, connection: Connection) -> None:
+        """Note that a connection is over."""
+        del self.connections[connection]
+        if connection.export is not None:
+            connection.export.connections -= 1
+            past = self._past.setdefault(connection.export.name, Statistics())
+            past.add(connection.statistics)
+        logger.debug("%s: closed: %s", connection.peer, connection.statistics)
+        for watcher in self._watchers:
+            watcher.set()
+
+    # Statistics.
+
+    def export_statistics(self, name: str) -> Statistics:
+        """What all connections to an export have done, those of the past too."""
+        total = Statistics()
+        total.add(self._past.get(name, Statistics()))
+        for connection in self.connections:
+            if connection.export is not None and connection.export.name == name:
+                total.add(connection.statistics)
+        return total
+
+    # The end.
+
+    async def close_export(
+        self, name: str, *, hard: bool = False, grace_seconds: float = 10.0
+    ) -> None:
+        """Stop serving an export; on return nothing uses its node any more.
+
+        Args:
+            name: The export, which is taken from the table if it is still there.
+            hard: Close its clients at once; otherwise what they have in flight is finished.
+            grace_seconds: How long that may take before they are closed all the same.
+        """
+        export = self.exports.remove(name) if self.exports.find(name) else None
+        clients = [
+            connection
+            for connection in self.connections
+            if connection.export is not None
+            and (connection.export is export or connection.export.name == name)
+        ]
+        reason = f"export '{name}' is no longer served"
+        await self._end(clients, reason, 0.0 if hard else grace_seconds)
+
+    async def shut_down(self, grace_seconds: float = 10.0) -> None:
+        """Stop listening, let clients finish, close them all.
+
+        Args:
+            grace_seconds: How long what is in flight may take before it is cancelled.
+        """
+        self._is_shutting_down = True
+        for listener in self.listeners:
+            self.remove_listener(listener)
+        await self._end(list(self.connections), "the server is shutting down", grace_seconds)
+
+    async def _end(self, clients: list[Connection], reason: str, grace_seconds: float) -> None:
+        """End connections: refuse, finish, and in the end cancel."""
+        deadline = self._loop.time() + grace_seconds
+        for connection in clients:
+            connection.shut_down(reason)
+        await self._wait_closed(clients, min(LINGER_SECONDS, grace_seconds))
+        for connection in self._still_open(clients):
+            if grace_seconds > 0:
+                connection.finish(reason)
+        await self._wait_closed(clients, deadline - self._loop.time())
+        for connection in self._still_open(clients):
+            connection.abort(f"{reason}, and {grace_seconds:g} s of grace are over")
+        await self._wait_closed(clients, CANCEL_SECONDS)
+        for connection in self._still_open(clients):
+            logger.error(
+                "%s: %d requests do not end", connection.peer, connection.requests_in_flight
+            )
+
+    def _still_open(self, clients: list[Connection]) -> list[Connection]:
+        return [connection for connection in clients if connection in self.connections]
+
+    async def _wait_closed(self, clients: list[Connection], seconds: float) -> None:
+        """Wait until all of the clients are closed, or the time is over."""
+        changed = asyncio.Event()
+        self._watchers.append(changed)
+        try:
+            async with asyncio.timeout(max(seconds, 0)):
+                while self._still_open(clients):
+                    changed.clear()
+                    await changed.wait()
+        except TimeoutError:
+            return
+        finally:
+            self._watchers.remove(changed)
+
+    async def wait_idle(self) -> None:
+        """Wait until no client is connected."""
+        changed = asyncio.Event()
+        self._watchers.append(changed)
+        try:
+            while self.connections:
+                changed.clear()
+                await changed.wait()
+        finally:
+            self._watchers.remove(changed)
+
+
+def _describe_peer(sock: socket.socket, address: object) -> str:
+    """Who is at the other end, for the log."""
+    if sock.family == socket.AF_UNIX:
+        packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid, _ = struct.unpack("3i", packed)
+        return f"unix:pid={pid},uid={uid}"
+    if isinstance(address, tuple) and len(address) >= 2:
+        host, port = address[0], address[1]
+        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+    return str(address)

@@ -1,0 +1,28 @@
+"""What connections and exports have done, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Counts since the beginning; of a connection, or of all connections of an export.
+
+    Attributes:
+        requests: Requests that were received.
+        errors: Requests that were answered with an error.
+        read_bytes: Data sent in answer to READ.
+        written_bytes: Data of WRITEs that succeeded.
+    """
+
+    requests: int = 0
+    errors: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+    def add(self, other: Statistics) -> None:
+        """Add the counts of ``other``."""
+        for entry in fields(self):
+            name = entry.name
+            setattr(self, name, getattr(self, name) + getattr(other, name))

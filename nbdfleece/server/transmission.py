@@ -1,0 +1,442 @@
+"""The transmission phase of one connection: requests in, replies out.
+
+:meth:`Transmission.handle` takes whole requests out of the inbox, one after the
+other. Each is one coroutine, started at once (:mod:`.eager`): if it does not wait,
+its reply is in the outbox when :func:`~.eager.start` returns, and nothing is left
+of it. If it waits, it becomes a task and is **in flight**: later requests overtake
+it, and its reply is sent in the turn of the loop in which it ends.
+
+**Who holds what.** A request in flight holds its place in the outbox (a READ), or
+a pin on the receive buffer that its payload lies in (a WRITE). Both are dropped
+when its task ends, whether or not the client is still there. Node operations are
+never cancelled because a client has left: a write that has begun is finished.
+
+**When no more requests are started** (:attr:`Transmission.is_open`): too many
+replies wait for the client to read them, or too many requests or bytes are in
+flight. The driver then stops reading the socket until that has changed (rule 5).
+
+Spec: proto.md, "Transmission phase", "Request types", "Structured reply types".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Final, Protocol
+
+from ..block.node import BlockNode
+from ..errors import SnapshotError
+from ..extents import Extents
+from ..nbd.constants import Command, CommandFlag, Error
+from ..nbd.errors import RequestError, error_from_errno
+from ..nbd.outcomes import Negotiated
+from ..nbd.replies import Replies, fit_extents, replies_for
+from ..nbd.requests import Request, RequestRules
+from .buffers import Buffer
+from .catalogue import ServedExport
+from .eager import start
+from .inbox import IN_PLACE_BYTES_MAX, Inbox
+from .limits import Limits
+from .outbox import Outbox
+from .statistics import Statistics
+
+BAD_BLOCKS_MAX: Final = 16
+"""A READ that meets errors is given up after so many bad blocks: each may cost a disk seconds."""
+
+_REQUEST_COST: Final = 4096
+"""What a request counts for at least in its connection's turn, in bytes."""
+
+_NO_PAYLOAD: Final = memoryview(b"")
+_READ: Final = int(Command.READ)
+_WRITE: Final = int(Command.WRITE)
+_DISC: Final = int(Command.DISC)
+_FUA: Final = int(CommandFlag.FUA)
+_DF: Final = int(CommandFlag.DF)
+_NO_HOLE: Final = int(CommandFlag.NO_HOLE)
+_FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
+_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
+
+Handler = Callable[[Request, memoryview], Coroutine[Any, Any, None]]
+
+
+class Host(Protocol):
+    """What the transmission phase needs of its driver."""
+
+    outbox: Outbox
+
+    def flush(self) -> None:
+        """Send what can be sent now."""
+
+    def send_soon(self) -> None:
+        """Send in this turn of the loop, once."""
+
+    async def drained(self) -> None:
+        """Wait until the client has read something, or has left."""
+
+    def log_failure(self, text: str, error: BaseException) -> None:
+        """Note a request that failed for a reason of ours."""
+
+
+class Transmission:
+    """The requests of one connection.
+
+    Args:
+        negotiated: What the handshake ended with; its export is a :class:`ServedExport`.
+        host: The driver.
+        limits: What the client may take.
+
+    Attributes:
+        needed: Bytes that the next message takes, as far as is known.
+        disconnected: The client has sent DISC.
+        shutting_down: New requests are answered with ESHUTDOWN.
+        requests_in_flight: Requests that wait for something.
+        bytes_in_flight: Their payload, either way.
+    """
+
+    def __init__(self, negotiated: Negotiated, host: Host, limits: Limits) -> None:
+        assert isinstance(negotiated.export, ServedExport)
+        self.export = negotiated.export.export
+        self.statistics = Statistics()
+        self.disconnected = False
+        self.shutting_down = False
+        self.requests_in_flight = 0
+        self.bytes_in_flight = 0
+        self._host = host
+        self._limits = limits
+        self._outbox = host.outbox
+        self._node: BlockNode = self.export.node
+        self._rules = RequestRules(negotiated, limits.wire)
+        self._replies: Replies = replies_for(negotiated)
+        self._extended = negotiated.extended_headers
+        self._chunk_max = min(self._rules.chunk_max, limits.read_chunk_bytes_max)
+        # Room for one more of the largest requests is always left.
+        self._pause_bytes = limits.wire.bytes_in_flight_max - self._rules.payload_max
+        self._contexts = {
+            selected.context_id: context
+            for selected in negotiated.contexts
+            if (context := self.export.context(selected.name)) is not None
+        }
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._partial: Request | None = None
+        self._partial_length = 0
+        self._skip_left = 0
+        self.needed = self._rules.header_size
+        self._operations: dict[int, Handler] = {
+            Command.WRITE: self._write,
+            Command.FLUSH: self._flush,
+            Command.TRIM: self._trim,
+            Command.CACHE: self._cache,
+            Command.WRITE_ZEROES: self._write_zeroes,
+        }
+        self._handlers: dict[int, Handler] = {
+            **dict.fromkeys(self._operations, self._perform),
+            Command.READ: self._read,
+            Command.BLOCK_STATUS: self._block_status,
+        }
+
+    # Framing.
+
+    @property
+    def is_open(self) -> bool:
+        """Whether one more request may be started."""
+        return (
+            self._outbox.queued_bytes < self._limits.queued_bytes_max
+            and self.requests_in_flight < self._limits.wire.requests_in_flight_max
+            and self.bytes_in_flight <= self._pause_bytes
+            and not self.disconnected
+        )
+
+    def handle(self, inbox: Inbox) -> bool:
+        """Handle whole requests, for one turn at most.
+
+        Returns:
+            Whether requests may be left: the turn is over, or the connection must pause
+            (:attr:`is_open`). Otherwise bytes are missing.
+
+        Raises:
+            ProtocolError: The stream is out of step: drop the connection.
+        """
+        turn_left = self._limits.wake_up_bytes_max
+        flush_bytes = self._limits.flush_bytes
+        while self.is_open:
+            request = self._handle_next(inbox)
+            if request is None:
+                return False
+            turn_left -= max(request[5], _REQUEST_COST)
+            if self._outbox.queued_bytes >= flush_bytes:
+                self._host.flush()
+            if turn_left <= 0:
+                break
+        return not self.disconnected
+
+    def _handle_next(self, inbox: Inbox) -> Request | None:
+        """Handle the next request if all of it is here."""
+        if self._partial is not None:
+            return self._handle_payload(self._partial, inbox)
+        if self._skip_left and not self._skip(inbox):
+            return None
+        rules = self._rules
+        if inbox.end - inbox.start < rules.header_size:
+            self.needed = rules.header_size
+            return None
+        assert inbox.buffer is not None
+        request = rules.unpack(inbox.buffer.view, inbox.start)
+        inbox.start += rules.header_size
+        self.statistics.requests += 1
+        if request[2] == _WRITE or self._extended:
+            payload_length = rules.payload_length(request)
+            if payload_length:
+                return self._begin_payload(request, payload_length, inbox)
+        if request[2] == _DISC:
+            self.disconnected = True
+        elif self._admit(request):
+            self._begin(request, _NO_PAYLOAD, None)
+        return request
+
+    def _begin_payload(self, request: Request, length: int, inbox: Inbox) -> Request | None:
+        """Receive the payload of a request, or throw it away as it comes."""
+        if not self._admit(request):
+            self._skip_left = length
+            self._skip(inbox)
+            return request
+        self._partial, self._partial_length = request, length
+        if length > IN_PLACE_BYTES_MAX:
+            inbox.begin_large(length)
+        return self._handle_payload(request, inbox)
+
+    def _handle_payload(self, request: Request, inbox: Inbox) -> Request | None:
+        """Handle a request with its payload if all of it is here."""
+        length = self._partial_length
+        if length > IN_PLACE_BYTES_MAX:
+            large = inbox.finish_large()
+            if large is None:
+                return None
+            self._partial = None
+            self._begin(request, large.view[:length], large)
+            large.release()
+            return request
+        if inbox.end - inbox.start < length:
+            self.needed = length
+            return None
+        self._partial = None
+        payload = inbox.peek(length)
+        inbox.start += length
+        self._begin(request, payload, inbox.buffer)
+        return request
+
+    def _skip(self, inbox: Inbox) -> bool:
+        """Throw payload away; whether all of it is gone."""
+        count = min(self._skip_left, len(inbox))
+        inbox.start += count
+        self._skip_left -= count
+        self.needed = self._rules.header_size
+        return not self._skip_left
+
+    def _admit(self, request: Request) -> bool:
+        """Whether the request may be carried out; if not, it has been answered."""
+        try:
+            self._rules.check(request)
+            if self.shutting_down:
+                raise RequestError(Error.ESHUTDOWN, "the server is shutting down")
+        except RequestError as error:
+            self._refuse(request, error)
+            return False
+        return True
+
+    def _begin(self, request: Request, payload: memoryview, buffer: Buffer | None) -> None:
+        """Start a request; ``buffer`` holds its payload."""
+        task = start(self._handlers[request[2]](request, payload))
+        if task is None:
+            return
+        cost = len(payload)
+        if request.command == _READ:
+            cost = min(request.length, self._rules.payload_max)
+        if buffer is not None:
+            buffer.users += 1
+        self.requests_in_flight += 1
+        self.bytes_in_flight += cost
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._end, cost, buffer))
+
+    def _end(self, cost: int, buffer: Buffer | None, task: asyncio.Task[None]) -> None:
+        """A request that waited has ended."""
+        self._tasks.discard(task)
+        self.requests_in_flight -= 1
+        self.bytes_in_flight -= cost
+        if buffer is not None:
+            buffer.release()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._host.log_failure("a request ended without a reply", error)
+        self._host.send_soon()
+
+    def cancel(self) -> None:
+        """Cancel what is in flight; the end of a grace time."""
+        for task in self._tasks:
+            task.cancel()
+
+    # Answers.
+
+    def _succeed(self, request: Request) -> None:
+        self._outbox.put(self._replies.success(request))
+
+    def _refuse(self, request: Request, error: RequestError) -> None:
+        self.statistics.errors += 1
+        self._outbox.put(self._replies.error(request, error.error, error.text))
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Answer a request that could not be carried out."""
+        if isinstance(error, RequestError):
+            self._refuse(request, error)
+        else:
+            self._refuse(request, self._explain(request, error))
+
+    def _explain(self, request: Request, error: Exception) -> RequestError:
+        """What the client is told of an error; the original goes to the log."""
+        what = f"{Command(request.command).name} at {request.offset}, length {request.length}"
+        self._host.log_failure(f"export '{self.export.name}': {what}", error)
+        if isinstance(error, OSError):
+            code = error_from_errno(error.errno, request.flags)
+            return RequestError(code, f"{what}: {error.strerror or 'input/output error'}")
+        if isinstance(error, SnapshotError):
+            return RequestError(Error.EIO, f"{what}: {error}")
+        return RequestError(Error.EIO, f"{what}: internal error of the server")
+
+    # READ.
+
+    async def _read(self, request: Request, payload: memoryview) -> None:
+        offset, length = request[4], request[5]
+        single = not self._replies.chunked or request[1] & _DF
+        try:
+            if single or length <= self._chunk_max:
+                await self._send_data(request, offset, length, done=True)
+                return
+        except Exception as error:
+            if single or not isinstance(error, OSError):
+                self._fail(request, error)
+                return
+        await self._read_in_chunks(request)
+
+    async def _send_data(self, request: Request, offset: int, length: int, *, done: bool) -> None:
+        """Read into a place in the outbox and queue it as one chunk (or simple reply)."""
+        outbox = self._outbox
+        header = self._replies.data(request, offset, length, done=done)
+        buffer, begin = outbox.reserve(len(header) + length)
+        data = begin + len(header)
+        end = data + length
+        try:
+            await self._node.read_into(offset, buffer.view[data:end])
+        except BaseException:
+            outbox.discard(buffer)
+            raise
+        buffer.view[begin:data] = header
+        self.statistics.read_bytes += length
+        outbox.commit(buffer, begin, end)
+
+    async def _read_in_chunks(self, request: Request) -> None:
+        """Answer a READ that is large, or a part of which cannot be read.
+
+        What is good is sent as data. What is bad is halved until it is no larger than the
+        export's preferred block size, and then told as an error with its offset.
+        """
+        parts = [(request.offset, request.offset + request.length)]
+        bad_blocks = 0
+        while parts and bad_blocks < BAD_BLOCKS_MAX:
+            begin, end = parts.pop()
+            if end - begin > self._chunk_max:
+                parts.append((begin + self._chunk_max, end))
+                end = begin + self._chunk_max
+            done = not parts and not bad_blocks
+            try:
+                await self._send_data(request, begin, end - begin, done=done)
+            except OSError as error:
+                halves = _halve(begin, end, self._node.preferred_block_size)
+                if not halves:
+                    bad_blocks += 1
+                    self._tell_bad_block(request, begin, error)
+                parts += halves
+            except Exception as error:
+                self._fail(request, error)
+                return
+            await self._give_way()
+        if bad_blocks:
+            self._succeed(request)
+
+    def _tell_bad_block(self, request: Request, offset: int, error: OSError) -> None:
+        told = self._explain(request, error)
+        self._outbox.put(self._replies.error_at(request, told.error, told.text, offset, done=False))
+        self.statistics.errors += 1
+
+    async def _give_way(self) -> None:
+        """Let other connections have their turn and the client read."""
+        self._host.send_soon()
+        await asyncio.sleep(0)
+        while self._outbox.queued_bytes >= self._limits.queued_bytes_max:
+            await self._host.drained()
+
+    # The other commands.
+
+    async def _perform(self, request: Request, payload: memoryview) -> None:
+        """Carry out a command that is answered with success or an error."""
+        try:
+            await self._operations[request[2]](request, payload)
+        except Exception as error:
+            self._fail(request, error)
+        else:
+            self._succeed(request)
+
+    async def _flush_if_asked(self, request: Request) -> None:
+        """FUA: "the server MUST NOT send a reply until the data has reached permanent storage"."""
+        if request[1] & _FUA:
+            await self._node.flush()
+
+    async def _write(self, request: Request, payload: memoryview) -> None:
+        await self._node.write(request[4], payload)
+        await self._flush_if_asked(request)
+        self.statistics.written_bytes += len(payload)
+
+    async def _flush(self, request: Request, payload: memoryview) -> None:
+        await self._node.flush()
+
+    async def _trim(self, request: Request, payload: memoryview) -> None:
+        await self._node.trim(request.offset, request.length)
+        await self._flush_if_asked(request)
+
+    async def _cache(self, request: Request, payload: memoryview) -> None:
+        await self._node.cache(request.offset, request.length)
+
+    async def _write_zeroes(self, request: Request, payload: memoryview) -> None:
+        unmap = not request.flags & _NO_HOLE
+        fast = bool(request.flags & _FAST_ZERO)
+        await self._node.write_zeroes(request.offset, request.length, unmap=unmap, fast=fast)
+        await self._flush_if_asked(request)
+
+    async def _block_status(self, request: Request, payload: memoryview) -> None:
+        """One chunk per context, DONE on the last; or one error, and nothing after it."""
+        try:
+            query = self._rules.status_query(request, payload)
+            found = [
+                await self._describe(request, context_id, query.length)
+                for context_id in query.context_ids
+            ]
+        except Exception as error:
+            self._fail(request, error)
+            return
+        last = query.context_ids[-1]
+        for context_id, extents in zip(query.context_ids, found, strict=True):
+            done = context_id == last
+            self._outbox.put(self._replies.block_status(request, context_id, extents, done=done))
+
+    async def _describe(self, request: Request, context_id: int, length: int) -> Extents:
+        extents_max = 1 if request.flags & _REQ_ONE else self._limits.wire.extents_max
+        context = self._contexts[context_id]
+        extents = await context.extents(request.offset, length, extents_max=extents_max)
+        return fit_extents(extents, request, length, extents_max=extents_max)
+
+
+def _halve(begin: int, end: int, block_size: int) -> list[tuple[int, int]]:
+    """Both halves of a range, the first one last, cut at a block; nothing if it is one block."""
+    if end - begin <= block_size:
+        return []
+    middle = max((begin + end) // 2 // block_size, begin // block_size + 1) * block_size
+    return [(middle, end), (begin, middle)]
