@@ -34,6 +34,8 @@ TlsType = Literal["anon", "x509", "psk"]
 
 VSOCK_HOST_CID: Final = 2
 """The machine that a virtual machine runs on: where libnbd looks if no CID is given."""
+TCP_PORT_MAX: Final = (1 << 16) - 1
+VSOCK_PORT_MAX: Final = (1 << 32) - 1
 
 _SCHEMES: Final[dict[str, tuple[Transport, bool]]] = {
     "nbd": ("tcp", False),
@@ -57,6 +59,7 @@ _PARAMETERS: Final = frozenset(
 )
 _UNWRITTEN: Final = re.compile(r"[\x00-\x20\x7f]")
 """What a URI cannot contain as it is, and urlsplit would drop in silence."""
+_PORT: Final = re.compile(r":([^]:@]*)$")
 _LEGACY_TCP: Final = re.compile(r"(\[[^]]*\]|[^:\[]*):(\d+)")
 
 
@@ -139,17 +142,16 @@ def parse_uri(text: str) -> NbdUri:
         raise UsageError(f"{text!r} is not a URI: spaces and control characters must be encoded")
     try:
         parts = urlsplit(text)
-        port = parts.port
     except ValueError as error:
         raise UsageError(f"{text!r} is not a URI: {error}") from None
     if parts.scheme not in _SCHEMES:
         raise UsageError(f"{text!r} is not an NBD URI: the schemes are {', '.join(_SCHEMES)}")
     if "//" not in text or parts.fragment or parts.password is not None:
         raise UsageError(f"{text!r} is not an NBD URI: it has no '//', or a fragment or password")
-    return _build(text, parts, DEFAULT_PORT if port is None else port)
+    return _build(text, parts)
 
 
-def _build(text: str, parts: SplitResult, port: int) -> NbdUri:
+def _build(text: str, parts: SplitResult) -> NbdUri:
     transport, tls = _SCHEMES[parts.scheme]
     query = _parse_query(text, parts.query)
     if ("socket" in query) != (transport == "unix"):
@@ -161,7 +163,7 @@ def _build(text: str, parts: SplitResult, port: int) -> NbdUri:
         tls=tls,
         export=_decode(text, parts.path.removeprefix("/"), "export name"),
         host=(_host(parts) or "localhost") if transport == "tcp" else "",
-        port=port,
+        port=_parse_port(text, parts, transport),
         cid=_parse_cid(text, _host(parts)) if transport == "vsock" else VSOCK_HOST_CID,
         socket=_unquote_path(query.get("socket", "")),
         username=None if parts.username is None else _decode(text, parts.username, "user name"),
@@ -219,6 +221,17 @@ def _quote_path(path: str) -> str:
     return quote(os.fsencode(path), safe="/:@!$'()*,;=~")
 
 
+def _parse_port(text: str, parts: SplitResult, transport: Transport) -> int:
+    """The port; urlsplit's own property does not know that vsock's have 32 bits."""
+    match = _PORT.search(parts.netloc)
+    if match is None or not match[1]:
+        return DEFAULT_PORT
+    port_max = VSOCK_PORT_MAX if transport == "vsock" else TCP_PORT_MAX
+    if not match[1].isascii() or not match[1].isdigit() or int(match[1]) > port_max:
+        raise UsageError(f"{text!r}: {match[1]!r} is not a port")
+    return int(match[1])
+
+
 def _parse_cid(text: str, host: str) -> int:
     if not host:
         return VSOCK_HOST_CID
@@ -251,7 +264,7 @@ def _parse_legacy(text: str) -> NbdUri:
             raise UsageError(f"{text!r}: the path of the socket is missing")
         return NbdUri(transport="unix", export=export, socket=path)
     match = _LEGACY_TCP.fullmatch(address)
-    if match is None or int(match[2]) > 65535:
+    if match is None or int(match[2]) > TCP_PORT_MAX:
         raise UsageError(f"{text!r} is not an NBD address: nbd:HOST:PORT or nbd:unix:PATH")
     host = match[1].removeprefix("[").removesuffix("]")
     return NbdUri(transport="tcp", export=export, host=host or "localhost", port=int(match[2]))
