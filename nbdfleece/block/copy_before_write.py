@@ -219,11 +219,8 @@ class CopyBeforeWrite:
 
     def _free(self, codes: Codes) -> None:
         """Give back the scratch granules among ``codes``."""
-        copies = codes[codes >= COPIED] - COPIED
-        if len(copies) and self._scratch is not None:
-            copies = np.sort(copies)
-            for start, stop in _runs(np.diff(copies.astype(np.int64)) == 1):
-                self._scratch.free(int(copies[start]), stop - start)
+        if self._scratch is not None:
+            _free_copies(self._scratch, codes)
 
     # -- the guest's side ---------------------------------------------------------
 
@@ -288,21 +285,19 @@ class CopyBeforeWrite:
             self._break_needing(first, end, error)
 
     async def _copy_in_time(self, first: int, end: int) -> Codes:
+        scratch = self._scratch
+        assert scratch is not None, "layers have a scratch"
         if self._timeout_seconds is None:
-            return await self._copy(first, end)
-        copy = asyncio.get_running_loop().create_task(self._copy(first, end))
+            return await self._copy(scratch, first, end)
+        copy = asyncio.get_running_loop().create_task(self._copy(scratch, first, end))
         done, _ = await asyncio.wait({copy}, timeout=self._timeout_seconds)
         if not done:
             # The guest's write goes on now, so what arrives late must not be recorded.
-            copy.add_done_callback(self._drop_late_copy)
+            copy.add_done_callback(lambda late: _drop_late_copy(scratch, late))
             raise OSError(errno.ETIMEDOUT, "copying old data took too long")
         return copy.result()
 
-    def _drop_late_copy(self, copy: asyncio.Task[Codes]) -> None:
-        if not copy.cancelled() and copy.exception() is None:
-            self._free(copy.result())
-
-    async def _copy(self, first: int, end: int) -> Codes:
+    async def _copy(self, scratch: Scratch, first: int, end: int) -> Codes:
         """Bring the old content of the granules ``[first, end)`` into safety.
 
         Returns:
@@ -311,18 +306,15 @@ class CopyBeforeWrite:
         codes = await self._zero_codes(first, end)
         try:
             for start, stop in _true_runs(codes == UNTOUCHED):
-                place = await self._copy_data(first + start, stop - start)
+                place = await self._copy_data(scratch, first + start, stop - start)
                 codes[start:stop] = np.arange(place, place + stop - start) + COPIED
         except BaseException:
-            self._free(codes)
+            _free_copies(scratch, codes)
             raise
         return codes
 
-    async def _copy_data(self, first: int, count: int) -> int:
+    async def _copy_data(self, scratch: Scratch, first: int, count: int) -> int:
         """Copy granules to the scratch; returns the number of the first one there."""
-        scratch = self._scratch
-        if scratch is None:
-            raise OSError(errno.ECANCELED, "the last snapshot was dropped")
         offset = first << self._shift
         buffer = memoryview(bytearray(count << self._shift))
         await self._source.read_into(offset, buffer[: self._source.size - offset])
@@ -547,6 +539,19 @@ class CopyBeforeWrite:
                 codes[unneeded] = FORGOTTEN
                 layer.map.set(first, codes)
             wanted &= codes == UNTOUCHED
+
+
+def _free_copies(scratch: Scratch, codes: Codes) -> None:
+    """Give back the granules of a scratch among ``codes``."""
+    copies = np.sort(codes[codes >= COPIED].astype(np.int64) - COPIED)
+    if len(copies):
+        for start, stop in _runs(np.diff(copies) == 1):
+            scratch.free(int(copies[start]), stop - start)
+
+
+def _drop_late_copy(scratch: Scratch, copy: asyncio.Task[Codes]) -> None:
+    if not copy.cancelled() and copy.exception() is None:
+        _free_copies(scratch, copy.result())
 
 
 def _status_of_codes(codes: Codes) -> Status:

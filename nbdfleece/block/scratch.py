@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from .file import FileNode
+
+_log = logging.getLogger("nbdfleece.block")
 
 GRANULES_MAX: Final = (1 << 32) - 16
 """Places that a granule map can name; 16 TiB of copies at granules of 4 KiB."""
@@ -46,6 +49,7 @@ class Scratch:
         self._punching: asyncio.Task[None] | None = None
         self._to_punch: list[tuple[int, int]] = []
         self._busy = 0
+        self._is_closed = False
         self._idle: asyncio.Future[None] | None = None
 
     @property
@@ -60,8 +64,10 @@ class Scratch:
             The number of the first one.
 
         Raises:
-            OSError: ENOSPC, the quota would be exceeded.
+            OSError: ENOSPC, the quota would be exceeded; ECANCELED, the scratch is closed.
         """
+        if self._is_closed:
+            raise OSError(errno.ECANCELED, "the snapshots were dropped")
         wanted = (self._in_use + count) * self._granularity
         if (self._quota is not None and wanted > self._quota) or self._next + count > GRANULES_MAX:
             raise OSError(errno.ENOSPC, f"scratch quota of {self._quota} bytes is used up")
@@ -92,18 +98,23 @@ class Scratch:
 
     def free(self, granule: int, count: int) -> None:
         """Give ``count`` adjacent granules back; their space returns to the file system soon."""
+        if self._is_closed:
+            return
         self._in_use -= count
         self._to_punch.append((granule * self._granularity, count * self._granularity))
-        if self._punching is None:
+        if self._punching is None or self._punching.done():
             self._punching = asyncio.get_running_loop().create_task(self._punch())
 
     async def _punch(self) -> None:
         while self._to_punch:
-            await self._file.trim(*self._to_punch.pop())
-        self._punching = None
+            try:
+                await self._file.trim(*self._to_punch.pop())
+            except OSError as error:
+                _log.warning("%s: space could not be given back: %s", self._file.path, error)
 
     async def close(self) -> None:
         """Give the file up, and with it all its space, once nobody reads or writes it."""
+        self._is_closed = True
         self._to_punch.clear()
         if self._punching is not None:
             await self._punching

@@ -1,0 +1,389 @@
+"""Snapshots stay as they were, whatever the guest does and whenever it does it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from nbdfleece.bitmaps.bitmap import Bitmap
+from nbdfleece.block.copy_before_write import CopyBeforeWrite, Layer, OnCbwError
+from nbdfleece.block.guest import GuestNode
+from nbdfleece.block.node import BlockStatus, allocation_flags
+from nbdfleece.block.snapshot_access import SnapshotAccess
+from nbdfleece.errors import SnapshotError
+from tests.memory_node import MemoryNode
+
+KIB = 1024
+CLUSTER = 64 * KIB
+
+
+class Setup(NamedTuple):
+    """A disk in memory under a guest node, with what makes snapshots of it."""
+
+    disk: MemoryNode
+    copies: CopyBeforeWrite
+    guest: GuestNode
+
+    def snapshot(self, access: Bitmap | None = None, *, read_once: bool = False) -> SnapshotAccess:
+        layer = self.copies.add_layer(access)
+        return SnapshotAccess(
+            self.copies, layer, self.disk.size, 4096, release_after_read=read_once
+        )
+
+
+def set_up(directory: Path, content: bytes | int = 1 << 20, **options: object) -> Setup:
+    disk = MemoryNode(content)
+    copies = CopyBeforeWrite(disk, directory, **options)  # type: ignore[arg-type]
+    return Setup(disk, copies, GuestNode(disk, copies))
+
+
+async def read(node: SnapshotAccess, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    await node.read_into(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+async def write(guest: GuestNode, offset: int, data: bytes) -> None:
+    await guest.write(offset, memoryview(data))
+
+
+@pytest.mark.parametrize("seed", range(30))
+async def test_snapshots_and_guest_at_random_stay_exact(tmp_path: Path, seed: int) -> None:
+    """Rule 1: writers, readers, new and dropped snapshots, each pausing at every await."""
+    chance = random.Random(seed)
+    size = chance.choice([300_001, 1 << 20, 3 << 20])
+    setup = set_up(tmp_path, chance.randbytes(size), granularity=chance.choice([4096, 65536]))
+    disk, guest = setup.disk, setup.guest
+    loop = asyncio.get_running_loop()
+
+    def pause(operation: str) -> asyncio.Future[None] | None:
+        if chance.random() > 0.3:
+            return None
+        resumed = loop.create_future()
+        steps = chance.randrange(8)
+
+        def step(left: int) -> None:
+            if left and not resumed.done():
+                loop.call_soon(step, left - 1)
+            elif not resumed.done():
+                resumed.set_result(None)
+
+        step(steps)
+        return resumed
+
+    disk.pause = pause
+
+    def some_range() -> tuple[int, int]:
+        offset = chance.randrange(size)
+        return offset, chance.randint(1, min(size - offset, 70_000))
+
+    async def reader(snapshot: SnapshotAccess, frozen: bytes) -> None:
+        for _ in range(4):
+            offset, length = some_range()
+            assert await read(snapshot, offset, length) == frozen[offset : offset + length]
+            extents = await snapshot.block_status(offset, length)
+            assert extents.total() == length
+            at = offset
+            for part, status in extents.pairs():
+                if status & BlockStatus.ZERO:
+                    assert not any(frozen[at : at + part])
+                at += part
+
+    async def writer() -> None:
+        for _ in range(5):
+            offset, length = some_range()
+            kind = chance.random()
+            if kind < 0.7:
+                await write(guest, offset, chance.randbytes(length))
+            elif kind < 0.85:
+                await guest.trim(offset, length)
+            else:
+                await guest.write_zeroes(offset, length)
+
+    snapshots: list[tuple[SnapshotAccess, bytes]] = []
+    for _ in range(12):
+        kind = chance.random()
+        if kind < 0.4 and len(snapshots) < 5:
+            await guest.drain()
+            snapshots.append((setup.snapshot(), bytes(disk.content)))
+            guest.resume()
+        elif kind < 0.55 and snapshots:
+            dropped, _ = snapshots.pop(chance.randrange(len(snapshots)))
+            await dropped.close()
+        await asyncio.gather(*(reader(*each) for each in snapshots), writer(), writer())
+    for snapshot, _ in snapshots:
+        await snapshot.close()
+    assert not setup.copies.has_layers
+
+
+async def test_reader_suspended_while_guest_overwrites_gets_old_bytes(tmp_path: Path) -> None:
+    """Rule 1, the race itself: the read is under way in the disk when the guest writes."""
+    setup = set_up(tmp_path, b"old!" * 4096)
+    snapshot = setup.snapshot()
+    held = asyncio.get_running_loop().create_future()
+    setup.disk.pause = lambda operation: held if operation == "read" else None
+    reading = asyncio.ensure_future(read(snapshot, 0, 4096))
+    await asyncio.sleep(0)
+    setup.disk.pause = lambda operation: None
+    await write(setup.guest, 0, b"new!" * 1024)
+    held.set_result(None)
+    assert await reading == b"old!" * 1024
+    assert setup.disk.content[:4] == b"new!"
+    await snapshot.close()
+
+
+async def test_ten_snapshots_cost_the_guest_one_copy(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * (1 << 20))
+    snapshots = [setup.snapshot() for _ in range(10)]
+    await write(setup.guest, 5000, b"y")
+    assert setup.copies.scratch_bytes == 4096
+    for snapshot in snapshots:
+        assert await read(snapshot, 4096, 4096) == b"x" * 4096
+    for snapshot in snapshots:
+        await snapshot.close()
+
+
+async def test_second_write_to_a_granule_copies_nothing(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * (1 << 20))
+    snapshot = setup.snapshot()
+    await write(setup.guest, 0, b"y" * 4096)
+    reads: list[str] = []
+    setup.disk.pause = reads.append  # type: ignore[assignment,return-value]
+    await write(setup.guest, 0, b"z" * 4096)
+    assert reads == ["write"]
+    await snapshot.close()
+
+
+async def test_holes_are_remembered_not_copied(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, 1 << 20)
+    setup.disk.holes = set(range(256))
+    snapshot = setup.snapshot()
+    await write(setup.guest, 0, b"y" * (1 << 20))
+    assert setup.copies.scratch_bytes == 0
+    assert await read(snapshot, 0, 1 << 20) == bytes(1 << 20)
+    extents = await snapshot.block_status(0, 1 << 20)
+    assert allocation_flags(extents.status).tolist() == [BlockStatus.HOLE | BlockStatus.ZERO]
+    await snapshot.close()
+
+
+@pytest.mark.parametrize("dropped", range(3))
+async def test_dropping_any_snapshot_leaves_the_others_exact(tmp_path: Path, dropped: int) -> None:
+    setup = set_up(tmp_path, b"0" * CLUSTER)
+    snapshots, frozen = [], []
+    for number in b"123":
+        snapshots.append(setup.snapshot())
+        frozen.append(bytes(setup.disk.content))
+        await write(setup.guest, 4096 * (number - 0x31), bytes([number]) * 8192)
+    await snapshots.pop(dropped).close()
+    frozen.pop(dropped)
+    await write(setup.guest, 0, b"9" * CLUSTER)
+    for snapshot, content in zip(snapshots, frozen, strict=True):
+        assert await read(snapshot, 0, CLUSTER) == content
+        await snapshot.close()
+
+
+async def test_dropping_the_last_snapshot_frees_all_scratch(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * (1 << 20))
+    open_files = len(os.listdir("/proc/self/fd"))
+    snapshot = setup.snapshot()
+    await write(setup.guest, 0, b"y" * (1 << 20))
+    assert setup.copies.scratch_bytes == 1 << 20
+    await snapshot.close()
+    assert setup.copies.scratch_bytes == 0
+    assert len(os.listdir("/proc/self/fd")) == open_files
+    assert os.listdir(tmp_path) == []
+
+
+async def test_dropped_snapshot_refuses_reads(tmp_path: Path) -> None:
+    setup = set_up(tmp_path)
+    snapshot = setup.snapshot()
+    await snapshot.close()
+    with pytest.raises(SnapshotError, match="dropped"):
+        await read(snapshot, 0, 1)
+
+
+# Limiting bitmap, release
+
+
+async def test_read_outside_the_limiting_bitmap_is_refused_and_not_protected(
+    tmp_path: Path,
+) -> None:
+    setup = set_up(tmp_path, b"x" * (4 * CLUSTER))
+    access = Bitmap(4 * CLUSTER, CLUSTER)
+    access.set_range(CLUSTER, CLUSTER)
+    snapshot = setup.snapshot(access)
+    await write(setup.guest, 0, b"y" * (4 * CLUSTER))
+    assert setup.copies.scratch_bytes == CLUSTER
+    assert await read(snapshot, CLUSTER, CLUSTER) == b"x" * CLUSTER
+    for offset in (0, CLUSTER - 1, 2 * CLUSTER):
+        with pytest.raises(PermissionError) as caught:
+            await read(snapshot, offset, 2)
+        assert caught.value.errno == errno.EACCES
+    await snapshot.close()
+
+
+async def test_trim_releases_scratch_and_ends_protection(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * (4 * CLUSTER))
+    snapshot = setup.snapshot()
+    await write(setup.guest, 0, b"y" * (2 * CLUSTER))
+    await snapshot.trim(CLUSTER // 2, 3 * CLUSTER)
+    assert setup.copies.scratch_bytes == CLUSTER, "whole clusters inside the range only"
+    await write(setup.guest, 2 * CLUSTER, b"z" * CLUSTER)
+    assert setup.copies.scratch_bytes == CLUSTER, "what was released is not copied"
+    assert await read(snapshot, 0, CLUSTER) == b"x" * CLUSTER
+    with pytest.raises(PermissionError):
+        await read(snapshot, CLUSTER, 1)
+    await snapshot.close()
+
+
+async def test_trim_of_one_snapshot_keeps_what_another_needs(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * (2 * CLUSTER))
+    older, newer = setup.snapshot(), setup.snapshot()
+    await write(setup.guest, 0, b"y" * CLUSTER)
+    await newer.trim(0, 2 * CLUSTER)
+    await write(setup.guest, CLUSTER, b"y" * CLUSTER)
+    assert await read(older, 0, 2 * CLUSTER) == b"x" * (2 * CLUSTER)
+    await older.trim(0, 2 * CLUSTER)
+    assert setup.copies.scratch_bytes == 0
+    await older.close()
+    await newer.close()
+
+
+async def test_release_after_read_frees_what_was_read(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * (2 * CLUSTER))
+    snapshot = setup.snapshot(read_once=True)
+    await write(setup.guest, 0, b"y" * (2 * CLUSTER))
+    assert await read(snapshot, 0, CLUSTER) == b"x" * CLUSTER
+    assert setup.copies.scratch_bytes == CLUSTER
+    with pytest.raises(PermissionError):
+        await read(snapshot, 0, 1)
+    await snapshot.close()
+
+
+# What breaks: rule 5
+
+
+async def test_full_scratch_breaks_the_snapshot_not_the_guest(tmp_path: Path) -> None:
+    broken: list[Layer] = []
+    setup = set_up(tmp_path, b"x" * (4 * CLUSTER), quota=CLUSTER, on_broken=broken.append)
+    snapshots = [setup.snapshot(), setup.snapshot()]
+    await write(setup.guest, 0, b"y" * (4 * CLUSTER))
+    assert setup.disk.content == b"y" * (4 * CLUSTER)
+    assert len(broken) == 2
+    for snapshot in snapshots:
+        assert "quota" in (snapshot.error or "")
+        with pytest.raises(SnapshotError, match="quota"):
+            await read(snapshot, 3 * CLUSTER, 1)
+    assert setup.copies.scratch_bytes == 0, "a broken snapshot's copies are worth nothing"
+    await write(setup.guest, 0, b"z" * (4 * CLUSTER))
+    for snapshot in snapshots:
+        await snapshot.close()
+
+
+async def test_only_snapshots_that_need_the_copy_break(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * (2 * CLUSTER), quota=CLUSTER)
+    access = Bitmap(2 * CLUSTER, CLUSTER)
+    access.set_range(0, CLUSTER)
+    limited, whole = setup.snapshot(access), setup.snapshot()
+    await write(setup.guest, 0, b"y" * CLUSTER)
+    await write(setup.guest, CLUSTER, b"y" * CLUSTER)
+    assert whole.error is not None
+    assert limited.error is None
+    assert await read(limited, 0, CLUSTER) == b"x" * CLUSTER
+    await limited.close()
+    await whole.close()
+
+
+async def test_break_guest_write_fails_the_write_and_keeps_the_snapshot(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * CLUSTER, quota=4096, on_error=OnCbwError.BREAK_GUEST_WRITE)
+    snapshot = setup.snapshot()
+    with pytest.raises(OSError, match="quota") as caught:
+        await write(setup.guest, 0, b"y" * CLUSTER)
+    assert caught.value.errno == errno.ENOSPC
+    assert setup.disk.content == b"x" * CLUSTER
+    assert await read(snapshot, 0, CLUSTER) == b"x" * CLUSTER
+    assert setup.copies.scratch_bytes == 0
+    await snapshot.close()
+
+
+@pytest.mark.parametrize("operation", ["read", "block_status"])
+async def test_unreadable_old_data_breaks_the_snapshot(tmp_path: Path, operation: str) -> None:
+    setup = set_up(tmp_path, b"x" * CLUSTER)
+    snapshot = setup.snapshot()
+
+    def fail(name: str, offset: int) -> None:
+        if name == operation:
+            raise OSError(errno.EIO, "bad sector")
+
+    setup.disk.fail = fail
+    await write(setup.guest, 0, b"y" * 4096)
+    assert "bad sector" in (snapshot.error or "")
+    assert setup.disk.content[:1] == b"y"
+    await snapshot.close()
+
+
+async def test_copy_that_takes_too_long_breaks_the_snapshot_and_is_not_kept(
+    tmp_path: Path,
+) -> None:
+    """What arrives late is older than the guest's write: a later snapshot must not get it."""
+    setup = set_up(tmp_path, b"x" * CLUSTER, timeout_seconds=0.001)
+    first = setup.snapshot()
+    held = asyncio.get_running_loop().create_future()
+    setup.disk.pause = lambda operation: held if operation == "read" else None
+    await write(setup.guest, 0, b"y" * 4096)
+    assert "too long" in (first.error or "")
+    await first.close()
+    second = setup.snapshot()
+    held.set_result(None)
+    await asyncio.sleep(0)
+    setup.disk.pause = lambda operation: None
+    assert await read(second, 0, 4096) == b"y" * 4096
+    await write(setup.guest, 0, b"z" * 4096)
+    assert await read(second, 0, 4096) == b"y" * 4096
+    assert setup.copies.scratch_bytes == 4096
+    await second.close()
+
+
+# What a snapshot shows
+
+
+async def test_block_status_is_that_of_the_instant(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * CLUSTER + bytes(CLUSTER) + b"x" * CLUSTER)
+    setup.disk.holes = set(range(16, 32))
+    snapshot = setup.snapshot()
+    before = (await snapshot.block_status(0, 3 * CLUSTER)).pairs()
+    await setup.guest.trim(0, CLUSTER)
+    await write(setup.guest, CLUSTER + 8192, b"y" * 4096)
+    assert (await snapshot.block_status(0, 3 * CLUSTER)).pairs() == before
+    part = await snapshot.block_status(5000, 2 * CLUSTER)
+    assert part.pairs() == [
+        (CLUSTER - 5000, before[0][1]),
+        (CLUSTER, before[1][1]),
+        (5000, before[2][1]),
+    ]
+    await snapshot.close()
+
+
+async def test_block_status_stops_at_the_maximum(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * (1 << 20))
+    setup.disk.holes = set(range(0, 256, 2))
+    snapshot = setup.snapshot()
+    await write(setup.guest, 0, b"y" * (1 << 20))
+    extents = await snapshot.block_status(0, 1 << 20, extents_max=5)
+    assert extents.lengths.tolist() == [4096] * 5
+    await snapshot.close()
+
+
+async def test_last_granule_ends_with_the_disk(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * 10_001)
+    snapshot = setup.snapshot()
+    await write(setup.guest, 9_000, b"y" * 1_001)
+    assert await read(snapshot, 0, 10_001) == b"x" * 10_001
+    assert (await snapshot.block_status(0, 10_001)).total() == 10_001
+    await snapshot.close()
