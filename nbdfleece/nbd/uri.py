@@ -110,7 +110,9 @@ class NbdUri:
         port = "" if self.port == DEFAULT_PORT else f":{self.port}"
         if self.transport == "vsock":
             return f"{user}{self.cid}{port}"
-        host = f"[{self.host}]" if ":" in self.host else quote(self.host, safe="")
+        host = quote(self.host, safe=":")
+        if ":" in self.host:
+            host = f"[{host}]"
         return user + host + port
 
     def _parameters(self) -> list[tuple[str, str]]:
