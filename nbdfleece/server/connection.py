@@ -179,10 +179,7 @@ class Connection:
     def shut_down(self, reason: str) -> None:
         """Refuse what is asked from now on; see :meth:`finish` for what ends the connection."""
         logger.debug("%s: shutting down: %s", self.peer, reason)
-        if isinstance(self._phase, Handshake):
-            self._phase.shut_down()
-        else:
-            self._phase.shutting_down = True
+        self._phase.shut_down()
 
     def finish(self, reason: str) -> None:
         """Finish what is in flight, send all replies, close."""

@@ -36,15 +36,19 @@ IN_PLACE_BYTES_MAX: Final = INBOX_BYTES // 2
 _RECEIVE_BYTES_MIN: Final = 64 * KIB
 """No receive is offered less room than this, lest one message take many system calls."""
 
+_NOTHING: Final = memoryview(b"")
+
 
 class Inbox:
     """The received and not yet handled bytes of one connection: ``view[start:end]``."""
 
-    __slots__ = ("_large", "_large_end", "_large_length", "_pool", "buffer", "end", "start")
+    __slots__ = ("_large", "_large_end", "_large_length", "_pool", "buffer", "end", "start", "view")
 
     def __init__(self, pool: BufferPool) -> None:
         self._pool = pool
         self.buffer: Buffer | None = None
+        self.view = _NOTHING
+        """The memory of ``buffer``."""
         self.start = 0
         self.end = 0
         self._large: Buffer | None = None
@@ -66,6 +70,7 @@ class Inbox:
         buffer = self.buffer
         if buffer is None:
             self.buffer = buffer = self._pool.take(INBOX_BYTES)
+            self.view = buffer.view
             self.start = self.end = 0
         elif INBOX_BYTES - self.start < needed or INBOX_BYTES - self.end < _RECEIVE_BYTES_MIN:
             buffer = self._make_room(buffer)
@@ -79,6 +84,7 @@ class Inbox:
         if target is not buffer:
             buffer.release()
         self.buffer = target
+        self.view = target.view
         self.start, self.end = 0, length
         return target
 
@@ -91,8 +97,7 @@ class Inbox:
 
     def peek(self, length: int) -> memoryview:
         """The next ``length`` bytes, which are there; valid until more is received."""
-        assert self.buffer is not None
-        return self.buffer.view[self.start : self.start + length]
+        return self.view[self.start : self.start + length]
 
     def append(self, data: bytes) -> None:
         """Add bytes that were received elsewhere."""
@@ -126,6 +131,7 @@ class Inbox:
         if buffer is not None and self.start == self.end and buffer.users == 1:
             buffer.release()
             self.buffer = None
+            self.view = _NOTHING
 
     def close(self) -> None:
         """Forget everything; pinned buffers stay valid until their pins are dropped."""
@@ -133,4 +139,5 @@ class Inbox:
             if buffer is not None:
                 buffer.release()
         self.buffer = self._large = None
+        self.view = _NOTHING
         self.start = self.end = 0

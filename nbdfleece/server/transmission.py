@@ -89,7 +89,6 @@ class Transmission:
     Attributes:
         needed: Bytes that the next message takes, as far as is known.
         disconnected: The client has sent DISC.
-        shutting_down: New requests are answered with ESHUTDOWN.
         requests_in_flight: Requests that wait for something.
         bytes_in_flight: Their payload, either way.
     """
@@ -99,7 +98,6 @@ class Transmission:
         self.export = negotiated.export.export
         self.statistics = Statistics()
         self.disconnected = False
-        self.shutting_down = False
         self.requests_in_flight = 0
         self.bytes_in_flight = 0
         self._host = host
@@ -121,7 +119,9 @@ class Transmission:
         self._partial: Request | None = None
         self._partial_length = 0
         self._skip_left = 0
-        self.needed = self._rules.header_size
+        self._header_size = self.needed = self._rules.header_size
+        self._unpack = self._rules.unpack
+        self._check = self._rules.check
         self._operations: dict[int, Handler] = {
             Command.WRITE: self._write,
             Command.FLUSH: self._flush,
@@ -157,103 +157,117 @@ class Transmission:
         Raises:
             ProtocolError: The stream is out of step: drop the connection.
         """
+        outbox = self._outbox
         turn_left = self._limits.wake_up_bytes_max
         flush_bytes = self._limits.flush_bytes
-        while self.is_open:
-            request = self._handle_next(inbox)
-            if request is None:
+        is_open = self.is_open
+        while is_open and turn_left > 0:
+            length = self._handle_next(inbox)
+            if length is None:
                 return False
-            turn_left -= max(request[5], _REQUEST_COST)
-            if self._outbox.queued_bytes >= flush_bytes:
+            turn_left -= length + _REQUEST_COST
+            if outbox.queued_bytes >= flush_bytes:
                 self._host.flush()
-            if turn_left <= 0:
-                break
+                is_open = self.is_open
+            elif self.requests_in_flight:
+                is_open = self.is_open
         return not self.disconnected
 
-    def _handle_next(self, inbox: Inbox) -> Request | None:
-        """Handle the next request if all of it is here."""
+    def _handle_next(self, inbox: Inbox) -> int | None:
+        """Handle the next request; returns its length, or None if not all of it is here."""
         if self._partial is not None:
             return self._handle_payload(self._partial, inbox)
         if self._skip_left and not self._skip(inbox):
             return None
-        rules = self._rules
-        if inbox.end - inbox.start < rules.header_size:
-            self.needed = rules.header_size
+        position = inbox.start
+        header_end = position + self._header_size
+        if inbox.end < header_end:
             return None
-        assert inbox.buffer is not None
-        request = rules.unpack(inbox.buffer.view, inbox.start)
-        inbox.start += rules.header_size
+        request = self._unpack(inbox.view, position)
+        inbox.start = header_end
         self.statistics.requests += 1
-        if request[2] == _WRITE or self._extended:
-            payload_length = rules.payload_length(request)
-            if payload_length:
-                return self._begin_payload(request, payload_length, inbox)
+        if request[2] == _READ and not self._extended:
+            self._begin(request)
+            return request[5]
+        return self._handle_uncommon(request, inbox)
+
+    def _handle_uncommon(self, request: Request, inbox: Inbox) -> int | None:
+        """Handle a request that may have a payload, or ends the connection."""
         if request[2] == _DISC:
             self.disconnected = True
-        elif self._admit(request):
-            self._begin(request, _NO_PAYLOAD, None)
-        return request
-
-    def _begin_payload(self, request: Request, length: int, inbox: Inbox) -> Request | None:
-        """Receive the payload of a request, or throw it away as it comes."""
-        if not self._admit(request):
+            return None
+        length = self._rules.payload_length(request)
+        if not length:
+            self._begin(request)
+            return _REQUEST_COST
+        if not self._admits(request):
             self._skip_left = length
             self._skip(inbox)
-            return request
+            return length
         self._partial, self._partial_length = request, length
         if length > IN_PLACE_BYTES_MAX:
             inbox.begin_large(length)
         return self._handle_payload(request, inbox)
 
-    def _handle_payload(self, request: Request, inbox: Inbox) -> Request | None:
-        """Handle a request with its payload if all of it is here."""
+    def _handle_payload(self, request: Request, inbox: Inbox) -> int | None:
+        """Handle a request that was admitted, with its payload, if all of it is here."""
         length = self._partial_length
         if length > IN_PLACE_BYTES_MAX:
             large = inbox.finish_large()
             if large is None:
                 return None
             self._partial = None
-            self._begin(request, large.view[:length], large)
+            self._begin_with_payload(request, large.view[:length], large)
             large.release()
-            return request
+            return length
         if inbox.end - inbox.start < length:
             self.needed = length
             return None
         self._partial = None
+        self.needed = self._header_size
         payload = inbox.peek(length)
         inbox.start += length
-        self._begin(request, payload, inbox.buffer)
-        return request
+        assert inbox.buffer is not None
+        self._begin_with_payload(request, payload, inbox.buffer)
+        return length
 
     def _skip(self, inbox: Inbox) -> bool:
         """Throw payload away; whether all of it is gone."""
         count = min(self._skip_left, len(inbox))
         inbox.start += count
         self._skip_left -= count
-        self.needed = self._rules.header_size
         return not self._skip_left
 
-    def _admit(self, request: Request) -> bool:
+    def _admits(self, request: Request) -> bool:
         """Whether the request may be carried out; if not, it has been answered."""
         try:
-            self._rules.check(request)
-            if self.shutting_down:
-                raise RequestError(Error.ESHUTDOWN, "the server is shutting down")
+            self._check(request)
         except RequestError as error:
             self._refuse(request, error)
             return False
         return True
 
-    def _begin(self, request: Request, payload: memoryview, buffer: Buffer | None) -> None:
-        """Start a request; ``buffer`` holds its payload."""
-        task = start(self._handlers[request[2]](request, payload))
-        if task is None:
+    def _begin(self, request: Request) -> None:
+        """Check and start a request without payload."""
+        try:
+            self._check(request)
+        except RequestError as error:
+            self._refuse(request, error)
             return
-        cost = len(payload)
-        if request.command == _READ:
-            cost = min(request.length, self._rules.payload_max)
-        if buffer is not None:
+        task = start(self._handlers[request[2]](request, _NO_PAYLOAD))
+        if task is not None:
+            cost = min(request.length, self._rules.payload_max) if request.command == _READ else 0
+            self._track(task, cost, None)
+
+    def _begin_with_payload(self, request: Request, payload: memoryview, buffer: Buffer) -> None:
+        """Start a request that was admitted; ``buffer`` is what its payload lies in."""
+        task = start(self._handlers[request[2]](request, payload))
+        if task is not None:
             buffer.users += 1
+            self._track(task, len(payload), buffer)
+
+    def _track(self, task: asyncio.Task[None], cost: int, buffer: Buffer | None) -> None:
+        """Count a request that waits as in flight until it has ended."""
         self.requests_in_flight += 1
         self.bytes_in_flight += cost
         self._tasks.add(task)
@@ -269,6 +283,10 @@ class Transmission:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._host.log_failure("a request ended without a reply", error)
         self._host.send_soon()
+
+    def shut_down(self) -> None:
+        """Answer requests with ESHUTDOWN from now on."""
+        self._check = _refuse_all
 
     def cancel(self) -> None:
         """Cancel what is in flight; the end of a grace time."""
@@ -307,18 +325,29 @@ class Transmission:
     async def _read(self, request: Request, payload: memoryview) -> None:
         offset, length = request[4], request[5]
         single = not self._replies.chunked or request[1] & _DF
+        if length > self._chunk_max and not single:
+            await self._read_in_chunks(request)
+            return
+        outbox = self._outbox
+        header = self._replies.data(request, offset, length, done=True)
+        buffer, begin = outbox.reserve(len(header) + length)
+        data = begin + len(header)
+        end = data + length
         try:
-            if single or length <= self._chunk_max:
-                await self._send_data(request, offset, length, done=True)
-                return
+            await self._node.read_into(offset, buffer.view[data:end])
         except Exception as error:
+            outbox.discard(buffer)
             if single or not isinstance(error, OSError):
                 self._fail(request, error)
-                return
-        await self._read_in_chunks(request)
+            else:
+                await self._read_in_chunks(request)
+            return
+        buffer.view[begin:data] = header
+        outbox.commit(buffer, begin, end)
+        self.statistics.read_bytes += length
 
     async def _send_data(self, request: Request, offset: int, length: int, *, done: bool) -> None:
-        """Read into a place in the outbox and queue it as one chunk (or simple reply)."""
+        """Read into a place in the outbox and queue it as one chunk."""
         outbox = self._outbox
         header = self._replies.data(request, offset, length, done=done)
         buffer, begin = outbox.reserve(len(header) + length)
@@ -432,6 +461,10 @@ class Transmission:
         context = self._contexts[context_id]
         extents = await context.extents(request.offset, length, extents_max=extents_max)
         return fit_extents(extents, request, length, extents_max=extents_max)
+
+
+def _refuse_all(request: Request) -> None:
+    raise RequestError(Error.ESHUTDOWN, "the server is shutting down")
 
 
 def _halve(begin: int, end: int, block_size: int) -> list[tuple[int, int]]:
