@@ -147,6 +147,11 @@ class FileNode(BlockNode):
             os.close(fd)
             raise
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether :meth:`close` has been called."""
+        return self._fd < 0
+
     def fileno(self) -> int:
         """The file descriptor, for ``sendfile`` from what cannot change (rule 1)."""
         return self._fd

@@ -1,0 +1,83 @@
+"""Which files an image may make us open, and finding them.
+
+The names of backing and data files come out of the image: whoever made it chose
+them, and a name like ``/etc/shadow`` with format ``raw`` would let a guest read
+the host (CVE-2024-4467 and its kin). What may be opened is the operator's choice.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from enum import Enum
+
+from ..block.file import FileNode
+from ..errors import ImageError, UnsupportedImageError
+from .header import MAGIC, Header
+
+_PROTOCOL = re.compile(r"[A-Za-z0-9+.-]+:")
+"""A name that begins so is a protocol's (``nbd://``, ``json:``) to QEMU, not a file's."""
+
+
+class BackingPolicy(Enum):
+    """Which backing and data files named by images are opened."""
+
+    REFUSE = "refuse"
+    """None: an image that names one is refused."""
+    SAME_FOLDER = "same-folder"
+    """Those in the folder of the image that names them, or below it."""
+    ANY = "any"
+    """All: the images are trusted."""
+
+
+def resolve_name(image_path: str, name: str, policy: BackingPolicy) -> str:
+    """The path of the file that an image names.
+
+    Args:
+        image_path: The image.
+        name: As in its header; relative names are relative to the image's folder.
+        policy: What may be opened.
+
+    Raises:
+        UnsupportedImageError: The name is a protocol's.
+        ImageError: The policy does not allow the file.
+    """
+    if _PROTOCOL.match(name):
+        raise UnsupportedImageError(
+            image_path, f"refers to {name!r}: only plain file names are supported"
+        )
+    if policy is BackingPolicy.REFUSE:
+        raise ImageError(image_path, f"refers to {name!r}, which is not to be opened")
+    folder = os.path.dirname(image_path)
+    path = os.path.join(folder, name)
+    if policy is BackingPolicy.SAME_FOLDER:
+        inside = os.path.realpath(folder or ".")
+        if os.path.commonpath([inside, os.path.realpath(path)]) != inside:
+            raise ImageError(
+                image_path,
+                f"refers to {name!r} outside its folder; allow it only if you trust the image",
+            )
+    return path
+
+
+async def backing_format(image_path: str, header: Header, below: FileNode) -> str:
+    """The backing file's format: as the image says, or found out as QEMU does.
+
+    Args:
+        image_path: The image, for messages.
+        header: Its header.
+        below: The backing file.
+
+    Returns:
+        ``"qcow2"`` or ``"raw"``.
+
+    Raises:
+        UnsupportedImageError: The image names another format.
+    """
+    named = header.backing_format
+    if named in ("qcow2", "raw"):
+        return named
+    if named is not None:
+        raise UnsupportedImageError(image_path, f"backing format {named!r} is not supported")
+    start = await below.read(0, 4)
+    return "qcow2" if start == MAGIC.to_bytes(4, "big") else "raw"

@@ -1,0 +1,159 @@
+"""Making new qcow2 images, as ``qemu-img create`` does."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Final
+
+import numpy as np
+
+from ..block.file import FileNode
+from ..errors import UsageError
+from .header import (
+    CLUSTER_BITS_MAX,
+    CLUSTER_BITS_MIN,
+    EXTENSION_BACKING_FORMAT,
+    HEADER_BYTES_V2,
+    HEADER_BYTES_V3,
+    L1_BYTES_MAX,
+    REFCOUNT_ORDER_MAX,
+    Header,
+    HeaderExtension,
+    feature_names_extension,
+    pack_header,
+)
+from .refcount_codec import counts_per_block, empty_counts, pack_counts
+
+_FEATURE_NAMES_CLUSTER_MIN: Final = 8192
+"""Smaller clusters need their room for other header extensions (QEMU: up to 4 KiB)."""
+
+
+async def create_image(
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    cluster_size: int = 65536,
+    version: int = 3,
+    refcount_bits: int = 16,
+    backing_file: str | None = None,
+    backing_format: str | None = None,
+) -> None:
+    """Make a new image in a new file; it is durable on return.
+
+    The host clusters are, in this order: header, refcount table, refcount blocks, L1 table.
+
+    Args:
+        path: Must not exist.
+        size: Bytes of the disk.
+        cluster_size: Bytes, a power of two from 512 to 2 MiB.
+        version: 3, or 2 for programs of before 2012.
+        refcount_bits: A power of two from 1 to 64; 16 in version 2.
+        backing_file: What unallocated clusters show, named as the image is to name it.
+        backing_format: Its format.
+
+    Raises:
+        UsageError: The options do not go together.
+        OSError: The file exists or cannot be written; nothing is left behind.
+    """
+    _check_options(size, cluster_size, version, refcount_bits)
+    header = _make_header(size, cluster_size, version, refcount_bits)
+    if backing_file is not None:
+        header.backing_file = os.fsencode(backing_file)
+        if backing_format is not None:
+            data = backing_format.encode()
+            header.extensions.insert(0, HeaderExtension(EXTENSION_BACKING_FORMAT, data))
+    blocks = _place_tables(header)
+    clusters = _refcount_clusters(header, blocks)
+    first_cluster = pack_header(header, os.fspath(path))
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    try:
+        await _write_image(path, header, clusters, first_cluster)
+    except BaseException:
+        with suppress(OSError):  # the error that brought us here says more
+            os.unlink(path)
+        raise
+
+
+def _check_options(size: int, cluster_size: int, version: int, refcount_bits: int) -> None:
+    sizes = [1 << bits for bits in range(CLUSTER_BITS_MIN, CLUSTER_BITS_MAX + 1)]
+    if cluster_size not in sizes:
+        raise UsageError(
+            f"cluster size {cluster_size} is not a power of two from {sizes[0]} to {sizes[-1]}"
+        )
+    if version not in (2, 3):
+        raise UsageError(f"qcow2 version {version}: must be 2 or 3")
+    if refcount_bits not in [1 << order for order in range(REFCOUNT_ORDER_MAX + 1)]:
+        raise UsageError(f"refcounts of {refcount_bits} bits: must be a power of two from 1 to 64")
+    if version == 2 and refcount_bits != 16:
+        raise UsageError("version 2 has refcounts of 16 bits only")
+    table_bytes = cluster_size // 8 * cluster_size
+    if size < 0 or -(-size // table_bytes) * 8 > L1_BYTES_MAX:
+        largest = L1_BYTES_MAX // 8 * table_bytes
+        raise UsageError(
+            f"a disk of {size} bytes: clusters of {cluster_size} bytes allow {largest} at most"
+        )
+
+
+def _make_header(size: int, cluster_size: int, version: int, refcount_bits: int) -> Header:
+    table_bytes = cluster_size // 8 * cluster_size
+    has_names = version >= 3 and cluster_size >= _FEATURE_NAMES_CLUSTER_MIN
+    return Header(
+        version=version,
+        cluster_bits=cluster_size.bit_length() - 1,
+        size=size,
+        l1_size=-(-size // table_bytes),
+        l1_table_offset=0,
+        refcount_table_offset=cluster_size,
+        refcount_table_clusters=1,
+        refcount_order=refcount_bits.bit_length() - 1,
+        header_length=HEADER_BYTES_V3 if version >= 3 else HEADER_BYTES_V2,
+        unknown_fields=bytes(7) if version >= 3 else b"",
+        extensions=[feature_names_extension()] if has_names else [],
+    )
+
+
+def _place_tables(header: Header) -> int:
+    """Place the tables behind one another; return how many refcount blocks they need."""
+    size = header.cluster_size
+    l1_clusters = max(1, -(-header.l1_size * 8 // size))
+    per_block = counts_per_block(header.cluster_bits, header.refcount_order)
+    table_clusters = blocks = 1
+    while True:
+        total = 1 + table_clusters + blocks + l1_clusters
+        needed = -(-total // per_block), -(-blocks * 8 // size)
+        if needed == (blocks, table_clusters):
+            break
+        blocks, table_clusters = max(blocks, needed[0]), max(table_clusters, needed[1])
+    header.refcount_table_clusters = table_clusters
+    header.l1_table_offset = (1 + table_clusters + blocks) * size
+    return blocks
+
+
+def _refcount_clusters(header: Header, blocks: int) -> bytes:
+    """The refcount table and the blocks that describe all clusters of the new image."""
+    size = header.cluster_size
+    l1_clusters = max(1, -(-header.l1_size * 8 // size))
+    total = 1 + header.refcount_table_clusters + blocks + l1_clusters
+    first_block = header.refcount_table_offset + header.refcount_table_clusters * size
+    table = np.zeros(header.refcount_table_clusters * size // 8, dtype=">u8")
+    table[:blocks] = first_block + size * np.arange(blocks)
+    per_block = counts_per_block(header.cluster_bits, header.refcount_order)
+    counts = empty_counts(blocks * per_block, header.refcount_bits)
+    counts[:total] = 1
+    return table.tobytes() + pack_counts(counts, header.refcount_bits)
+
+
+async def _write_image(
+    path: str | os.PathLike[str], header: Header, clusters: bytes, first_cluster: bytes
+) -> None:
+    """Write the tables and then, when they are durable, the header."""
+    file = FileNode.open(path, read_only=False)
+    try:
+        await file.write(header.refcount_table_offset, memoryview(clusters))
+        l1_clusters = max(1, -(-header.l1_size * 8 // header.cluster_size))
+        await file.grow(header.l1_table_offset + l1_clusters * header.cluster_size)
+        await file.flush()
+        await file.write(0, memoryview(first_cluster))
+    finally:
+        await file.close()

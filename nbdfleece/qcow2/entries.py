@@ -1,0 +1,289 @@
+"""L2 tables in memory: entries, their kinds, and runs of clusters.
+
+In memory an L2 table is a native-endian array of 64-bit entries. An entry keeps
+the on-disk bits (COPIED 63, COMPRESSED 62, ZERO 0, host offset 9 to 55) without the
+reserved ones, and has two bits more that exist only here, so that one ``&`` tells the
+plain case, a whole cluster of data, from all others:
+
+* SUBCLUSTERS: the bitmap of an extended L2 entry must be looked at;
+* INVALID: the entry cannot be meant; it is never followed, and its table never written.
+
+Spec: qcow2.txt, "Cluster mapping", "Extended L2 Entries".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Entries = npt.NDArray[np.uint64]
+
+COPIED: Final = 1 << 63
+COMPRESSED: Final = 1 << 62
+OFFSET_MASK: Final = 0x00FFFFFFFFFFFE00
+ZERO: Final = 1 << 0
+SUBCLUSTERS: Final = 1 << 1
+INVALID: Final = 1 << 2
+
+SPECIAL: Final = COMPRESSED | ZERO | SUBCLUSTERS | INVALID
+"""None of these set: a cluster of data, or unallocated if the offset is 0."""
+
+IN_PLACE: Final = SPECIAL | COPIED
+"""``entry & IN_PLACE == COPIED``: may be overwritten where it is."""
+
+SUBCLUSTERS_PER_CLUSTER: Final = 32
+ALL_ALLOCATED: Final = 0xFFFFFFFF
+"""An extended entry's bitmap with every subcluster allocated and none zero."""
+
+_SCALAR_MAX: Final = 64
+"""Entries up to which a loop finds runs faster than numpy does."""
+
+
+class Kind(IntEnum):
+    """What an L2 entry says of its guest cluster."""
+
+    UNALLOCATED = 0
+    """Reads as the backing file, or as zeroes."""
+    NORMAL = 1
+    ZERO_PLAIN = 2
+    """Reads as zeroes, no host cluster."""
+    ZERO_ALLOC = 3
+    """Reads as zeroes, the host cluster is kept."""
+    COMPRESSED = 4
+    SUBCLUSTERS = 5
+    INVALID = 6
+
+
+class Layout(NamedTuple):
+    """What of an image's format the tables depend on."""
+
+    cluster_bits: int
+    version: int
+    has_extended_l2: bool
+    has_data_file: bool
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes per cluster."""
+        return 1 << self.cluster_bits
+
+    @property
+    def l2_entries(self) -> int:
+        """Entries per L2 table."""
+        return self.cluster_size >> (4 if self.has_extended_l2 else 3)
+
+
+class Run(NamedTuple):
+    """Consecutive guest clusters of one kind, their host clusters consecutive as well."""
+
+    kind: Kind
+    clusters: int
+    """Always 1 for COMPRESSED, SUBCLUSTERS and INVALID."""
+    entry: int
+    """The first cluster's entry."""
+
+
+class L2Table:
+    """One L2 table of the guest's mapping.
+
+    Invariants: ``entries`` is ``array`` and ``bitmaps`` ``bitmap_array`` (None without
+    extended L2), as memoryviews for access to single entries; indices
+    ``[dirty_first, dirty_end)`` differ from the file.
+    """
+
+    __slots__ = (
+        "array",
+        "bitmap_array",
+        "bitmaps",
+        "dirty_end",
+        "dirty_first",
+        "entries",
+        "host_offset",
+        "is_invalid",
+        "is_new",
+        "is_recent",
+        "pins",
+    )
+
+    def __init__(self, host_offset: int, array: Entries, bitmap_array: Entries | None) -> None:
+        self.host_offset = host_offset
+        self.array = array
+        self.entries = array.data
+        self.bitmap_array = bitmap_array
+        self.bitmaps = None if bitmap_array is None else bitmap_array.data
+        self.dirty_first = 0
+        self.dirty_end = 0
+        self.is_invalid = False
+        self.is_new = False
+        """No L1 entry in the file leads here yet."""
+        self.is_recent = True
+        self.pins = 0
+        """Operations and flushes that rely on the table's staying in memory."""
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether the file does not have the table's content yet."""
+        return self.dirty_end > self.dirty_first
+
+    def mark_dirty(self, first: int, end: int) -> None:
+        """Entries ``[first, end)`` have changed."""
+        if self.is_dirty:
+            self.dirty_first = min(self.dirty_first, first)
+            self.dirty_end = max(self.dirty_end, end)
+        else:
+            self.dirty_first, self.dirty_end = first, end
+
+    def set_run(self, first: int, count: int, entry: int, step: int) -> None:
+        """Set ``count`` entries to ``entry``, ``entry + step``, ``entry + 2 * step`` and so on."""
+        if count <= _SCALAR_MAX:
+            for index in range(first, first + count):
+                self.entries[index] = entry
+                entry += step
+        else:
+            steps = np.arange(count, dtype=np.uint64) * np.uint64(step)
+            self.array[first : first + count] = np.uint64(entry) + steps
+
+
+def kind_of(entry: int) -> Kind:
+    """The kind of one entry in memory."""
+    if not entry & SPECIAL:
+        return Kind.NORMAL if entry & (OFFSET_MASK | COPIED) else Kind.UNALLOCATED
+    if entry & COMPRESSED:  # first: its offset may use the other bits
+        return Kind.COMPRESSED
+    if entry & INVALID:
+        return Kind.INVALID
+    if entry & SUBCLUSTERS:
+        return Kind.SUBCLUSTERS
+    return Kind.ZERO_ALLOC if entry & (OFFSET_MASK | COPIED) else Kind.ZERO_PLAIN
+
+
+def unpack_table(
+    raw: bytes | bytearray, host_offset: int, layout: Layout, host_end: int
+) -> L2Table:
+    """Decode an L2 table and mark what cannot be meant in it.
+
+    Args:
+        raw: One cluster.
+        host_offset: Where it lies.
+        layout: The image's.
+        host_end: Host offsets from here on are past the end of the file.
+    """
+    words = np.frombuffer(raw, dtype=">u8").astype(np.uint64)
+    bitmaps = words[1::2].copy() if layout.has_extended_l2 else None
+    entries = words[::2] if layout.has_extended_l2 else words
+    is_compressed = (entries & np.uint64(COMPRESSED)) != 0
+    keep = OFFSET_MASK | COPIED | (0 if layout.has_extended_l2 else ZERO)
+    table = L2Table(
+        host_offset,
+        np.where(is_compressed, entries & ~np.uint64(COPIED), entries & np.uint64(keep)),
+        bitmaps,
+    )
+    is_invalid = ~is_compressed & _is_invalid(table.array, layout, host_end)
+    if layout.has_data_file:
+        is_invalid |= is_compressed
+    else:
+        _drop_copied_without_offset(table.array)
+    if bitmaps is not None:
+        is_invalid |= _mark_subclusters(table, bitmaps, is_compressed)
+    table.array[is_invalid] = np.uint64(INVALID)
+    table.is_invalid = bool(is_invalid.any())
+    return table
+
+
+def _is_invalid(entries: Entries, layout: Layout, host_end: int) -> npt.NDArray[np.bool_]:
+    """Offsets off a cluster's start or past the file's end; version 2's reserved bit 0."""
+    offsets = entries & np.uint64(OFFSET_MASK)
+    invalid: npt.NDArray[np.bool_] = (offsets & np.uint64(layout.cluster_size - 1)) != 0
+    invalid |= offsets >= np.uint64(host_end)
+    if layout.version < 3:
+        invalid |= (entries & np.uint64(ZERO)) != 0
+    return invalid
+
+
+def _drop_copied_without_offset(entries: Entries) -> None:
+    """Offset 0 is unallocated; only an external data file has a cluster there."""
+    entries[(entries & np.uint64(OFFSET_MASK | COMPRESSED)) == 0] &= np.uint64(ZERO)
+
+
+def _mark_subclusters(
+    table: L2Table, bitmaps: Entries, is_compressed: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """Set SUBCLUSTERS where the bitmap matters; what is invalid is returned."""
+    allocated = bitmaps & np.uint64(ALL_ALLOCATED)
+    zero = bitmaps >> np.uint64(SUBCLUSTERS_PER_CLUSTER)
+    has_host = (table.array & np.uint64(OFFSET_MASK | COPIED)) != 0
+    plain = has_host & (bitmaps == np.uint64(ALL_ALLOCATED))
+    nothing = ~has_host & (bitmaps == 0)
+    table.array[~is_compressed & ~plain & ~nothing] |= np.uint64(SUBCLUSTERS)
+    invalid: npt.NDArray[np.bool_] = ((allocated & zero) != 0) | (
+        (allocated != 0) & ~has_host & ~is_compressed
+    )
+    invalid |= is_compressed & (bitmaps != 0)
+    return invalid
+
+
+def pack_table(table: L2Table, first: int, end: int) -> bytes:
+    """Encode entries ``[first, end)`` as they lie in the file."""
+    entries = table.array[first:end]
+    is_compressed = (entries & np.uint64(COMPRESSED)) != 0
+    plain = entries & ~np.uint64(SUBCLUSTERS | INVALID)
+    entries = np.where(is_compressed, entries, plain)
+    if table.bitmap_array is None:
+        return entries.astype(">u8").tobytes()
+    words = np.empty(2 * (end - first), dtype=">u8")
+    words[::2] = entries
+    words[1::2] = table.bitmap_array[first:end]
+    return words.tobytes()
+
+
+def find_runs(table: L2Table, first: int, end: int, cluster_size: int) -> list[Run]:
+    """The entries ``[first, end)`` as runs.
+
+    NORMAL and ZERO_ALLOC runs have consecutive host clusters and one state of COPIED.
+    """
+    if end - first <= _SCALAR_MAX:
+        return list(_find_runs_one_by_one(table.entries[first:end], cluster_size))
+    return _find_runs_at_once(table.array[first:end], cluster_size)
+
+
+def _step_of(entry: int, cluster_size: int) -> int | None:
+    """How the next entry differs in a run with this one; None if runs have one cluster only."""
+    if not entry & (SPECIAL ^ ZERO):
+        return cluster_size if entry & (OFFSET_MASK | COPIED) else 0
+    return None
+
+
+def _find_runs_one_by_one(entries: memoryview, cluster_size: int) -> Iterator[Run]:
+    count = 0
+    start = expected = 0
+    step: int | None = None
+    for entry in entries:
+        if count and entry == expected and step is not None:
+            count += 1
+            expected += step
+            continue
+        if count:
+            yield Run(kind_of(start), count, start)
+        start, count = entry, 1
+        step = _step_of(entry, cluster_size)
+        expected = entry + (step or 0)
+    if count:
+        yield Run(kind_of(start), count, start)
+
+
+def _find_runs_at_once(entries: Entries, cluster_size: int) -> list[Run]:
+    has_host = (entries & np.uint64(OFFSET_MASK | COPIED)) != 0
+    steps = np.where(has_host, np.uint64(cluster_size), np.uint64(0))
+    is_single = (entries & np.uint64(SPECIAL ^ ZERO)) != 0
+    is_start = (entries[1:] != entries[:-1] + steps[:-1]) | is_single[1:] | is_single[:-1]
+    starts = np.concatenate([[0], np.flatnonzero(is_start) + 1])
+    counts = np.diff(np.append(starts, len(entries)))
+    firsts = entries[starts].tolist()
+    return [
+        Run(kind_of(entry), count, entry)
+        for entry, count in zip(firsts, counts.tolist(), strict=True)
+    ]

@@ -1,0 +1,455 @@
+"""A qcow2 image as a block node: opening, reading, describing.
+
+An image is put together from parts that know one thing each:
+
+* :class:`~nbdfleece.qcow2.tables.Mapping`: where a guest cluster lies;
+* :class:`~nbdfleece.qcow2.refcounts.Refcounts`: which host clusters are free;
+* :class:`~nbdfleece.qcow2.epochs.Epochs`: in which order the file learns of changes;
+* :class:`~nbdfleece.qcow2.write.Writer`: guest writes, zeroes and discards.
+
+A read that may be suspended counts itself in the quarantine's current batch of reads,
+so that the host cluster that it reads is not given to anyone else meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+import numpy as np
+
+from ..block.file import INLINE_BYTES_MAX, FileNode, in_thread
+from ..block.node import BlockNode
+from ..block.range_lock import RangeLock
+from ..errors import ImageError
+from ..extents import Extents
+from .backing import BackingPolicy, backing_format, resolve_name
+from .checks import check_refcount_table, check_supported
+from .compressed import compressed_range, inflate
+from .entries import (
+    COPIED,
+    IN_PLACE,
+    OFFSET_MASK,
+    SPECIAL,
+    Entries,
+    Kind,
+    L2Table,
+    Layout,
+    Run,
+    find_runs,
+)
+from .epochs import Epochs
+from .header import (
+    HEADER_BYTES_MAX,
+    Autoclear,
+    Header,
+    Incompatible,
+    pack_header,
+    unpack_header,
+)
+from .quarantine import Quarantine
+from .refcounts import Refcounts, unpack_refcount_table
+from .status import describe
+from .tables import CACHE_BYTES, Mapping, MetadataMap
+from .write import Writer
+
+_CHAIN_MAX: Final = 200
+"""Images in a backing chain: enough for any, and it ends."""
+
+_INFLATE_INLINE_BYTES_MAX: Final = 64 << 10
+"""Clusters up to this are inflated in the loop's thread: some 0.2 ms."""
+
+_INFLATED_MAX: Final = 8
+"""Inflated clusters kept for reads smaller than a cluster."""
+
+_SECTOR: Final = 512
+
+_log = logging.getLogger(__name__)
+
+
+class Qcow2Image(BlockNode):
+    """A qcow2 image. Made by :meth:`open` or :meth:`from_file`."""
+
+    refcounts: Refcounts
+    epochs: Epochs
+    _writer: Writer
+
+    def __init__(
+        self, file: FileNode, header: Header, l1: Entries, backing: BlockNode | None
+    ) -> None:
+        self.file = file
+        self.path = file.path
+        self.header = header
+        self.size = header.size
+        self.cluster_size = header.cluster_size
+        self.read_only = file.read_only
+        self.is_corrupt = bool(header.incompatible_features & Incompatible.CORRUPT)
+        self.backing = backing
+        self.layout = Layout(
+            header.cluster_bits, header.version, header.has_extended_l2, header.has_data_file
+        )
+        self.mapping = Mapping(
+            file, self.layout, l1, cache_bytes=CACHE_BYTES, on_damage=self.note_damage
+        )
+        self.metadata = MetadataMap(header.cluster_bits)
+        """Host clusters that hold metadata; whoever allocates some registers them here."""
+        self.ranges = RangeLock()
+        """Guest ranges that suspended writes hold."""
+        self.quarantine = Quarantine()
+        self._tables = self.mapping.tables
+        self._cluster_bits = header.cluster_bits
+        self._cluster_mask = header.cluster_size - 1
+        self._l2_bits = self.layout.l2_entries.bit_length() - 1
+        self._l2_mask = self.layout.l2_entries - 1
+        self._inflated: dict[int, bytes] = {}
+
+    @classmethod
+    async def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool,
+        force_share: bool = False,
+        backing_policy: BackingPolicy = BackingPolicy.SAME_FOLDER,
+    ) -> Qcow2Image:
+        """Open an image and its backing chain, with QEMU's locks.
+
+        Args:
+            path: The image file.
+            read_only: Not to be written; marks of damage or of a crash do not matter then.
+            force_share: Read even while another program writes (read-only images).
+            backing_policy: Which backing files may be opened.
+
+        Raises:
+            OSError: A file cannot be opened or read.
+            ImageLockedError: Another program uses the image or a file of its chain.
+            UnsupportedImageError: The image needs what we do not have.
+            ImageError: The image is damaged, or refers to what must not be opened.
+        """
+        file = FileNode.open(path, read_only=read_only, force_share=force_share)
+        return await cls.from_file(file, force_share=force_share, backing_policy=backing_policy)
+
+    @classmethod
+    async def from_file(
+        cls,
+        file: FileNode,
+        *,
+        force_share: bool = False,
+        backing_policy: BackingPolicy = BackingPolicy.SAME_FOLDER,
+        chain: frozenset[tuple[int, int]] = frozenset(),
+    ) -> Qcow2Image:
+        """The image in an open file, which is closed with it, also when this fails.
+
+        Args:
+            file: The image file; its ``read_only`` decides whether the image can be written.
+            force_share: For the backing chain.
+            backing_policy: For the backing chain.
+            chain: The files above this one, for which it is the backing file.
+
+        Raises:
+            OSError: A file cannot be opened or read.
+            ImageError: As for :meth:`open`.
+        """
+        backing: BlockNode | None = None
+        try:
+            raw = await file.read(0, min(file.size, HEADER_BYTES_MAX))
+            header = unpack_header(raw, file.path, file.size)
+            check_supported(header, file)
+            l1 = np.frombuffer(
+                await file.read(header.l1_table_offset, header.l1_size * 8), dtype=">u8"
+            ).astype(np.uint64)
+            backing = await _open_backing(
+                file, header, backing_policy, force_share, chain | {file.identity}
+            )
+            image = cls(file, header, l1, backing)
+            if not file.read_only:
+                await image._prepare_writing()
+        except BaseException:
+            if backing is not None:
+                await backing.close()
+            await file.close()
+            raise
+        return image
+
+    async def _prepare_writing(self) -> None:
+        """Load what writing needs, and clear the marks that only a reader may leave."""
+        header, file = self.header, self.file
+        blocks = unpack_refcount_table(
+            await file.read(
+                header.refcount_table_offset, header.refcount_table_clusters << self._cluster_bits
+            )
+        )
+        check_refcount_table(blocks, header, file)
+        self._register_metadata(blocks)
+        self.refcounts = Refcounts(
+            file, header, blocks, self.metadata, self.quarantine, self.note_damage
+        )
+        self.epochs = Epochs(file, header, self.mapping, self.refcounts, self.quarantine, file)
+        self._writer = Writer(self)
+        unknown = header.autoclear_features & ~Autoclear.BITMAPS
+        if unknown:
+            await self.update_header(
+                lambda old: replace(old, autoclear_features=old.autoclear_features & ~unknown)
+            )
+
+    def _register_metadata(self, blocks: list[int]) -> None:
+        header, add = self.header, self.metadata.add
+        add(0, header.cluster_size)
+        add(header.l1_table_offset, header.l1_size * 8)
+        add(header.refcount_table_offset, header.refcount_table_clusters << self._cluster_bits)
+        if header.snapshot_count:
+            add(header.snapshots_offset, 1)
+        l2_tables: list[int] = (self.mapping.l1 & np.uint64(OFFSET_MASK)).tolist()
+        for offset in l2_tables + blocks:
+            if offset:
+                add(offset, 1)
+
+    def note_damage(self, message: str) -> None:
+        """Something in the file cannot be: report it, and write no guest data any more.
+
+        An image open for writing gets its corrupt bit with the next flush.
+        """
+        _log.error("%s: damaged: %s", self.path, message)
+        if self.read_only:
+            return
+        self.is_corrupt = True
+        self.read_only = True
+        if self.header.version >= 3:
+            self.header.incompatible_features |= Incompatible.CORRUPT
+            self.epochs.header_is_dirty = True
+
+    def check_writable(self) -> None:
+        """Raise the ``OSError`` of a write that may not be."""
+        if not self.read_only:
+            return
+        if self.is_corrupt and not self.file.read_only:
+            raise OSError(errno.EIO, "the image is damaged and not written any more", self.path)
+        raise PermissionError(errno.EPERM, "the image is read-only", self.path)
+
+    async def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the guest's bytes from ``offset`` on."""
+        cluster = offset >> self._cluster_bits
+        table = self._tables.get(cluster >> self._l2_bits)
+        within = offset & self._cluster_mask
+        if table is not None and within + len(view) <= self.cluster_size:
+            entry = table.entries[cluster & self._l2_mask]
+            if not entry & SPECIAL and entry & OFFSET_MASK:
+                table.is_recent = True
+                reads = self.quarantine.reads
+                reads.count += 1
+                try:
+                    await self.file.read_into((entry & OFFSET_MASK) + within, view)
+                finally:
+                    reads.count -= 1
+                return
+        await self._read_tables(offset, view)
+
+    async def _read_tables(self, offset: int, view: memoryview) -> None:
+        """Read through any number of L2 tables."""
+        reads = self.quarantine.reads
+        reads.count += 1
+        try:
+            while len(view):
+                l1_index = offset >> self._cluster_bits + self._l2_bits
+                table_end = l1_index + 1 << self._cluster_bits + self._l2_bits
+                length = min(len(view), table_end - offset)
+                table = await self.mapping.table(l1_index)
+                if table is None:
+                    await self._read_backing(offset, view[:length])
+                else:
+                    await self._read_table(table, offset, view[:length])
+                offset += length
+                view = view[length:]
+        finally:
+            reads.count -= 1
+
+    async def _read_table(self, table: L2Table, offset: int, view: memoryview) -> None:
+        """Read a range that one L2 table maps."""
+        index = offset >> self._cluster_bits & self._l2_mask
+        within = offset & self._cluster_mask
+        end = index + (within + len(view) - 1 >> self._cluster_bits) + 1
+        for run in find_runs(table, index, end, self.cluster_size):
+            length = min(len(view), (run.clusters << self._cluster_bits) - within)
+            await self._read_run(run, within, offset, view[:length])
+            offset += length
+            view = view[length:]
+            within = 0
+
+    async def _read_run(self, run: Run, within: int, offset: int, view: memoryview) -> None:
+        """Read guest offset ``offset``, which lies ``within`` bytes after a run's beginning."""
+        if run.kind is Kind.NORMAL:
+            await self.file.read_into((run.entry & OFFSET_MASK) + within, view)
+        elif run.kind is Kind.UNALLOCATED:
+            await self._read_backing(offset, view)
+        elif run.kind is Kind.COMPRESSED:
+            view[:] = (await self._read_compressed(run.entry))[within : within + len(view)]
+        elif run.kind is Kind.INVALID:
+            raise OSError(errno.EIO, "damaged L2 entry", self.path)
+        else:
+            view[:] = bytes(len(view))
+
+    async def _read_backing(self, offset: int, view: memoryview) -> None:
+        """Read what is not in this image: the backing file's bytes, zeroes past its end."""
+        readable = 0
+        if self.backing is not None and offset < self.backing.size:
+            readable = min(len(view), self.backing.size - offset)
+            await self.backing.read_into(offset, view[:readable])
+        if readable < len(view):
+            view[readable:] = bytes(len(view) - readable)
+
+    async def _read_compressed(self, entry: int) -> bytes:
+        """One inflated cluster; the last few are kept where the file cannot change."""
+        cluster = self._inflated.get(entry)
+        if cluster is not None:
+            return cluster
+        host, length = compressed_range(entry, self._cluster_bits)
+        if host >= self.file.size:
+            raise OSError(errno.EIO, "compressed cluster past the end of the file", self.path)
+        data = await self.file.read(host, length)
+        arguments = (data, self.cluster_size, self.header.compression_type)
+        if self.cluster_size <= _INFLATE_INLINE_BYTES_MAX:
+            cluster = inflate(*arguments)
+        else:
+            cluster = await in_thread(inflate, *arguments)
+        if self.file.read_only:
+            if len(self._inflated) >= _INFLATED_MAX:
+                del self._inflated[next(iter(self._inflated))]
+            self._inflated[entry] = cluster
+        return cluster
+
+    async def block_status(
+        self, offset: int, length: int, *, extents_max: int = 1 << 20
+    ) -> Extents:
+        """Describe a guest range through the whole backing chain."""
+        return await describe(self, offset, length, extents_max)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write guest bytes; one cluster that is ours alone is overwritten where it is."""
+        cluster = offset >> self._cluster_bits
+        table = self._tables.get(cluster >> self._l2_bits)
+        within = offset & self._cluster_mask
+        if table is not None and within + len(data) <= self.cluster_size:
+            entry = table.entries[cluster & self._l2_mask]
+            host = entry & OFFSET_MASK
+            if (
+                entry & IN_PLACE == COPIED
+                and host
+                and host >> self._cluster_bits not in self.metadata.clusters
+                and len(data) <= INLINE_BYTES_MAX
+                and self.ranges.is_idle
+                and not self.read_only
+            ):
+                table.is_recent = True
+                await self.file.write(host + within, data)
+                return
+        self.check_writable()
+        await self._writer.write(offset, data)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        """Make a guest range read as zeroes, whole clusters by their entries alone."""
+        self.check_writable()
+        await self._writer.write_zeroes(offset, length, unmap=unmap, fast=fast)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Discard the whole clusters in a guest range."""
+        self.check_writable()
+        await self._writer.trim(offset, length)
+
+    async def flush(self) -> None:
+        """Make everything durable that was written before this call (rule 4)."""
+        if not self.file.read_only:
+            await self.epochs.flush()
+
+    async def allocate_clusters(self, count: int) -> int:
+        """Take consecutive host clusters for metadata of one's own.
+
+        The next flush makes their refcounts durable; nothing durable may lead to them before.
+
+        Returns:
+            Their host offset. What they contain is anything.
+        """
+        offset = await self.refcounts.allocate(count)
+        self.metadata.add(offset, count << self._cluster_bits)
+        return offset
+
+    def free_clusters(self, offset: int, count: int) -> None:
+        """Give metadata clusters up, to which nothing durable leads any more."""
+        self.metadata.remove(offset, count << self._cluster_bits)
+        self.quarantine.add(offset, count << self._cluster_bits)
+
+    async def update_header(self, change: Callable[[Header], Header]) -> None:
+        """Flush, then make a change of the header durable, in the sectors that differ.
+
+        A change within one sector is atomic. Of a wider one the first sector, with the
+        feature bits, is written last, when the others are durable.
+
+        Args:
+            change: Makes the new header from the present one, which it leaves alone.
+                Called when everything written before this call is durable.
+
+        Raises:
+            ImageError: The header does not fit the first cluster; nothing was changed.
+        """
+        self.check_writable()
+        await self.epochs.exclusively(partial(self._write_header, change))
+
+    async def _write_header(self, change: Callable[[Header], Header]) -> None:
+        new = change(self.header)
+        data = memoryview(pack_header(new, self.path))
+        old = await self.file.read(0, len(data))
+        differing = [
+            start
+            for start in range(0, len(data), _SECTOR)
+            if data[start : start + _SECTOR] != old[start : start + _SECTOR]
+        ]
+        for start in reversed(differing):
+            if start == 0 and len(differing) > 1:
+                await self.file.flush()
+            await self.file.write(start, data[start : start + _SECTOR])
+        self.header.extensions = new.extensions
+        self.header.autoclear_features = new.autoclear_features
+        self.header.compatible_features = new.compatible_features
+
+    async def close(self) -> None:
+        """Flush, and give up the files and locks, the backing chain's too."""
+        try:
+            if not self.file.read_only and not self.file.is_closed:
+                await self.epochs.settle()
+        finally:
+            await self.file.close()
+            if self.backing is not None:
+                await self.backing.close()
+
+
+async def _open_backing(
+    file: FileNode,
+    header: Header,
+    policy: BackingPolicy,
+    force_share: bool,
+    chain: frozenset[tuple[int, int]],
+) -> BlockNode | None:
+    """Open the backing file that a header names, and what is behind it."""
+    if header.backing_file is None:
+        return None
+    name = os.fsdecode(header.backing_file)
+    path = resolve_name(file.path, name, policy)
+    below = FileNode.open(path, read_only=True, force_share=force_share)
+    try:
+        if below.identity in chain or len(chain) >= _CHAIN_MAX:
+            raise ImageError(file.path, f"the chain of backing files comes back to {path!r}")
+        image_format = await backing_format(file.path, header, below)
+    except BaseException:
+        await below.close()
+        raise
+    if image_format == "raw":
+        return below
+    return await Qcow2Image.from_file(
+        below, force_share=force_share, backing_policy=policy, chain=chain
+    )

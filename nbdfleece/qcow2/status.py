@@ -1,0 +1,113 @@
+"""Block status of a qcow2 image: what is allocated where in the chain, and what is zero."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from ..block.node import DEPTH_SHIFT, BlockStatus, block_status_word
+from ..extents import Extents, Status
+from .entries import COMPRESSED, COPIED, INVALID, OFFSET_MASK, ZERO, Entries
+
+if TYPE_CHECKING:
+    from .image import Qcow2Image
+
+_TABLES_MAX: Final = 1024
+"""L2 tables looked at in one call: some milliseconds."""
+
+_DATA: Final = block_status_word(BlockStatus.DATA, 1)
+_ZERO_ALLOC: Final = block_status_word(BlockStatus.ZERO, 1)
+_ZERO_PLAIN: Final = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 1)
+_NOTHING: Final = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 0)
+_PAST_BACKING: Final = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 2)
+"""Zeroes past the end of a shorter backing file count as the backing file's, as in QEMU."""
+
+
+_ASK_BACKING: Final = 1 << 31
+"""In place of a status word: the backing file knows."""
+
+
+async def describe(image: Qcow2Image, offset: int, length: int, extents_max: int) -> Extents:
+    """The block status of a guest range; see :meth:`BlockNode.block_status`."""
+    end = offset + length
+    table_bytes = image.layout.l2_entries * image.cluster_size
+    parts: list[Extents] = []
+    count = 0
+    for _ in range(_TABLES_MAX):
+        stop = min(end, (offset // table_bytes + 1) * table_bytes)
+        own = await _own_status(image, offset, stop - offset)
+        if image.backing is not None:
+            own = await _with_backing(image, offset, own, extents_max - count)
+        parts.append(own)
+        offset += own.total()
+        count += len(own.lengths)
+        if offset < stop or offset == end or count >= extents_max:
+            break
+    return Extents.concatenate(parts).limited(extents_max)
+
+
+async def _own_status(image: Qcow2Image, offset: int, length: int) -> Extents:
+    """What this image says of a range within one L2 table, with _ASK_BACKING where it is mute."""
+    unallocated = _NOTHING if image.backing is None else _ASK_BACKING
+    l1_index, first = divmod(offset // image.cluster_size, image.layout.l2_entries)
+    table = await image.mapping.table(l1_index)
+    if table is None:
+        return Extents.single(length, unallocated)
+    within = offset % image.cluster_size
+    end = first + (within + length - 1) // image.cluster_size + 1
+    status = _status_of(table.array[first:end], unallocated)
+    lengths = np.full(end - first, image.cluster_size, dtype=np.int64)
+    lengths[0] -= within
+    lengths[-1] -= int(lengths.sum()) - length
+    return Extents(lengths, status).merged()
+
+
+def _status_of(entries: Entries, unallocated: int) -> Status:
+    """The status word of every entry.
+
+    Raises:
+        OSError: EIO: an entry cannot be meant.
+    """
+    has_host = (entries & np.uint64(OFFSET_MASK | COPIED)) != 0
+    is_compressed = (entries & np.uint64(COMPRESSED)) != 0
+    is_zero = ~is_compressed & ((entries & np.uint64(ZERO)) != 0)
+    if (~is_compressed & ((entries & np.uint64(INVALID)) != 0)).any():
+        raise OSError(errno.EIO, "damaged L2 entry")
+    status = np.where(has_host | is_compressed, np.uint32(_DATA), np.uint32(unallocated))
+    status[is_zero & has_host] = _ZERO_ALLOC
+    status[is_zero & ~has_host] = _ZERO_PLAIN
+    return status
+
+
+async def _with_backing(image: Qcow2Image, offset: int, own: Extents, extents_max: int) -> Extents:
+    """Put the backing file's answers where this image is mute; cut short where they are."""
+    parts: list[Extents] = []
+    count = 0
+    for length, status in own.pairs():
+        part = Extents.single(length, status)
+        if status == _ASK_BACKING:
+            part = await _backing_status(image, offset, length, extents_max - count)
+        parts.append(part)
+        offset += length
+        count += len(part.lengths)
+        if part.total() < length or count >= extents_max:
+            break
+    return Extents.concatenate(parts)
+
+
+async def _backing_status(image: Qcow2Image, offset: int, length: int, extents_max: int) -> Extents:
+    """A range as the backing file has it, one layer deeper; zeroes past its end."""
+    backing = image.backing
+    assert backing is not None
+    inside = min(length, max(0, backing.size - offset))
+    if not inside:
+        return Extents.single(length, _PAST_BACKING)
+    below = await backing.block_status(offset, inside, extents_max=max(1, extents_max))
+    depth = below.status >> np.uint32(DEPTH_SHIFT)
+    deeper = np.where(depth > 0, below.status + np.uint32(1 << DEPTH_SHIFT), below.status)
+    below = Extents(below.lengths, deeper.astype(np.uint32))
+    if below.total() == inside < length:
+        return Extents.concatenate([below, Extents.single(length - inside, _PAST_BACKING)])
+    return below

@@ -1,0 +1,378 @@
+"""Guest writes, zeroes and discards on a qcow2 image.
+
+Every operation here holds the guest clusters that it touches in the image's range
+lock, so whatever suspends (a cold read of old data, a large write) finds them as it
+left them. The pure fast path, overwriting one cluster where it is, is in
+:meth:`nbdfleece.qcow2.image.Qcow2Image.write`; it never suspends and asks only
+whether any range is held.
+
+An entry is changed in memory only after its data are in the file's page cache, so
+that a flush (:mod:`nbdfleece.qcow2.epochs`) never makes an entry durable before them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from .compressed import compressed_range
+from .entries import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    ZERO,
+    Kind,
+    L2Table,
+    Run,
+    find_runs,
+    kind_of,
+)
+from .single_flight import SingleFlight
+
+if TYPE_CHECKING:
+    from .image import Qcow2Image
+
+
+class _Part(NamedTuple):
+    """A pinned L2 table and the entries of it that an operation is about."""
+
+    l1_index: int
+    table: L2Table
+    first: int
+    end: int
+
+
+_Change = Callable[[_Part, int, Run], Awaitable[None]]
+"""Does something with the run at an index of a part's table."""
+
+
+class Writer:
+    """The writing half of an image that is open for writing."""
+
+    def __init__(self, image: Qcow2Image) -> None:
+        self._image = image
+        self._mapping = image.mapping
+        self._refcounts = image.refcounts
+        self._quarantine = image.quarantine
+        self._file = image.file
+        self._cluster_bits = image.layout.cluster_bits
+        self._cluster_size = image.layout.cluster_size
+        self._l2_entries = image.layout.l2_entries
+        self._has_zero_flag = image.layout.version >= 3
+        self._making = SingleFlight()
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write guest data wherever they belong."""
+        await self._image.epochs.relieve()
+        async with self._image.ranges.hold(*self._aligned(offset, offset + len(data))):
+            self._image.check_writable()
+            await self._write(offset, data)
+
+    async def _write(self, offset: int, data: memoryview) -> None:
+        await self._for_each_part(
+            offset, offset + len(data), partial(self._write_part, offset, data)
+        )
+
+    async def _write_part(self, offset: int, data: memoryview, part: _Part) -> None:
+        """Write what of ``data``, which begin at ``offset``, lies in one L2 table's range."""
+        end = offset + len(data)
+        guest = self._guest_offset(part)
+        for run in find_runs(part.table, part.first, part.end, self._cluster_size):
+            run_end = guest + (run.clusters << self._cluster_bits)
+            low, high = max(guest, offset), min(run_end, end)
+            await self._write_run(part, run, low, data[low - offset : high - offset])
+            guest = run_end
+
+    async def _write_run(self, part: _Part, run: Run, offset: int, data: memoryview) -> None:
+        """Write data that lie within one run of clusters."""
+        if run.kind is Kind.NORMAL and run.entry & COPIED:
+            skip = offset & self._cluster_size - 1
+            await self._write_host((run.entry & OFFSET_MASK) + skip, data)
+        elif run.kind is Kind.ZERO_ALLOC and run.entry & COPIED:
+            index = self._index(offset)
+            await self._fill(run.entry & OFFSET_MASK, offset, data, False, False)
+            self._set(part, index, run.clusters, run.entry & ~ZERO, self._cluster_size)
+        elif run.kind is Kind.INVALID:
+            raise OSError(errno.EIO, "damaged L2 entry", self._image.path)
+        else:
+            await self._write_new(part, run, offset, data)
+
+    async def _write_new(self, part: _Part, run: Run, offset: int, data: memoryview) -> None:
+        """Write data into new host clusters, with what was around them copied along."""
+        has_old = not self._reads_as_zeroes(run.kind)
+        while len(data):
+            start = offset & ~(self._cluster_size - 1)
+            wanted = -(-(offset + len(data) - start) // self._cluster_size)
+            new = await self._refcounts.allocate_up_to(wanted)
+            length = min(len(data), start + (new.clusters << self._cluster_bits) - offset)
+            try:
+                await self._fill(new.offset, offset, data[:length], has_old, new.is_fresh)
+            except BaseException:
+                await self._refcounts.release(new.offset, new.clusters << self._cluster_bits)
+                raise
+            self._replace(part, self._index(offset), new.clusters, new.offset | COPIED)
+            offset += length
+            data = data[length:]
+
+    async def _fill(
+        self, host: int, offset: int, data: memoryview, has_old: bool, is_fresh: bool
+    ) -> None:
+        """Write data and the rest of the first and last cluster around them.
+
+        Args:
+            host: Host offset of the cluster that holds guest offset ``offset``.
+            offset: Guest offset of the data.
+            data: What to write.
+            has_old: The clusters read as something but zeroes at present.
+            is_fresh: Zeroes need not be written.
+        """
+        skip = offset & self._cluster_size - 1
+        end = offset + len(data)
+        tail = -end & self._cluster_size - 1
+        if skip:
+            await self._fill_edge(host, offset - skip, skip, has_old, is_fresh)
+        if tail:
+            await self._fill_edge(host + skip + len(data), end, tail, has_old, is_fresh)
+        await self._write_host(host + skip, data)
+
+    async def _fill_edge(
+        self, host: int, offset: int, length: int, has_old: bool, is_fresh: bool
+    ) -> None:
+        """Copy what the guest reads at ``offset`` at present to a host offset."""
+        content = bytearray(length)
+        readable = min(length, self._image.size - offset)
+        if has_old and readable > 0:
+            await self._image.read_into(offset, memoryview(content)[:readable])
+        elif is_fresh:
+            return
+        await self._write_host(host, memoryview(content))
+
+    async def _write_host(self, host: int, data: memoryview) -> None:
+        """Write guest data to the image file, but never over metadata (rule 4)."""
+        self._check_no_metadata(host, len(data))
+        await self._file.write(host, data)
+
+    def _check_no_metadata(self, host: int, length: int) -> None:
+        if self._image.metadata.overlaps(host, length):
+            self._image.note_damage(f"a guest cluster lies over metadata at {host:#x}")
+            raise OSError(errno.EIO, "guest data lie over metadata", self._image.path)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
+        """Make a range read as zeroes; whole clusters by their entries alone."""
+        await self._image.epochs.relieve()
+        end = offset + length
+        async with self._image.ranges.hold(*self._aligned(offset, end)):
+            self._image.check_writable()
+            first, last = self._whole_clusters(offset, end)
+            if fast and not await self._is_fast(offset, end, first, last):
+                raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), self._image.path)
+            if first >= last:
+                await self._write_zero_data(offset, end)
+                return
+            await self._write_zero_data(offset, first)
+            if self._can_forget:
+                await self._change_clusters(first, last, self._forget if unmap else self._keep)
+            else:
+                await self._write_zero_data(first, min(last, end))
+            await self._write_zero_data(last, end)
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Give up the whole clusters in a range; its edges stay as they are."""
+        await self._image.epochs.relieve()
+        first, last = self._whole_clusters(offset, offset + length)
+        if first >= last or not self._can_forget:
+            return
+        async with self._image.ranges.hold(first, last):
+            self._image.check_writable()
+            await self._change_clusters(first, last, self._forget)
+
+    @property
+    def _can_forget(self) -> bool:
+        """Whether an entry alone can make a cluster read as zeroes.
+
+        Version 2 has no zero flag: what is unallocated shows the backing file.
+        """
+        return self._has_zero_flag or self._image.backing is None
+
+    async def _is_fast(self, offset: int, end: int, first: int, last: int) -> bool:
+        """Whether zeroing a range with these whole clusters inside needs no writing of data."""
+        if first < last and not self._can_forget:
+            return False
+        for low, high in ((offset, min(first, end)), (max(last, offset), end)):
+            if low < high and not await self._is_zero(low):
+                return False
+        return True
+
+    async def _is_zero(self, offset: int) -> bool:
+        """Whether the cluster of a guest offset reads as zeroes by its entry."""
+        l1_index, index = divmod(offset >> self._cluster_bits, self._l2_entries)
+        table = await self._mapping.table(l1_index)
+        return self._reads_as_zeroes(
+            Kind.UNALLOCATED if table is None else kind_of(table.entries[index])
+        )
+
+    async def _write_zero_data(self, offset: int, end: int) -> None:
+        """Write zeroes as data, cluster by cluster, where the range is not zero already."""
+        while offset < end:
+            stop = min(end, (offset | self._cluster_size - 1) + 1)
+            if not await self._is_zero(offset):
+                await self._write(offset, memoryview(bytes(stop - offset)))
+            offset = stop
+
+    async def _change_clusters(self, first: int, last: int, change: _Change) -> None:
+        """Apply a change to every run of the whole clusters in ``[first, last)``."""
+        await self._for_each_part(
+            first, last, partial(self._change_part, change), skip_empty=change == self._forget
+        )
+
+    async def _change_part(self, change: _Change, part: _Part) -> None:
+        index = part.first
+        for run in find_runs(part.table, part.first, part.end, self._cluster_size):
+            if run.kind is Kind.INVALID:
+                raise OSError(errno.EIO, "damaged L2 entry", self._image.path)
+            await change(part, index, run)
+            index += run.clusters
+
+    async def _forget(self, part: _Part, index: int, run: Run) -> None:
+        """Make a run read as zeroes and give its host clusters up."""
+        if run.kind is Kind.ZERO_PLAIN:
+            return
+        if run.kind is Kind.UNALLOCATED and self._image.backing is None:
+            return
+        entry = ZERO if self._has_zero_flag else 0
+        self._free(run.entry, run.clusters, punch=True)
+        self._set(part, index, run.clusters, entry, 0)
+
+    async def _keep(self, part: _Part, index: int, run: Run) -> None:
+        """Make a run read as zeroes and keep, or take, host clusters for it."""
+        if not self._has_zero_flag:
+            await self._write(
+                self._guest_offset(part) + (index - part.first << self._cluster_bits),
+                memoryview(bytes(run.clusters << self._cluster_bits)),
+            )
+        elif run.kind is Kind.ZERO_ALLOC and run.entry & COPIED:
+            return
+        elif run.kind is Kind.NORMAL and run.entry & COPIED:
+            self._set(part, index, run.clusters, run.entry | ZERO, self._cluster_size)
+        else:
+            await self._provision(part, index, run.clusters)
+
+    async def _provision(self, part: _Part, index: int, count: int) -> None:
+        """Give a run new host clusters that read as zeroes."""
+        while count:
+            new = await self._refcounts.allocate_up_to(count)
+            length = new.clusters << self._cluster_bits
+            try:
+                await self._file.write_zeroes(new.offset, length, unmap=False)
+            except BaseException:
+                await self._refcounts.release(new.offset, length)
+                raise
+            self._replace(part, index, new.clusters, new.offset | COPIED | ZERO)
+            index += new.clusters
+            count -= new.clusters
+
+    def _replace(self, part: _Part, index: int, count: int, entry: int) -> None:
+        """Let entries lead to new host clusters, and free what they led to."""
+        for run in find_runs(part.table, index, index + count, self._cluster_size):
+            self._free(run.entry, run.clusters, punch=False)
+        self._set(part, index, count, entry, self._cluster_size)
+
+    def _set(self, part: _Part, index: int, count: int, entry: int, step: int) -> None:
+        part.table.set_run(index, count, entry, step)
+        self._mapping.touch(part.l1_index, part.table, index, index + count)
+
+    def _free(self, entry: int, count: int, *, punch: bool) -> None:
+        """Put the host clusters of a run, if it has any, into quarantine."""
+        if entry & COMPRESSED:
+            offset, length = compressed_range(entry, self._cluster_bits)
+            last = offset + length - 1 >> self._cluster_bits
+            first = offset >> self._cluster_bits
+            # Other compressed clusters may lie in the same host clusters: never punched.
+            self._quarantine.add(
+                first << self._cluster_bits, last + 1 - first << self._cluster_bits
+            )
+        elif entry & OFFSET_MASK:
+            host, length = entry & OFFSET_MASK, count << self._cluster_bits
+            self._check_no_metadata(host, length)
+            self._quarantine.add(host, length, punch=punch)
+
+    def _reads_as_zeroes(self, kind: Kind) -> bool:
+        if kind is Kind.UNALLOCATED:
+            return self._image.backing is None
+        return kind in (Kind.ZERO_PLAIN, Kind.ZERO_ALLOC)
+
+    async def _for_each_part(
+        self,
+        offset: int,
+        end: int,
+        action: Callable[[_Part], Awaitable[None]],
+        *,
+        skip_empty: bool = False,
+    ) -> None:
+        """Do something with each L2 table of a range, writable and pinned meanwhile.
+
+        Args:
+            offset: Guest offset where the range begins.
+            end: Guest offset where it ends.
+            action: What to do.
+            skip_empty: Leave out what has no table and reads as zeroes without one.
+        """
+        cluster = offset >> self._cluster_bits
+        cluster_end = (end - 1 >> self._cluster_bits) + 1
+        while cluster < cluster_end:
+            l1_index, first = divmod(cluster, self._l2_entries)
+            stop = min(cluster_end - cluster + first, self._l2_entries)
+            is_empty = not self._mapping.has_table(l1_index) and self._image.backing is None
+            if not (skip_empty and is_empty):
+                table = await self._writable_table(l1_index)
+                table.pins += 1
+                try:
+                    await action(_Part(l1_index, table, first, stop))
+                finally:
+                    table.pins -= 1
+            cluster += stop - first
+
+    async def _writable_table(self, l1_index: int) -> L2Table:
+        """The L2 table, made or copied if there is none of our own."""
+        while True:
+            table = await self._mapping.table(l1_index)
+            if table is not None and not self._mapping.is_shared(l1_index):
+                self._image.check_writable()  # loading it may have shown damage
+                return table
+            await self._making.run(l1_index, partial(self._make_table, l1_index, table))
+
+    async def _make_table(self, l1_index: int, shared: L2Table | None) -> None:
+        """Give an L1 entry a new L2 table: empty, or a copy of a shared one."""
+        offset = await self._refcounts.allocate(1)
+        if shared is None:
+            table = L2Table(offset, np.zeros(self._l2_entries, dtype=np.uint64), None)
+        else:
+            table = L2Table(offset, shared.array.copy(), None)
+            self._image.metadata.remove(shared.host_offset, 1)
+            self._quarantine.add(shared.host_offset, self._cluster_size)
+        self._image.metadata.add(offset, 1)
+        self._mapping.link(l1_index, table)
+
+    def _aligned(self, offset: int, end: int) -> tuple[int, int]:
+        """The range widened to whole clusters."""
+        mask = self._cluster_size - 1
+        return offset & ~mask, (end + mask) & ~mask
+
+    def _whole_clusters(self, offset: int, end: int) -> tuple[int, int]:
+        """The whole clusters inside a range; the disk's last cluster ends with the disk."""
+        mask = self._cluster_size - 1
+        last = (end + mask) & ~mask if end == self._image.size else end & ~mask
+        return (offset + mask) & ~mask, last
+
+    def _index(self, offset: int) -> int:
+        """The index of a guest offset in its L2 table."""
+        return (offset >> self._cluster_bits) % self._l2_entries
+
+    def _guest_offset(self, part: _Part) -> int:
+        """The guest offset of a part's first cluster."""
+        return (part.l1_index * self._l2_entries + part.first) << self._cluster_bits
