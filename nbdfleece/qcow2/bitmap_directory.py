@@ -123,17 +123,6 @@ class DirectoryListing(NamedTuple):
     """Where each of ``entries`` begins, in bytes from the directory's beginning."""
     damaged: list[DamagedEntry]
 
-    def check(self, path: str | os.PathLike[str], directory_offset: int) -> None:
-        """Insist on a directory without damage.
-
-        Raises:
-            ImageError: It has some; the text says which entry breaks which constraint.
-        """
-        if self.damaged:
-            position, name, reason = self.damaged[0]
-            who = "a bitmap directory entry" if name is None else f"bitmap {name!r}"
-            raise ImageError(path, f"{who} {reason}", offset=directory_offset + position)
-
 
 def stored_bitmap_bytes(disk_size: int, granularity: int) -> int:
     """Bytes that the bits of a bitmap take up in the file: a multiple of 8.
@@ -308,8 +297,8 @@ def _unpack_entry(
     start = position + _ENTRY.size + extra_size
     name = _decode_name(bytes(data[start : start + name_size]))
     reason = (
-        _name_fault(name, name_size)
-        or _kind_fault(flags, kind, extra_size, granularity_bits)
+        _kind_fault(flags, kind, extra_size, granularity_bits)
+        or _name_fault(name, name_size)
         or _table_fault(flags, table_offset, table_entries, granularity_bits, geometry)
     )
     if reason is not None or name is None:
@@ -334,7 +323,7 @@ def _name_fault(name: str | None, name_size: int) -> str | None:
 
 def _kind_fault(flags: int, kind: int, extra_size: int, granularity_bits: int) -> str | None:
     """What is wrong with the fields that stand for themselves."""
-    if flags & ~(BitmapFlags.IN_USE | BitmapFlags.AUTO):
+    if flags & ~int(BitmapFlags.IN_USE | BitmapFlags.AUTO):
         return f"has unknown flags {flags:#x}"
     if kind != TYPE_DIRTY_TRACKING:
         return f"is of the unknown type {kind}"

@@ -233,7 +233,7 @@ class BitmapStore:
                 self.damaged.append(DamagedEntry(position, entry.name, reason))
                 continue
             await self._load_table(entry, position, switch)
-        self._drop_shared_clusters()
+        self._drop_shared_clusters(switch.directory)
 
     async def _load_table(self, entry: BitmapEntry, position: int, switch: DirectorySwitch) -> None:
         """Take up a bitmap, or note what is wrong with its table."""
@@ -248,9 +248,9 @@ class BitmapStore:
                 return
         self._held[entry.name] = _Held(entry, position, table, inconsistent=entry.in_use)
 
-    def _drop_shared_clusters(self) -> None:
+    def _drop_shared_clusters(self, directory: BitmapsExtension) -> None:
         """Note bitmaps whose clusters are also the directory's or another bitmap's."""
-        clusters, counts = np.unique(self._clusters(), return_counts=True)
+        clusters, counts = np.unique(self._clusters(directory), return_counts=True)
         shared = clusters[counts > 1]
         if not len(shared):
             return
@@ -260,13 +260,11 @@ class BitmapStore:
                 reason = "shares clusters with another bitmap or the directory"
                 self.damaged.append(DamagedEntry(held.position, name, reason))
 
-    def _clusters(self) -> Table:
+    def _clusters(self, directory: BitmapsExtension) -> Table:
         """The offsets of all clusters of the directory and of what it holds."""
-        parts = [self._clusters_of(held) for held in self._held.values()]
-        if self._switch is not None:
-            _, size, offset = self._switch.directory
-            parts.append(span_clusters(offset, size, self._image.cluster_size))
-        return np.concatenate(parts)
+        _, size, offset = directory
+        own = span_clusters(offset, size, self._image.cluster_size)
+        return np.concatenate([own, *map(self._clusters_of, self._held.values())])
 
     def _clusters_of(self, held: _Held) -> Table:
         """The offsets of all clusters of a bitmap."""
@@ -334,9 +332,10 @@ class BitmapStore:
                     f"{self._image.path}: the bitmap directory is damaged"
                     f" ({self.damaged[0].reason}): repair it first"
                 )
-            old = self._clusters()
-            await self._replace(wanted, payload)
-            unused = np.setdiff1d(old, self._clusters())
+            switch = self._check(wanted, payload)
+            old = self._clusters(switch.directory)
+            await self._replace(switch, wanted, payload)
+            unused = np.setdiff1d(old, self._clusters(switch.directory))
             for offset, count in cluster_runs(unused, self._image.cluster_size):
                 self._image.free_clusters(offset, count)
 
@@ -349,16 +348,16 @@ class BitmapStore:
             dropped, self.damaged = self.damaged, []
             try:
                 if dropped:
-                    await self._replace(
-                        [_Wanted(_kept(held), None) for held in self._held.values()], None
-                    )
+                    wanted = [_Wanted(_kept(held), None) for held in self._held.values()]
+                    await self._replace(self._check(wanted, None), wanted, None)
             except BaseException:
                 self.damaged = dropped
                 raise
             return RepairReport(self.entries, dropped)
 
-    async def _replace(self, wanted: list[_Wanted], payload: bytes | None) -> None:
-        switch = self._check(wanted, payload)
+    async def _replace(
+        self, switch: DirectorySwitch, wanted: list[_Wanted], payload: bytes | None
+    ) -> None:
         await switch.prepare(with_directory=bool(wanted), with_record=payload is not None)
         packed = [self._pack(item) for item in wanted]
         count = self._clusters_needed(wanted, packed)

@@ -107,7 +107,7 @@ class DirectorySwitch:
     @property
     def record(self) -> ChainRecord | None:
         """The chain record in force, or the newest if none is."""
-        if self._selection is None:
+        if self._selection is None or self._selection.slot.flags & SlotFlags.EMPTY:
             return None
         slot, matches = self._selection
         fresh = matches and self._has(AUTOCLEAR_PRIVATE) and not self._is_stale()
@@ -211,7 +211,7 @@ class DirectorySwitch:
         await self._append_missing(with_directory=with_directory, with_record=with_record)
         if with_directory:
             await self._settle_bitmaps_place()
-        if with_record and not self._has(AUTOCLEAR_PRIVATE):
+        if with_record:
             await self._claim()
 
     async def _append_missing(self, *, with_directory: bool, with_record: bool) -> None:
@@ -260,12 +260,17 @@ class DirectorySwitch:
                 await self._apply(retype(other, PLACEHOLDER_MAGIC))
 
     async def _claim(self) -> None:
-        """Set the private bit; a record that was stored before is marked as stale first."""
-        if self._selection is not None and not self._is_stale():
-            stale = self._selection.slot._replace(flags=SlotFlags.STALE)
-            self._selection = Selection(await self._write_slot(stale), matches_directory=False)
+        """Have a slot that names the directory in force, and have the private bit set."""
+        if self._selection is None or not self._selection.matches_directory:
+            _, size, offset = self.directory
+            slot = Slot(0, offset, size, SlotFlags.EMPTY, b"")
+            if self._selection is not None:
+                old = self._selection.slot
+                slot = slot._replace(flags=old.flags | SlotFlags.STALE, payload=old.payload)
+            self._selection = Selection(await self._write_slot(slot), matches_directory=True)
             await self._image.file.flush()
-        await self._apply(self._autoclear_write(set_=AUTOCLEAR_PRIVATE))
+        if not self._has(AUTOCLEAR_PRIVATE):
+            await self._apply(self._autoclear_write(set_=AUTOCLEAR_PRIVATE))
 
     # Switching
 

@@ -11,9 +11,11 @@ its checksum says so, and the slot in force was not touched.
 QEMU keeps the extension when it rewrites a header, but may move it; hence no
 field depends on where in the file it lies. What QEMU does to the bitmaps does
 not reach the record, hence the private autoclear bit: QEMU clears it before its
-first write. A record that was found without the bit may be stale, and when it is
-to be replaced it is first copied with the flag :attr:`SlotFlags.STALE` and only
-then the bit is set, so that a crash in between does not make it look fresh.
+first write. Before a record is stored in an image without the bit, the record that
+is there is copied to a slot that names the directory in force, with the flag
+:attr:`SlotFlags.STALE` (:attr:`SlotFlags.EMPTY` if there is none), and only then the
+bit is set. So a crash neither makes an old record look fresh nor lets one be
+believed whose directory never came into force.
 
 The checksum is BLAKE2b cut to 64 bits rather than a CRC-32. A torn slot is a mix
 of two similar records, old sectors and new ones; taking it for good would mean a
@@ -54,6 +56,11 @@ class SlotFlags(IntFlag):
     NONE = 0
     STALE = 1 << 0
     """Another program wrote the image after the payload was made."""
+    EMPTY = 1 << 1
+    """There is no record."""
+
+
+_FLAGS_KNOWN: Final = int(SlotFlags.STALE | SlotFlags.EMPTY)
 
 
 class Slot(NamedTuple):
@@ -208,7 +215,7 @@ def _unpack_slot(data: bytes | memoryview) -> Slot | None:
     if length > len(data) - SLOT_HEADER_SIZE:
         return None
     covered = bytes(data[8 : SLOT_HEADER_SIZE + length])
-    if _checksum(covered) != checksum or flags & ~SlotFlags.STALE:
+    if _checksum(covered) != checksum or flags & ~_FLAGS_KNOWN:
         return None
     return Slot(generation, offset, size, SlotFlags(flags), covered[SLOT_HEADER_SIZE - 8 :])
 
