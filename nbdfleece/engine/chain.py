@@ -167,15 +167,19 @@ def new_identity() -> str:
     return secrets.token_hex(8)
 
 
-def check_checkpoint_name(name: str) -> None:
-    """Refuse names that cannot serve on the wire or in the image.
+def check_name(name: str, what: str) -> None:
+    """Refuse names that cannot serve on the wire, in the image or in a message.
+
+    Args:
+        name: The name.
+        what: What it is the name of.
 
     Raises:
-        StateError: The name is empty, too long, or has control characters.
+        StateError: The name is empty, too long, or has characters that cannot be printed.
     """
     if not name.isprintable():
-        raise StateError(f"the checkpoint name {name!r} has characters that cannot be printed")
+        raise StateError(f"the {what} name {name!r} has characters that cannot be printed")
     if not 1 <= len(name.encode()) <= NAME_BYTES_MAX:
         raise StateError(
-            f"a checkpoint's name has 1 to {NAME_BYTES_MAX} bytes, '{name[:40]}' has not"
+            f"the name of a {what} has 1 to {NAME_BYTES_MAX} bytes, '{name[:40]}' has not"
         )

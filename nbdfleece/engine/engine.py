@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..bitmaps.bitmap import Bitmap
 from ..block.snapshot_access import SnapshotAccess
@@ -25,28 +25,12 @@ from ..errors import StateError
 from ..export.contexts import AllocationDepth, BaseAllocation, DirtyBitmap, MetadataContext
 from ..export.export import Export, ExportTable
 from . import checkpoints
-from .chain import Checkpoint, CheckpointState, check_checkpoint_name, new_identity
+from .chain import Checkpoint, CheckpointState, check_name, new_identity
 from .disk import Disk, ScratchOptions
 from .disk_state import DiskState
-from .snapshot import Snapshot, SnapshotDisk
+from .snapshot import BackupDisk, Snapshot, SnapshotDisk
 
 _log = logging.getLogger("nbdfleece.engine")
-
-
-class BackupDisk(NamedTuple):
-    """What the client of a backup is told about one disk.
-
-    Attributes:
-        disk: The disk's name.
-        export: The name of the export that shows it.
-        context: The metadata context with the changes; None if everything must be read.
-        reason: Why everything must be read although changes were asked for; else None.
-    """
-
-    disk: str
-    export: str
-    context: str | None
-    reason: str | None
 
 
 async def _nobody_connected(export: str) -> None:
@@ -90,6 +74,7 @@ class Engine:
             OSError, ImageError: The image cannot be opened.
         """
         async with self._changing:
+            check_name(name, "disk")
             if name in self.disks:
                 raise StateError(f"disk '{name}' exists already")
             if self.exports.has(name):
@@ -115,6 +100,8 @@ class Engine:
         chosen = [self.disk(name) for name in (self.disks if names is None else names)]
         if not chosen:
             raise StateError("there is no disk")
+        if len({disk.name for disk in chosen}) < len(chosen):
+            raise StateError("a disk is named twice")
         return chosen
 
     async def close(self) -> None:
@@ -124,7 +111,7 @@ class Engine:
         """
         errors: list[Exception] = []
         for name, snapshot in list(self.snapshots.items()):
-            ending = self.abort_backup(name) if snapshot.is_pending else self.drop_snapshot(name)
+            ending = self.abort_backup(name) if snapshot.is_unfinished else self.drop_snapshot(name)
             await _collect(errors, ending)
         for name, disk in list(self.disks.items()):
             self.exports.remove(name)
@@ -157,11 +144,20 @@ class Engine:
             OSError: An image or the scratch directory cannot be written; nothing was changed.
         """
         async with self._changing:
+            check_name(name, "snapshot")
             snapshot = await self._freeze(name, self._chosen(disks), checkpoint, owner)
             if checkpoint is not None:
-                await checkpoints.commit(self.disks.values(), checkpoint)
-                snapshot.is_pending = False
+                await self._commit_or_abort(snapshot, checkpoint)
             return snapshot
+
+    async def _commit_or_abort(self, snapshot: Snapshot, checkpoint: str) -> None:
+        """Keep the checkpoint of a new snapshot; if it cannot be stored, neither begins."""
+        try:
+            await checkpoints.commit(self.disks.values(), checkpoint)
+            snapshot.is_pending = False
+        except BaseException:
+            await self._abort(snapshot)
+            raise
 
     async def drop_snapshot(self, name: str) -> None:
         """End a snapshot, its exports and their clients.
@@ -170,7 +166,7 @@ class Engine:
             StateError: There is none of that name, or its backup is not finished.
         """
         async with self._changing:
-            if self.snapshot(name).is_pending:
+            if self.snapshot(name).is_unfinished:
                 raise StateError(f"backup '{name}' is not finished: commit or abort it")
             await self._drop(name)
 
@@ -211,7 +207,7 @@ class Engine:
         self, disks: list[Disk], name: str, owner: str
     ) -> dict[str, DiskState]:
         """What each disk's state will be once it has the new checkpoint."""
-        check_checkpoint_name(name)
+        check_name(name, "checkpoint")
         if any(disk.state.chain.find(name) for disk in self.disks.values()):
             raise StateError(f"checkpoint '{name}' exists already")
         for disk in disks:
@@ -293,10 +289,13 @@ class Engine:
             if disk not in found.disks:
                 raise StateError(f"snapshot '{snapshot}' has no disk '{disk}'")
             part = found.disks[disk]
-            bitmaps = {
-                leaf: await part.disk.changes_since(checkpoint, part.instant)
-                for checkpoint, leaf in (since or {}).items()
-            }
+            since = since or {}
+            if len(set(since.values())) < len(since):
+                raise StateError("two bitmaps of an export cannot have the same name")
+            bitmaps = {}
+            for checkpoint, leaf in since.items():
+                check_name(leaf, "bitmap")
+                bitmaps[leaf] = await part.disk.changes_since(checkpoint, part.instant)
             return self._export(found, disk, name, bitmaps, allocation_depth)
 
     def _export(
@@ -307,6 +306,8 @@ class Engine:
         bitmaps: Mapping[str, Bitmap],
         allocation_depth: bool,
     ) -> Export:
+        if name:
+            check_name(name, "export")
         node = snapshot.disks[disk].node
         contexts: list[MetadataContext] = [BaseAllocation(node)]
         if allocation_depth:
@@ -370,8 +371,20 @@ class Engine:
             chosen = self._chosen(disks)
             if since is not None and not any(disk.state.chain.find(since) for disk in chosen):
                 raise StateError(f"there is no checkpoint '{since}'")
+            check_name(name, "backup")
             snapshot = await self._freeze(name, chosen, checkpoint, owner)
-            return [await self._export_backup(snapshot, disk, since) for disk in chosen]
+            try:
+                parts = [await self._export_backup(snapshot, disk, since) for disk in chosen]
+            except BaseException:
+                await self._abort(snapshot)
+                raise
+            snapshot.backup = parts
+            self._tell_backup("BACKUP_STARTED", snapshot)
+            return parts
+
+    def _tell_backup(self, event: str, snapshot: Snapshot) -> None:
+        data = {"backup": snapshot.name, "checkpoint": snapshot.checkpoint}
+        self._event(event, {**data, "disks": list(snapshot.disks)})
 
     async def _export_backup(self, snapshot: Snapshot, disk: Disk, since: str | None) -> BackupDisk:
         bitmaps = {}
@@ -395,12 +408,13 @@ class Engine:
             OSError: An image could not be written; commit again, or let the next start settle it.
         """
         async with self._changing:
-            snapshot = self.snapshot(name)
+            snapshot = self._unfinished(name)
             if snapshot.error is not None:
                 raise StateError(f"backup '{name}' cannot be committed: {snapshot.error}")
             if snapshot.is_pending and snapshot.checkpoint is not None:
                 await checkpoints.commit(self.disks.values(), snapshot.checkpoint)
             await self._drop(name)
+            self._tell_backup("BACKUP_COMMITTED", snapshot)
 
     async def abort_backup(self, name: str) -> None:
         """End a backup as if it had not begun: its checkpoint is merged away.
@@ -410,10 +424,21 @@ class Engine:
             OSError: An image could not be written; the checkpoint is still pending.
         """
         async with self._changing:
-            snapshot = self.snapshot(name)
-            if snapshot.is_pending and snapshot.checkpoint is not None:
-                await checkpoints.remove(self.disks.values(), snapshot.checkpoint)
-            await self._drop(name)
+            snapshot = self._unfinished(name)
+            await self._abort(snapshot)
+            self._tell_backup("BACKUP_ABORTED", snapshot)
+
+    def _unfinished(self, name: str) -> Snapshot:
+        snapshot = self.snapshots.get(name)
+        if snapshot is None or not snapshot.is_unfinished:
+            raise StateError(f"there is no backup '{name}'")
+        return snapshot
+
+    async def _abort(self, snapshot: Snapshot) -> None:
+        """Merge the pending checkpoint away and end the snapshot."""
+        if snapshot.is_pending and snapshot.checkpoint is not None:
+            await checkpoints.remove(self.disks.values(), snapshot.checkpoint)
+        await self._drop(snapshot.name)
 
     # -- checkpoints --------------------------------------------------------------
 

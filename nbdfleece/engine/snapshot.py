@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..block.snapshot_access import SnapshotAccess
 from .disk import Disk, Instant
+
+
+class BackupDisk(NamedTuple):
+    """What the client of a backup is told about one disk.
+
+    Attributes:
+        disk: The disk's name.
+        export: The name of the export that shows it.
+        context: The metadata context with the changes; None if everything must be read.
+        reason: Why everything must be read although changes were asked for; else None.
+    """
+
+    disk: str
+    export: str
+    context: str | None
+    reason: str | None
 
 
 @dataclass(slots=True)
@@ -34,6 +52,7 @@ class Snapshot:
         checkpoint: The checkpoint that was made in the same instant; None if there was none.
         is_pending: The checkpoint is kept only if the backup is committed.
         exports: Names of the exports that show the snapshot.
+        backup: What the backup that it was taken for reads; None if it is no backup's.
         created_ns: Nanoseconds since the epoch.
     """
 
@@ -42,7 +61,13 @@ class Snapshot:
     checkpoint: str | None = None
     is_pending: bool = False
     exports: list[str] = field(default_factory=list)
+    backup: Sequence[BackupDisk] | None = None
     created_ns: int = field(default_factory=time.time_ns)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """It is a backup's that is neither committed nor aborted."""
+        return self.is_pending or self.backup is not None
 
     @property
     def error(self) -> str | None:
