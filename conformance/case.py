@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ssl
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from conformance.client import Client
 from conformance.content import Content
@@ -71,6 +73,7 @@ class Server:
 
     Attributes:
         strict_names: Whether export names other than those in ``exports`` are unknown to it.
+        python: The command that runs a Python which has libnbd's binding.
         process: None when the suite did not start the server.
         memo: What cases share about this server; filled by them.
     """
@@ -84,11 +87,24 @@ class Server:
     strict_names: bool = True
     process: Process | None = None
     timeout: float = TIMEOUT_SECONDS
+    python: tuple[str, ...] = (sys.executable,)
     memo: dict[str, Any] = field(default_factory=dict)
 
     @property
     def export(self) -> Export:
         return self.exports[0]
+
+    def uri(self, export: Export | None = None) -> str:
+        """The export's NBD URI, as libnbd takes it."""
+        name = quote((export or self.export).name, safe="")
+        scheme = "nbds" if self.tls == "forced" else "nbd"
+        query = [f"tls-certificates={self.certificates}"] if self.tls == "forced" else []
+        if not self.endpoint.path:
+            address = f"{scheme}://{self.endpoint.host}:{self.endpoint.port}/{name}"
+        else:
+            address = f"{scheme}+unix:///{name}"
+            query.insert(0, f"socket={self.endpoint.path}")
+        return address + ("?" + "&".join(query) if query else "")
 
     def connect(self) -> Client:
         """A connection from which nothing was read."""

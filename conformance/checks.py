@@ -6,7 +6,7 @@ all replies, and runs the checks once; the cases then ask for the problems of th
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -226,7 +226,7 @@ def _extents(
         len(extents) != 1 or lengths[0] > reply.request.length
     ):
         yield Problem(120, f"{what}: REQ_ONE gave {extents[:3]}")
-    if any(a[1] == b[1] for a, b in zip(extents, extents[1:], strict=False)):
+    if any(a[1] == b[1] for a, b in itertools.pairwise(extents)):
         yield Problem(157, f"{what}: equal neighbours")
     aligned = [n for n in lengths if n % 512] if not start % 512 else []
     if aligned and start + sum(lengths) != size:
@@ -284,8 +284,7 @@ def _entered(server: Server, form: Form) -> Client:
     if form is Form.SIMPLE:
         return server.enter()
     client = server.haggle()
-    with contextlib.suppress(Finding):
-        _agree(server, client, form)
+    _agree(server, client, form)
     return client
 
 

@@ -27,10 +27,16 @@ class Endpoint:
 
 
 class Stream:
-    """Bytes to and from a server; every call ends within ``timeout`` seconds."""
+    """Bytes to and from a server; every call ends within ``timeout`` seconds.
+
+    Attributes:
+        reset_by_server: The stream ended other than by an orderly end: reset, or over TLS
+            without a goodbye.
+    """
 
     def __init__(self, endpoint: Endpoint, timeout: float = TIMEOUT_SECONDS) -> None:
         self.timeout = timeout
+        self.reset_by_server = False
         try:
             self.socket = _connected(endpoint, timeout)
         except OSError as error:
@@ -72,6 +78,7 @@ class Stream:
         except TimeoutError as error:
             raise Stalled(f"no {what} within {self.timeout} s") from error
         except OSError as error:
+            self.reset_by_server = True
             raise Disconnected(f"while waiting for {what}: {error}") from error
 
     def closed(self, timeout: float | None = None) -> bool:
@@ -113,7 +120,9 @@ class Stream:
         """
         self.socket.settimeout(self.timeout)
         try:
-            self.socket = context.wrap_socket(self.socket, server_hostname=hostname)
+            self.socket = context.wrap_socket(
+                self.socket, server_hostname=hostname, suppress_ragged_eofs=False
+            )
         except TimeoutError as error:
             raise Stalled(f"no TLS handshake within {self.timeout} s") from error
         except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conformance.servers.base import Adapter, Place, Plan, Running, Unsupported
+from conformance.servers.base import Adapter, Place, Plan, Running, StartError, Unsupported
 from conformance.servers.nbd_server import NbdServer
 from conformance.servers.nbdfleece import Nbdfleece
 from conformance.servers.nbdkit import Nbdkit
@@ -16,4 +16,4 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "nbdfleece": Nbdfleece,
 }
 
-__all__ = ["ADAPTERS", "Adapter", "Place", "Plan", "Running", "Unsupported"]
+__all__ = ["ADAPTERS", "Adapter", "Place", "Plan", "Running", "StartError", "Unsupported"]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ class Unsupported(Exception):
     """The server has no such configuration; the text says why."""
 
 
+class StartError(Exception):
+    """The server ended at once, or does not listen; the text has its command line and output."""
+
+
 @dataclass
 class Place:
     """Where a run works: a folder of its own, images, certificates and the programs to use."""
@@ -37,6 +42,13 @@ class Place:
     programs: Programs
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
+    @property
+    def python(self) -> tuple[str, ...]:
+        """Python with libnbd's binding: this one, or the tree's."""
+        if self.programs.tree is None:
+            return (sys.executable,)
+        return tuple(self.programs.argv("python3"))
+
     def path(self, ending: str) -> Path:
         """A new path in the folder; short, because Unix socket paths must be."""
         return self.folder / f"{next(self._numbers)}{ending}"
@@ -44,7 +56,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """A command line and what the server that it starts will have."""
+    """A command line and what the server that it starts will have.
+
+    Attributes:
+        restart_argv: The command line after a SIGKILL, where it has to be another one.
+    """
 
     argv: list[str]
     endpoint: Endpoint
@@ -52,7 +68,7 @@ class Plan:
     tls: str = "off"
     strict_names: bool = True
     pid_file: Path | None = None
-    input: str | None = None
+    restart_argv: list[str] | None = None
 
 
 class Adapter(ABC):
@@ -109,20 +125,19 @@ class Running:
             certificates=adapter.place.certificates,
             strict_names=plan.strict_names,
             process=self,
+            python=adapter.place.python,
         )
-        self._launch()
+        self._launch(plan.argv)
 
-    def _launch(self) -> None:
+    def _launch(self, argv: list[str]) -> None:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self.plan.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._pid = self._process.pid
         deadline = time.monotonic() + START_SECONDS
         while not self._listens():
             if time.monotonic() > deadline or not self._starting():
                 self.stop()
-                raise RuntimeError(f"{' '.join(self.plan.argv)}: {self.log()}")
+                raise StartError(f"{' '.join(argv)}: {self.log()}")
             time.sleep(0.02)
         if self.plan.pid_file is not None:
             self._pid = int(self.plan.pid_file.read_text())
@@ -163,7 +178,7 @@ class Running:
             Path(self.plan.endpoint.path).unlink(missing_ok=True)
         if self.plan.pid_file is not None:
             self.plan.pid_file.unlink(missing_ok=True)
-        self._launch()
+        self._launch(self.plan.restart_argv or self.plan.argv)
 
     def wait_end(self, seconds: float = STOP_SECONDS) -> bool:
         """Whether the server ends within ``seconds``."""

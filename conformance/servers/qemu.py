@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from conformance import case, content
@@ -82,8 +83,10 @@ class QemuNbd(Adapter):
 
     def _writable(self) -> Plan:
         path = self.place.images.copy("qcow2", self.place.path(".qcow2").name)
-        words = ["-f", "qcow2", "--discard=unmap", "-A", "-B", _BITMAPS[0], str(path)]
-        return self._plan(words, self.qemu_export(writable=True))
+        words = ["-f", "qcow2", "--discard=unmap", "-A", str(path)]
+        plan = self._plan(words, self.qemu_export(writable=True))
+        # After a SIGKILL QEMU calls the bitmaps inconsistent and refuses to export them.
+        return replace(plan, argv=[*plan.argv, "-B", _BITMAPS[0]], restart_argv=plan.argv)
 
     def _tcp(self) -> Plan:
         port = free_port()
@@ -135,15 +138,21 @@ class QemuStorageDaemon(Adapter):
     def _writable(self) -> Plan:
         path = self.place.images.copy("qcow2", self.place.path(".qcow2").name)
         node = f"{_qcow2(path)},discard=unmap"
-        return self._plan(node, (self.qemu_export(writable=True),))
+        bare = self._plan(node, (self.known_export(writable=True),))
+        full = self._plan(node, (self.qemu_export(writable=True),), endpoint=bare.endpoint)
+        return replace(full, restart_argv=bare.argv)
 
     def _plan(
-        self, node: str, exports: tuple[Export, ...], configuration: str = case.READ_ONLY
+        self,
+        node: str,
+        exports: tuple[Export, ...],
+        configuration: str = case.READ_ONLY,
+        endpoint: Endpoint | None = None,
     ) -> Plan:
-        endpoint, address = self._address(configuration)
+        endpoint = endpoint or self._endpoint(configuration)
         tls = configuration == case.TLS_FORCED
         words = ["--blockdev", f"{node},node-name=n0", "--nbd-server"]
-        words.append(address + (",tls-creds=tls0" if tls else ""))
+        words.append(_address(endpoint) + (",tls-creds=tls0" if tls else ""))
         if tls:
             creds = f"tls-creds-x509,id=tls0,endpoint=server,dir={self.place.certificates}"
             words[:0] = ["--object", creds]
@@ -152,13 +161,16 @@ class QemuStorageDaemon(Adapter):
         argv = self.place.programs.argv("qemu-storage-daemon", *words)
         return Plan(argv, endpoint, exports, tls="forced" if tls else "off")
 
-    def _address(self, configuration: str) -> tuple[Endpoint, str]:
+    def _endpoint(self, configuration: str) -> Endpoint:
         if configuration == case.TCP:
-            port = free_port()
-            address = f"addr.type=inet,addr.host=127.0.0.1,addr.port={port}"
-            return Endpoint(host="127.0.0.1", port=port), address
-        path = self.place.path(".sock")
-        return Endpoint(path=str(path)), f"addr.type=unix,addr.path={path}"
+            return Endpoint(host="127.0.0.1", port=free_port())
+        return Endpoint(path=str(self.place.path(".sock")))
+
+
+def _address(endpoint: Endpoint) -> str:
+    if endpoint.path:
+        return f"addr.type=unix,addr.path={endpoint.path}"
+    return f"addr.type=inet,addr.host={endpoint.host},addr.port={endpoint.port}"
 
 
 def _export_option(number: int, export: Export) -> str:

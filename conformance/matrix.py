@@ -1,0 +1,6 @@
+"""Placeholder to be written."""
+
+from pathlib import Path
+
+
+def write(path: Path | None = None) -> None: ...
