@@ -77,6 +77,8 @@ class Autoclear(IntFlag):
 
     BITMAPS = 1 << 0
     DATA_FILE_RAW = 1 << 1
+    PRIVATE = 1 << 63
+    """Ours: nobody else has written the image since (:mod:`nbdfleece.qcow2.private_extension`)."""
 
 
 _INCOMPATIBLE_KNOWN: Final = 0x1F

@@ -17,7 +17,6 @@ import errno
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -45,6 +44,7 @@ from .entries import (
 )
 from .epochs import Epochs
 from .header import (
+    AUTOCLEAR_FIELD,
     HEADER_BYTES_MAX,
     Autoclear,
     Header,
@@ -191,11 +191,16 @@ class Qcow2Image(BlockNode):
         )
         self.epochs = Epochs(file, header, self.mapping, self.refcounts, self.quarantine, file)
         self._writer = Writer(self)
-        unknown = header.autoclear_features & ~Autoclear.BITMAPS
-        if unknown:
-            await self.update_header(
-                lambda old: replace(old, autoclear_features=old.autoclear_features & ~unknown)
-            )
+        await self._clear_autoclear_bits()
+
+    async def _clear_autoclear_bits(self) -> None:
+        """Clear the bits of features that we do not keep up while we write; 8 bytes, no more."""
+        known = int(Autoclear.BITMAPS | Autoclear.PRIVATE)
+        if self.header.autoclear_features & ~known:
+            self.header.autoclear_features &= known
+            bits = self.header.autoclear_features.to_bytes(8, "big")
+            await self.file.write(AUTOCLEAR_FIELD, memoryview(bits))
+            await self.file.flush()
 
     def _register_metadata(self, blocks: list[int]) -> None:
         header, add = self.header, self.metadata.add
