@@ -42,6 +42,9 @@ def start(coroutine: Coroutine[Any, Any, T]) -> T | asyncio.Task[T]:
     except StopIteration as stop:
         result: T = stop.value
         return result
+    if asyncio.isfuture(pending):
+        # What a task does with a future that is yielded to it; others may await it too.
+        pending._asyncio_future_blocking = False
     return asyncio.get_running_loop().create_task(_Continuation(coroutine, pending))
 
 
@@ -66,7 +69,7 @@ class _Continuation(Coroutine[Any, Any, T]):
         (pending,) = self._pending
         self._pending = None
         if asyncio.isfuture(pending):
-            # A task refuses a future that was not just now awaited.
+            # What ``await`` does to a future; a task refuses one that was not awaited.
             pending._asyncio_future_blocking = True
         return pending
 
