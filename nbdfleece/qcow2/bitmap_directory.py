@@ -22,12 +22,8 @@ import numpy.typing as npt
 
 from ..errors import ImageError
 
-EXTENSION_MAGIC: Final = 0x23852875
 EXTENSION_SIZE: Final = 24
 """Bytes of the bitmaps extension's data."""
-
-AUTOCLEAR_BITMAPS: Final = 1 << 0
-"""The autoclear feature bit without which the bitmaps extension is void."""
 
 BITMAPS_MAX: Final = 65535
 DIRECTORY_SIZE_MAX: Final = 1024 * BITMAPS_MAX

@@ -69,9 +69,9 @@ from .bitmap_directory import (
 )
 from .directory_switch import NO_DIRECTORY, BitmapImage, ChainRecord, DirectorySwitch
 
-TABLES_BYTES_MAX: Final = 256 << 20
-"""What the tables of all bitmaps may take together: four thousand bitmaps of 64 KiB granularity
-of a 64 TiB disk need 64 MiB."""
+TABLES_BYTES_MAX: Final = 32 << 20
+"""What the tables of all bitmaps may take together, because every cluster they point to is
+remembered: two thousand bitmaps of 64 KiB granularity of a 64 TiB disk."""
 
 _Result = TypeVar("_Result")
 
@@ -139,7 +139,7 @@ class BitmapStore:
 
     @classmethod
     async def load(cls, image: BitmapImage) -> BitmapStore:
-        """Read the directory and all tables, but no bits.
+        """Read the directory and all tables, but no bits; once for each time an image is opened.
 
         Damage is listed in :attr:`damaged`, it is no error.
 
@@ -234,6 +234,7 @@ class BitmapStore:
                 continue
             await self._load_table(entry, position, switch)
         self._drop_shared_clusters(switch.directory)
+        self._register_clusters(switch.directory)
 
     async def _load_table(self, entry: BitmapEntry, position: int, switch: DirectorySwitch) -> None:
         """Take up a bitmap, or note what is wrong with its table."""
@@ -249,16 +250,26 @@ class BitmapStore:
         self._held[entry.name] = _Held(entry, position, table, inconsistent=entry.in_use)
 
     def _drop_shared_clusters(self, directory: BitmapsExtension) -> None:
-        """Note bitmaps whose clusters are also the directory's or another bitmap's."""
+        """Note bitmaps whose clusters are somebody else's too."""
         clusters, counts = np.unique(self._clusters(directory), return_counts=True)
         shared = clusters[counts > 1]
-        if not len(shared):
-            return
         for name, held in list(self._held.items()):
-            if np.isin(self._clusters_of(held), shared).any():
+            mine = self._clusters_of(held)
+            if np.isin(mine, shared).any() or self._is_foreign(mine):
                 del self._held[name]
-                reason = "shares clusters with another bitmap or the directory"
+                reason = "shares clusters with another bitmap or with the image's own tables"
                 self.damaged.append(DamagedEntry(held.position, name, reason))
+
+    def _is_foreign(self, clusters: Table) -> bool:
+        """Whether any of the clusters is the driver's."""
+        size, overlaps = self._image.cluster_size, self._image.metadata.overlaps
+        return any(overlaps(offset, count * size) for offset, count in cluster_runs(clusters, size))
+
+    def _register_clusters(self, directory: BitmapsExtension) -> None:
+        """Let no guest write reach the bitmaps, whatever the guest's tables say."""
+        size = self._image.cluster_size
+        for offset, count in cluster_runs(self._clusters(directory), size):
+            self._image.metadata.add(offset, count * size)
 
     def _clusters(self, directory: BitmapsExtension) -> Table:
         """The offsets of all clusters of the directory and of what it holds."""
@@ -277,17 +288,21 @@ class BitmapStore:
 
     # Changing
 
-    async def mark_in_use(self) -> None:
+    async def mark_in_use(self, *, keep_private_bit: bool = False) -> None:
         """Durably mark what is recording as in use; before the first guest write (rule 2).
+
+        Args:
+            keep_private_bit: The caller keeps up what its record promises while it writes.
+                Otherwise the private bit is cleared: after a crash the record is stale.
 
         Raises:
             OSError: It may not be durable: do not write to the disk.
         """
-        await _to_its_end(self._mark_in_use())
+        await _to_its_end(self._mark_in_use(keep_private_bit))
 
-    async def _mark_in_use(self) -> None:
+    async def _mark_in_use(self, keep_private_bit: bool) -> None:
         async with self._lock:
-            if self._switch is None:
+            if self._switch is None or self._image.read_only:
                 return
             directory_offset = self._switch.directory.directory_offset
             marked: dict[str, _Held] = {}
@@ -295,10 +310,13 @@ class BitmapStore:
                 if held.entry.auto and not held.entry.in_use:
                     flags = held.entry.flags | BitmapFlags.IN_USE
                     offset = directory_offset + held.position + ENTRY_FLAGS_POSITION
-                    await self._image.file.write(offset, memoryview(int(flags).to_bytes(4, "big")))
+                    await self._write(offset, int(flags).to_bytes(4, "big"))
                     marked[name] = held._replace(entry=held.entry._replace(flags=flags))
-            await self._image.file.flush()
+            if marked:
+                await self._image.file.flush()
             self._held.update(marked)
+            if not keep_private_bit:
+                await self._switch.disown()
 
     def replace(
         self, entries: Sequence[StoredBitmap], private_payload: bytes | None
@@ -489,6 +507,9 @@ class BitmapStore:
 
 async def repair_directory(image: BitmapImage) -> RepairReport:
     """Drop from an image's bitmap directory what is damaged, and keep what is good.
+
+    Args:
+        image: Open for writing, its bitmaps not loaded yet.
 
     Returns:
         Both; nothing was changed if nothing was damaged.

@@ -22,7 +22,7 @@ from ..block.file import FileNode
 from ..errors import ImageError, StateError
 from . import bitmap_directory as bitmaps_format
 from . import private_extension as private_format
-from .bitmap_directory import AUTOCLEAR_BITMAPS, BitmapGeometry, BitmapsExtension
+from .bitmap_directory import BitmapGeometry, BitmapsExtension
 from .extension_area import (
     PLACEHOLDER_MAGIC,
     ExtensionArea,
@@ -32,14 +32,9 @@ from .extension_area import (
     scan_extension_area,
     straddles,
 )
-from .header import AUTOCLEAR_FIELD, Header, HeaderExtension
-from .private_extension import (
-    AUTOCLEAR_PRIVATE,
-    PrivateExtension,
-    Selection,
-    Slot,
-    SlotFlags,
-)
+from .header import AUTOCLEAR_FIELD, EXTENSION_BITMAPS, Autoclear, Header, HeaderExtension
+from .private_extension import PrivateExtension, Selection, Slot, SlotFlags
+from .tables import MetadataMap
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +57,8 @@ class BitmapImage(Protocol):
     size: int
     cluster_size: int
     read_only: bool
+    metadata: MetadataMap
+    """Host clusters that no guest write may hit."""
 
     async def allocate_clusters(self, count: int) -> int:
         """Allocate ``count`` adjacent clusters with refcount 1; returns their offset in bytes."""
@@ -93,7 +90,7 @@ class DirectorySwitch:
         """The directory in force; :data:`NO_DIRECTORY` if there is none."""
         self._private = self._read_private()
         self._selection = self._select()
-        self.private_bit_was_set = self._has(AUTOCLEAR_PRIVATE) and not self._is_stale()
+        self.private_bit_was_set = self._has(Autoclear.PRIVATE) and not self._is_stale()
         """When the image was opened: nobody has written it since the record was stored."""
         self.is_uncertain = False
         """A switch failed and could not be taken back: what a power cut leaves is unknown."""
@@ -110,7 +107,7 @@ class DirectorySwitch:
         if self._selection is None or self._selection.slot.flags & SlotFlags.EMPTY:
             return None
         slot, matches = self._selection
-        fresh = matches and self._has(AUTOCLEAR_PRIVATE) and not self._is_stale()
+        fresh = matches and self._has(Autoclear.PRIVATE) and not self._is_stale()
         return ChainRecord(slot.payload, fresh)
 
     def geometry(self) -> BitmapGeometry:
@@ -128,8 +125,8 @@ class DirectorySwitch:
 
     def _read_directory(self) -> BitmapsExtension:
         """What the bitmaps extension says, if the autoclear bit bears it out."""
-        places = self._area.find(bitmaps_format.EXTENSION_MAGIC)
-        if not places or not self._has(AUTOCLEAR_BITMAPS):
+        places = self._area.find(EXTENSION_BITMAPS)
+        if not places or not self._has(Autoclear.BITMAPS):
             return NO_DIRECTORY
         try:
             data = self._area.data(places[-1])
@@ -153,7 +150,7 @@ class DirectorySwitch:
         """
         if self._private is None:
             return None
-        if self._has(AUTOCLEAR_PRIVATE):
+        if self._has(Autoclear.PRIVATE):
             return self._private.select_slot(
                 self.directory.directory_offset, self.directory.directory_size
             )
@@ -190,7 +187,7 @@ class DirectorySwitch:
 
     def _bitmaps_place(self) -> PlacedExtension | None:
         """Where a bitmaps extension lies, or can lie, that one write within a sector switches."""
-        for extension_type in (bitmaps_format.EXTENSION_MAGIC, PLACEHOLDER_MAGIC):
+        for extension_type in (EXTENSION_BITMAPS, PLACEHOLDER_MAGIC):
             for place in reversed(self._area.find(extension_type)):
                 if place.length == bitmaps_format.EXTENSION_SIZE and not place.straddles_sectors:
                     return place
@@ -205,9 +202,9 @@ class DirectorySwitch:
             StateError: The header has no room.
             OSError: A write failed; the header is valid all the same.
         """
-        if self.directory == NO_DIRECTORY and self._has(AUTOCLEAR_BITMAPS):
+        if self.directory == NO_DIRECTORY and self._has(Autoclear.BITMAPS):
             # The bit without a directory: what it vouches for cannot be read.
-            await self._apply(self._autoclear_write(clear=AUTOCLEAR_BITMAPS))
+            await self._apply(self._autoclear_write(clear=Autoclear.BITMAPS))
         await self._append_missing(with_directory=with_directory, with_record=with_record)
         if with_directory:
             await self._settle_bitmaps_place()
@@ -221,7 +218,7 @@ class DirectorySwitch:
         if with_directory and self._bitmaps_place() is None:
             # While another bitmaps extension exists, both say the same.
             data = bitmaps_format.pack_extension(self.directory)
-            bitmaps.append((bitmaps_format.EXTENSION_MAGIC, data))
+            bitmaps.append((EXTENSION_BITMAPS, data))
         data_offset = self._area.end + _EXTENSION_HEADER_SIZE
         private_first = bool(bitmaps) and straddles(data_offset, bitmaps_format.EXTENSION_SIZE)
         wants_private = with_record or private_first
@@ -252,10 +249,8 @@ class DirectorySwitch:
             )
         if place.type == PLACEHOLDER_MAGIC:
             data = bitmaps_format.pack_extension(self.directory)
-            await self._apply(
-                HeaderWrite(place.offset, data), retype(place, bitmaps_format.EXTENSION_MAGIC)
-            )
-        for other in self._area.find(bitmaps_format.EXTENSION_MAGIC):
+            await self._apply(HeaderWrite(place.offset, data), retype(place, EXTENSION_BITMAPS))
+        for other in self._area.find(EXTENSION_BITMAPS):
             if other.offset != place.offset:
                 await self._apply(retype(other, PLACEHOLDER_MAGIC))
 
@@ -269,8 +264,15 @@ class DirectorySwitch:
                 slot = slot._replace(flags=old.flags | SlotFlags.STALE, payload=old.payload)
             self._selection = Selection(await self._write_slot(slot), matches_directory=True)
             await self._image.file.flush()
-        if not self._has(AUTOCLEAR_PRIVATE):
-            await self._apply(self._autoclear_write(set_=AUTOCLEAR_PRIVATE))
+        if not self._has(Autoclear.PRIVATE):
+            await self._apply(self._autoclear_write(set_=Autoclear.PRIVATE))
+
+    async def disown(self) -> None:
+        """Clear the private bit: what is in force may from now on be stale."""
+        if self._has(Autoclear.PRIVATE):
+            await self._apply(self._autoclear_write(clear=Autoclear.PRIVATE))
+        if self._selection is not None:
+            self._selection = self._selection._replace(matches_directory=False)
 
     # Switching
 
@@ -337,13 +339,13 @@ class DirectorySwitch:
             return None, None
         if directory == NO_DIRECTORY:
             return (
-                self._autoclear_write(clear=AUTOCLEAR_BITMAPS),
-                self._autoclear_write(set_=AUTOCLEAR_BITMAPS),
+                self._autoclear_write(clear=Autoclear.BITMAPS),
+                self._autoclear_write(set_=Autoclear.BITMAPS),
             )
         if self.directory == NO_DIRECTORY:
             return (
-                self._autoclear_write(set_=AUTOCLEAR_BITMAPS),
-                self._autoclear_write(clear=AUTOCLEAR_BITMAPS),
+                self._autoclear_write(set_=Autoclear.BITMAPS),
+                self._autoclear_write(clear=Autoclear.BITMAPS),
             )
         place = self._bitmaps_place()
         assert place is not None
@@ -367,7 +369,7 @@ class DirectorySwitch:
         if self.directory != NO_DIRECTORY:
             return
         try:
-            for place in self._area.find(bitmaps_format.EXTENSION_MAGIC):
+            for place in self._area.find(EXTENSION_BITMAPS):
                 await self._apply(retype(place, PLACEHOLDER_MAGIC))
         except OSError as error:
             # The switch itself is done and durable; a void extension is legal.
@@ -376,7 +378,7 @@ class DirectorySwitch:
     # Writing
 
     def _autoclear_write(self, *, set_: int = 0, clear: int = 0) -> HeaderWrite:
-        features = self._image.header.autoclear_features & ~clear | set_
+        features = self._image.header.autoclear_features & ~int(clear) | set_
         return HeaderWrite(AUTOCLEAR_FIELD, features.to_bytes(8, "big"))
 
     async def _apply(self, *writes: HeaderWrite) -> None:

@@ -10,9 +10,10 @@ its checksum says so, and the slot in force was not touched.
 
 QEMU keeps the extension when it rewrites a header, but may move it; hence no
 field depends on where in the file it lies. What QEMU does to the bitmaps does
-not reach the record, hence the private autoclear bit: QEMU clears it before its
-first write. Before a record is stored in an image without the bit, the record that
-is there is copied to a slot that names the directory in force, with the flag
+not reach the record, hence the private autoclear bit 63, which the specification
+reserves: QEMU keeps it while it only reads and clears it before its first write.
+Before a record is stored in an image without the bit, the record that is there is
+copied to a slot that names the directory in force, with the flag
 :attr:`SlotFlags.STALE` (:attr:`SlotFlags.EMPTY` if there is none), and only then the
 bit is set. So a crash neither makes an old record look fresh nor lets one be
 believed whose directory never came into force.
@@ -34,12 +35,6 @@ from enum import IntFlag
 from typing import Final, NamedTuple
 
 EXTENSION_MAGIC: Final = 0x4E424446
-AUTOCLEAR_PRIVATE: Final = 1 << 63
-"""The autoclear feature bit that says: nobody else has written this image since we did.
-
-The specification reserves it; QEMU keeps it while it reads and clears it before it writes.
-"""
-
 VERSION: Final = 1
 SLOT_SIZE_MAX: Final = 256 * 1024
 """Larger slots would only make images with large clusters slow to open."""

@@ -21,6 +21,7 @@ import nbd
 
 from nbdfleece.block.file import FileNode
 from nbdfleece.qcow2.header import Header, unpack_header
+from nbdfleece.qcow2.tables import MetadataMap
 
 SECTOR = 512
 
@@ -67,6 +68,7 @@ class SimpleImage:
         self.size = header.size
         self.cluster_size = header.cluster_size
         self.read_only = read_only
+        self.metadata = MetadataMap(header.cluster_bits)
         self.quarantined: list[int] = []
         self.free: list[int] = []
 

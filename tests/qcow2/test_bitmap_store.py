@@ -15,7 +15,8 @@ from nbdfleece.bitmaps.bitmap import Bitmap
 from nbdfleece.errors import ImageError, StateError
 from nbdfleece.qcow2.bitmap_store import BitmapStore, StoredBitmap, repair_directory
 from nbdfleece.qcow2.extension_area import PLACEHOLDER_MAGIC, scan_extension_area
-from nbdfleece.qcow2.private_extension import AUTOCLEAR_PRIVATE, EXTENSION_MAGIC
+from nbdfleece.qcow2.header import Autoclear
+from nbdfleece.qcow2.private_extension import EXTENSION_MAGIC
 from tests.qcow2.bitmap_image import (
     RecordingFile,
     SimpleImage,
@@ -231,7 +232,7 @@ async def test_private_bit_and_record_survive_what_only_reads(path: Path) -> Non
 async def test_qemu_opening_for_writing_clears_the_bit_but_keeps_the_record(path: Path) -> None:
     await store_in(path, [frozen("a", marked(10 * MIB, 65536, seed=6))], b"record")
     qemu_io(path, "write 0 4k")
-    assert not header_features(path) & AUTOCLEAR_PRIVATE
+    assert not header_features(path) & Autoclear.PRIVATE
     store, _ = await load_from(path)
     assert not store.private_bit_was_set
     assert store.record == (b"record", False)
@@ -377,7 +378,7 @@ async def test_mark_in_use_marks_only_what_records(path: Path) -> None:
     await store_in(path, [frozen("old", content), recording("live", content, in_use=False)], b"r")
     image = SimpleImage.open(path)
     store = await BitmapStore.load(image)
-    await store.mark_in_use()
+    await store.mark_in_use(keep_private_bit=True)
     assert not any(entry.inconsistent for entry in store.entries)
     await image.close()
     assert listed_bitmaps(path) == {"old": (65536, set()), "live": (65536, {"auto", "in-use"})}
@@ -717,12 +718,13 @@ async def test_image_that_qemu_refuses_is_repaired_without_it(
     assert store.damaged
     with pytest.raises(StateError, match="repair it first"):
         await store.replace([], None)
-    report = await repair_directory(image)
+    report = await store.repair()
     await image.close()
     names = {entry.name for entry in report.kept}
     assert "a" in names
     assert "bb" not in names
-    assert report.dropped == store.damaged
+    assert report.dropped
+    assert store.damaged == []
     check_image(path)
     assert set(listed_bitmaps(path)) == names
     store, bits = await load_from(path)
@@ -823,7 +825,7 @@ async def test_mutated_images_never_raise_anything_but_image_errors(path: Path) 
                 assert len((await store.load_bits(entry.name)).data) <= 1 << 20
         assert image.memory.log == []
         if store.damaged:
-            await repair_directory(image)
+            await store.repair()
             repaired = await BitmapStore.load(SimpleImage.from_bytes(bytes(image.memory.content)))
             assert repaired.damaged == []
             assert repaired.entries == store.entries
