@@ -299,7 +299,8 @@ class Writer:
         elif entry & OFFSET_MASK:
             host, length = entry & OFFSET_MASK, count << self._cluster_bits
             self._check_no_metadata(host, length)
-            self._quarantine.add(host, length, punch=punch)
+            # Without COPIED an internal snapshot may have the cluster, too.
+            self._quarantine.add(host, length, punch=punch and bool(entry & COPIED))
 
     def _reads_as_zeroes(self, kind: Kind) -> bool:
         if kind is Kind.UNALLOCATED:
