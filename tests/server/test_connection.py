@@ -1,0 +1,393 @@
+"""Slow, silent, vanishing and hostile clients: nobody else notices, nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import socket
+import struct
+
+import pytest
+
+from nbdfleece.nbd.constants import Command, Option, OptionReply
+from nbdfleece.server.channel import SocketChannel
+from nbdfleece.server.connection import FAILURES_LOGGED_MAX
+from nbdfleece.server.limits import Limits
+from tests.memory_node import MemoryNode
+
+from .harness import Client, Serve, Served, export_of, pack_request, settled
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+async def flood(client: Client, count: int, length: int) -> int:
+    """Send READs as long as the server takes them; how many bytes of them it took."""
+    stream = pack_request(Command.READ, 0, length) * count
+    sent = 0
+    for _ in range(2000):
+        try:
+            sent += client.sock.send(stream[sent:])
+        except BlockingIOError:
+            await settled(2)
+        if sent == len(stream):
+            break
+    return sent
+
+
+async def test_client_that_never_reads_is_paused_and_costs_bounded_memory(serve: Serve) -> None:
+    """Rule 5."""
+    limits = Limits(queued_bytes_max=1 * MIB)
+    served = serve(MemoryNode(4 * MIB), limits=limits)
+    hog = await served.open()
+    sent = await flood(hog, 40_000, 64 * KIB)
+    assert sent < 40_000 * 28, "requests were read although no reply was"
+    (connection,) = served.server.connections
+    assert connection.outbox.queued_bytes <= limits.queued_bytes_max + MIB
+    assert served.server.pool.taken_bytes <= 6 * MIB
+    other = await served.open()
+    for index in range(50):
+        assert await other.read(index * 4096, 4096) == bytes(4096)
+
+
+async def test_paused_client_that_reads_again_gets_everything(serve: Serve) -> None:
+    limits = Limits(queued_bytes_max=256 * KIB)
+    content = bytes(itertools.islice(itertools.cycle(range(256)), MIB))
+    client = await serve(MemoryNode(content), limits=limits).open(structured=False)
+    count = 400
+    requests = b"".join(
+        pack_request(Command.READ, index * 256, 64 * KIB, cookie=index) for index in range(count)
+    )
+    sending = asyncio.ensure_future(client.send(requests))
+    await settled(50)
+    for index in range(count):
+        reply = await client.reply(64 * KIB)
+        assert reply.cookie == index
+        assert reply.payload == content[index * 256 : index * 256 + 64 * KIB]
+    await sending
+
+
+async def test_client_that_reads_slowly_gets_a_large_reply_whole(serve: Serve) -> None:
+    limits = Limits(queued_bytes_max=1 * MIB)
+    served = serve(MemoryNode(b"s" * (24 * MIB)), limits=limits)
+    client = await served.open()
+    await client.request(Command.READ, 0, 24 * MIB)
+    await settled(200)
+    assert served.server.pool.taken_bytes < 12 * MIB, "the whole reply was read at once"
+    total = sum(len(chunk.payload) for chunk in await client.replies())
+    assert total == 24 * MIB
+
+
+async def test_busy_client_does_not_starve_another(serve: Serve) -> None:
+    """Work per wake-up is bounded: a full receive buffer does not keep the loop."""
+    limits = Limits(wake_up_bytes_max=64 * KIB)
+    served = serve(MemoryNode(MIB), limits=limits)
+    busy, other = await served.open(), await served.open()
+    await flood(busy, 5_000, 512)
+    turns = 0
+    reading = asyncio.ensure_future(other.read(0, 512))
+    while not reading.done() and turns < 200:
+        await asyncio.sleep(0)
+        turns += 1
+    assert await reading == bytes(512)
+    assert turns < 200
+
+
+HELLO = struct.pack(">I", 3)
+GO = b"IHAVEOPT" + struct.pack(">III", Option.GO, 7, 1) + b"x\0\0"
+SESSION = HELLO + GO + pack_request(Command.WRITE, 0, 64) + b"p" * 64
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["closed", "reset"])
+async def test_client_that_leaves_after_any_byte_leaves_nothing(serve: Serve, hard: bool) -> None:
+    """CVE-2013-7441, CVE-2017-9524."""
+    served = serve(MemoryNode(MIB))
+    for length in range(len(SESSION) + 1):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(served.path)
+        sock.sendall(SESSION[:length])
+        if not hard:
+            sock.shutdown(socket.SHUT_WR)
+            await settled(3)
+        sock.close()
+    await settled()
+    await served.server.wait_idle()
+    assert await (await served.open()).read(0, 64) == (bytes(64) if hard else b"p" * 64)
+
+
+async def test_reset_on_tcp_with_replies_pending_leaves_nothing(serve: Serve) -> None:
+    """CVE-2017-10664."""
+    served = serve(MemoryNode(4 * MIB))
+    ours, theirs = tcp_pair()
+    served.server.add_channel(SocketChannel(ours, "test"))
+    client = Client(theirs)
+    await client.negotiate()
+    await flood(client, 500, 64 * KIB)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    theirs.close()
+    await served.server.wait_idle()
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        server, _ = listener.accept()
+    client.setblocking(False)
+    return server, client
+
+
+async def test_client_that_leaves_with_requests_in_flight_lets_them_finish(serve: Serve) -> None:
+    node = MemoryNode(MIB)
+    served = serve(node)
+    client = await served.open()
+    gate = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: gate
+    await client.request(Command.WRITE, 0, payload=b"w" * 4096)
+    await client.request(Command.READ, 0, 4096)
+    await settled()
+    client.close()
+    await settled()
+    assert len(served.server.connections) == 1
+    gate.set_result(None)
+    await served.server.wait_idle()
+    assert node.content[:4096] == b"w" * 4096
+
+
+async def test_disconnect_lets_requests_finish_and_sends_their_replies(serve: Serve) -> None:
+    """Requirement 112."""
+    node = MemoryNode(MIB)
+    client = await serve(node).open(structured=False)
+    gate = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: gate
+    await client.request(Command.FLUSH, cookie=5)
+    await client.request(Command.DISC)
+    await client.request(Command.FLUSH, cookie=6)
+    await settled()
+    gate.set_result(None)
+    assert (await client.reply()).cookie == 5
+    assert await client.is_at_end()
+
+
+async def test_half_closed_client_gets_its_replies(serve: Serve) -> None:
+    client = await serve(MemoryNode(b"h" * MIB)).open(structured=False)
+    await client.send(pack_request(Command.READ, 0, 300 * KIB) * 20)
+    client.sock.shutdown(socket.SHUT_WR)
+    for _ in range(20):
+        assert (await client.reply(300 * KIB)).payload == b"h" * 300 * KIB
+    assert await client.is_at_end()
+
+
+async def test_wrong_magic_ends_the_connection_after_its_replies(serve: Serve) -> None:
+    client = await serve(MemoryNode(MIB)).open(structured=False)
+    await client.send(pack_request(Command.READ, 0, 512) + b"nonsense" * 10)
+    assert (await client.reply(512)).payload == bytes(512)
+    assert await client.is_at_end()
+
+
+async def test_monstrous_write_ends_the_connection(serve: Serve) -> None:
+    """CVE-2005-3534, CVE-2011-0530: no memory is taken for it."""
+    served = serve(MemoryNode(MIB))
+    client = await served.open()
+    await client.request(Command.WRITE, 0, (1 << 32) - 1)
+    assert await client.is_at_end()
+    assert served.server.pool.taken_bytes < 4 * MIB
+
+
+async def test_handshake_has_a_time_limit(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    """CVE-2024-7409: also for a client that dribbles."""
+    served = serve(MemoryNode(MIB), limits=Limits(handshake_seconds=0.2))
+    client = await served.connect()
+    await client.send(HELLO)
+    dribbled = 0
+    with contextlib.suppress(ConnectionError):
+        for byte in GO[:-1]:
+            await client.send(bytes([byte]))
+            dribbled += 1
+            await asyncio.sleep(0.02)
+    assert 0 < dribbled < len(GO) - 1
+    await served.server.wait_idle()
+    assert "handshake not done after 0.2 s" in caplog.text
+
+
+async def test_transmission_is_not_under_the_handshake_limit(serve: Serve) -> None:
+    served = serve(MemoryNode(MIB), limits=Limits(handshake_seconds=0.05))
+    client = await served.open()
+    await asyncio.sleep(0.15)
+    assert await client.read(0, 512) == bytes(512)
+
+
+async def test_idle_client_is_closed(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    served = serve(MemoryNode(MIB), limits=Limits(idle_seconds=0.1))
+    client = await served.open()
+    assert await client.is_at_end()
+    assert "idle for 0.1 s" in caplog.text
+
+
+async def test_connections_are_limited(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    served = serve(MemoryNode(MIB), limits=Limits(connections_max=2))
+    first, _ = await served.open(), await served.open()
+    third = await served.connect()
+    assert await third.is_at_end()
+    assert "2 are open, the limit" in caplog.text
+    first.close()
+    await settled()
+    await served.open()
+
+
+async def test_connections_of_an_export_are_limited(serve: Serve) -> None:
+    one = export_of(MemoryNode(MIB), connections_max=1)
+    served = serve([one, export_of(MemoryNode(MIB), "y")])
+    await served.open("x")
+    second = await served.connect()
+    await second.receive(18)
+    await second.send(HELLO + GO)
+    kind, text = await second.option_reply()
+    assert kind == OptionReply.ERR_POLICY
+    assert b"the limit" in text
+    await served.open("y")
+
+
+async def test_thousand_clients_that_do_nothing_are_swept_away(serve: Serve) -> None:
+    """CVE-2024-7409."""
+    served = serve(MemoryNode(MIB), limits=Limits(connections_max=2000))
+    sockets = []
+    for _ in range(1000):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(served.path)
+        sockets.append(sock)
+        if len(sockets) % 100 == 0:
+            await settled()
+    await settled()
+    assert len(served.server.connections) == 1000
+    assert served.server.pool.taken_bytes == 0
+    await served.server.shut_down(1)
+    assert not served.server.connections
+    for sock in sockets:
+        sock.close()
+
+
+async def test_idle_clients_hold_no_buffers(serve: Serve) -> None:
+    served = serve(MemoryNode(MIB))
+    for _ in range(20):
+        client = await served.open()
+        await client.read(0, 100 * KIB)
+        await client.perform(Command.WRITE, 0, payload=bytes(100 * KIB))
+    await settled()
+    assert served.server.pool.taken_bytes == 0
+
+
+async def test_failing_disk_does_not_flood_the_log(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = MemoryNode(MIB)
+
+    def fail(operation: str, offset: int) -> None:
+        raise OSError(5, "dead disk")
+
+    node.fail = fail
+    served = serve(node)
+    client = await served.open()
+    for _ in range(100):
+        assert (await client.perform(Command.FLUSH)).error
+    client.close()
+    await served.server.wait_idle()
+    assert caplog.text.count("dead disk") == FAILURES_LOGGED_MAX
+    assert "90 more requests failed" in caplog.text
+
+
+# Shutting down.
+
+
+async def test_shutdown_refuses_options_and_requests_with_reasons(serve: Serve) -> None:
+    """Requirements 23 and 113."""
+    served = serve(MemoryNode(MIB))
+    haggling, working = await served.connect(), await served.open()
+    await haggling.receive(18)
+    await haggling.send(HELLO)
+    ending = asyncio.ensure_future(served.server.shut_down(2))
+    await settled()
+    await haggling.option(Option.LIST)
+    assert (await haggling.option_reply())[0] == OptionReply.ERR_SHUTDOWN
+    reply = await working.perform(Command.READ, 0, 512)
+    assert reply.error == 108
+    assert "shutting down" in reply.text
+    await ending
+    assert await haggling.is_at_end()
+    assert await working.is_at_end()
+
+
+async def test_shutdown_waits_for_what_is_in_flight(serve: Serve) -> None:
+    node = MemoryNode(MIB)
+    served = serve(node)
+    client = await served.open()
+    gate = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: gate
+    await client.request(Command.WRITE, 0, payload=b"k" * 512)
+    await settled()
+    ending = asyncio.ensure_future(served.server.shut_down(10))
+    asyncio.get_running_loop().call_later(0.2, gate.set_result, None)
+    assert (await client.reply()).error == 0
+    await ending
+    assert node.content[:512] == b"k" * 512
+
+
+async def test_shutdown_cancels_what_outlives_the_grace_time(serve: Serve) -> None:
+    node = MemoryNode(MIB)
+    served = serve(node)
+    client = await served.open()
+    gate = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: gate
+    await client.request(Command.WRITE, 0, payload=b"k" * 512)
+    await settled()
+    await served.server.shut_down(0.15)
+    assert not served.server.connections
+    assert gate.cancelled()
+
+
+async def test_shutdown_under_load_ends_in_time(serve: Serve) -> None:
+    served = serve(MemoryNode(4 * MIB))
+
+    async def work(client: Client) -> None:
+        while (await client.perform(Command.WRITE, 0, payload=bytes(64 * KIB))).error == 0:
+            pass
+
+    workers = [asyncio.ensure_future(work(await served.open())) for _ in range(4)]
+    hog = await served.open()
+    await flood(hog, 1000, 64 * KIB)
+    started = asyncio.get_running_loop().time()
+    await served.server.shut_down(1)
+    assert asyncio.get_running_loop().time() - started < 2
+    for ended in await asyncio.gather(*workers, return_exceptions=True):
+        assert ended is None or isinstance(ended, (EOFError, ConnectionError))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+async def test_closed_export_loses_its_clients_and_no_others(serve: Serve, hard: bool) -> None:
+    node = MemoryNode(MIB)
+    served = serve([export_of(node), export_of(MemoryNode(b"y" * MIB), "y")])
+    client, other = await served.open("x"), await served.open("y")
+    gate = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: gate
+    await client.request(Command.FLUSH)
+    await settled()
+    if not hard:
+        asyncio.get_running_loop().call_later(0.2, gate.set_result, None)
+    await served.server.close_export("x", hard=hard)
+    assert served.server.exports.find("x") is None
+    if not hard:
+        assert (await client.reply()).error == 0
+    assert await client.is_at_end()
+    assert await other.read(0, 512) == b"y" * 512
+
+
+async def test_closing_ends_although_the_client_reads_nothing(serve: Serve) -> None:
+    served: Served = serve(MemoryNode(4 * MIB), limits=Limits(closing_seconds=0.2))
+    client = await served.open()
+    await flood(client, 200, 64 * KIB)
+    client.sock.shutdown(socket.SHUT_WR)
+    (connection,) = served.server.connections
+    connection.finish("test")
+    await served.server.wait_idle()
