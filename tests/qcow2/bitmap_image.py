@@ -61,13 +61,13 @@ class RecordingFile(FileNode):
 class SimpleImage:
     """The least that :class:`~nbdfleece.qcow2.directory_switch.BitmapImage` asks for."""
 
-    def __init__(self, file: FileNode, header: Header, *, read_only: bool = False) -> None:
+    def __init__(self, file: RecordingFile, header: Header) -> None:
         self.file = file
         self.header = header
         self.path = file.path
         self.size = header.size
         self.cluster_size = header.cluster_size
-        self.read_only = read_only
+        self.read_only = False
         self.metadata = MetadataMap(header.cluster_bits)
         self.quarantined: list[int] = []
         self.free: list[int] = []
@@ -77,26 +77,6 @@ class SimpleImage:
         """Open an image in memory; autoclear bits are left as they are."""
         header = unpack_header(content[: 1 << 21], "memory.qcow2", len(content))
         return cls(RecordingFile(content), header)
-
-    @classmethod
-    def open(cls, path: Path, *, read_only: bool = False) -> SimpleImage:
-        """Open an image file, with QEMU's locks."""
-        file = FileNode.open(path, read_only=read_only)
-        with path.open("rb") as stream:
-            head = stream.read(1 << 21)
-        return cls(file, unpack_header(head, str(path), file.size), read_only=read_only)
-
-    async def close(self) -> None:
-        """Settle what was freed and give up the file."""
-        if not self.read_only:
-            await self.flush()
-            await self.flush()
-        await self.file.close()
-
-    @property
-    def memory(self) -> RecordingFile:
-        assert isinstance(self.file, RecordingFile)
-        return self.file
 
     async def allocate_clusters(self, count: int) -> int:
         """The lowest free run, as QEMU does: reuse is what finds mistakes."""

@@ -6,7 +6,7 @@ import asyncio
 import random
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from nbdfleece.errors import ImageError, StateError
 from nbdfleece.qcow2.bitmap_store import BitmapStore, StoredBitmap, repair_directory
 from nbdfleece.qcow2.extension_area import PLACEHOLDER_MAGIC, scan_extension_area
 from nbdfleece.qcow2.header import Autoclear
+from nbdfleece.qcow2.image import Qcow2Image
 from nbdfleece.qcow2.private_extension import EXTENSION_MAGIC
 from tests.qcow2.bitmap_image import (
     RecordingFile,
@@ -28,17 +29,18 @@ from tests.qcow2.bitmap_image import (
     qemu_dirty_ranges,
     qemu_img,
 )
+from tests.qcow2.fake_disk import FakeDisk
 
 MIB = 1 << 20
 BITMAPS_EXTENSION = 0x23852875
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return create(tmp_path / "disk.qcow2")
+def path(folder: Path) -> Path:
+    return create(folder / "disk.qcow2")
 
 
-def marked(size: int, granularity: int, seed: int, ranges: int = 12) -> Bitmap:
+def marked(size: int, granularity: int, seed: float, ranges: int = 12) -> Bitmap:
     """A bitmap with some random ranges, and the disk's last byte, marked."""
     choose = random.Random(seed)
     bitmap = Bitmap(size, granularity)
@@ -63,7 +65,7 @@ def kept(name: str, granularity: int = 65536) -> StoredBitmap:
 
 async def store_in(path: Path, entries: list[StoredBitmap], payload: bytes | None = None) -> None:
     """Open an image, replace its bitmaps, close it."""
-    image = SimpleImage.open(path)
+    image = await Qcow2Image.open(path, read_only=False)
     try:
         await (await BitmapStore.load(image)).replace(entries, payload)
     finally:
@@ -72,7 +74,7 @@ async def store_in(path: Path, entries: list[StoredBitmap], payload: bytes | Non
 
 async def load_from(path: Path) -> tuple[BitmapStore, dict[str, Bitmap]]:
     """What an image holds, read without changing it."""
-    image = SimpleImage.open(path, read_only=True)
+    image = await Qcow2Image.open(path, read_only=True)
     try:
         store = await BitmapStore.load(image)
         bits = {entry.name: await store.load_bits(entry.name) for entry in store.entries}
@@ -114,9 +116,9 @@ def extension_types(path: Path) -> list[int]:
     ],
 )
 async def test_bitmaps_we_store_are_what_qemu_shows(
-    tmp_path: Path, cluster_size: int, size: int, granularity: int
+    folder: Path, cluster_size: int, size: int, granularity: int
 ) -> None:
-    path = create(tmp_path / "disk.qcow2", size, cluster_size=cluster_size)
+    path = create(folder / "disk.qcow2", size, cluster_size=cluster_size)
     size = -(-size // 512) * 512
     sparse = marked(size, granularity, seed=1)
     full = Bitmap(size, granularity)
@@ -153,8 +155,8 @@ async def test_flags_are_what_qemu_info_lists(path: Path) -> None:
 
 
 @pytest.mark.parametrize("cluster_size", [512, 65536, 2 * MIB])
-async def test_bitmaps_qemu_stores_are_loaded_exactly(tmp_path: Path, cluster_size: int) -> None:
-    path = create(tmp_path / "disk.qcow2", 32 * MIB + 512, cluster_size=cluster_size)
+async def test_bitmaps_qemu_stores_are_loaded_exactly(folder: Path, cluster_size: int) -> None:
+    path = create(folder / "disk.qcow2", 32 * MIB + 512, cluster_size=cluster_size)
     for granularity in (512, 4096, 1 << 20):
         qemu_img("bitmap", "--add", "-g", granularity, path, f"by-{granularity}")
     qemu_img("bitmap", "--add", "--disable", path, "disabled")
@@ -171,7 +173,7 @@ async def test_bitmaps_qemu_stores_are_loaded_exactly(tmp_path: Path, cluster_si
     assert not any(entry.inconsistent for entry in store.entries)
     for name, content in bits.items():
         assert list(content.dirty_ranges()) == qemu_dirty_ranges(path, name), name
-        image = SimpleImage.open(path, read_only=True)
+        image = await Qcow2Image.open(path, read_only=True)
         assert await (await BitmapStore.load(image)).dirty_bytes(name) == content.dirty_bytes()
         await image.close()
 
@@ -184,8 +186,8 @@ def qemu_io(path: Path, *commands: str) -> None:
 
 
 @pytest.mark.parametrize("cluster_size", [4096, 65536])
-async def test_three_rounds_of_us_and_qemu_agree(tmp_path: Path, cluster_size: int) -> None:
-    path = create(tmp_path / "disk.qcow2", 64 * MIB, cluster_size=cluster_size)
+async def test_three_rounds_of_us_and_qemu_agree(folder: Path, cluster_size: int) -> None:
+    path = create(folder / "disk.qcow2", 64 * MIB, cluster_size=cluster_size)
     model = {"frozen": marked(64 * MIB, 4096, seed=3), "live": marked(64 * MIB, 65536, seed=4)}
     for turn in range(3):
         await store_in(
@@ -268,11 +270,11 @@ async def test_replace_without_payload_keeps_the_record_in_force(path: Path) -> 
 @pytest.mark.parametrize("cluster_size", [4096, 65536])
 @pytest.mark.parametrize("name_length", [5, 300])
 async def test_backing_file_name_and_foreign_extensions_survive(
-    tmp_path: Path, cluster_size: int, name_length: int
+    folder: Path, cluster_size: int, name_length: int
 ) -> None:
-    base = create(tmp_path / ("b" * 100 + ".qcow2"), 10 * MIB)
+    base = create(folder / ("b" * 100 + ".qcow2"), 10 * MIB)
     name = "./" * ((name_length - 5) // 2) + base.name
-    path = tmp_path / "disk.qcow2"
+    path = folder / "disk.qcow2"
     options = f"cluster_size={cluster_size}"
     qemu_img("create", "-q", "-f", "qcow2", "-b", name, "-F", "qcow2", "-o", options, path)
     before = extension_types(path)
@@ -289,10 +291,10 @@ async def test_backing_file_name_and_foreign_extensions_survive(
     check_clean(path)
 
 
-async def test_switched_fields_never_straddle_a_sector(tmp_path: Path) -> None:
+async def test_switched_fields_never_straddle_a_sector(folder: Path) -> None:
     """Whatever extensions come before, and even if QEMU's own straddles."""
     for filler in range(0, 80, 8):
-        path = create(tmp_path / f"{filler}.qcow2")
+        path = create(folder / f"{filler}.qcow2")
         insert_extension(path, 0x12345678, bytes(filler))
         if filler % 16:
             qemu_img("bitmap", "--add", path, "qemu")
@@ -338,9 +340,9 @@ async def test_image_that_loses_all_bitmaps_opens_without_a_warning(path: Path) 
 
 
 async def test_payload_too_large_for_the_header_names_both_and_changes_nothing(
-    tmp_path: Path,
+    folder: Path,
 ) -> None:
-    path = create(tmp_path / "disk.qcow2", 1 * MIB, cluster_size=512)
+    path = create(folder / "disk.qcow2", 1 * MIB, cluster_size=512)
     bits = marked(1 * MIB, 65536, seed=9)
     before = path.read_bytes()
     with pytest.raises(StateError, match=r"needs 200 bytes.* 512-byte clusters"):
@@ -364,7 +366,7 @@ async def test_payload_room_grows_with_the_cluster(path: Path) -> None:
 async def test_replace_stores_the_bits_of_the_moment_of_the_call(path: Path) -> None:
     content = Bitmap(10 * MIB)
     content.set_range(0, 1)
-    image = SimpleImage.open(path)
+    image = await Qcow2Image.open(path, read_only=False)
     store = await BitmapStore.load(image)
     work = store.replace([frozen("a", content)], None)
     content.set_range(5 * MIB, 1)
@@ -376,7 +378,7 @@ async def test_replace_stores_the_bits_of_the_moment_of_the_call(path: Path) -> 
 async def test_mark_in_use_marks_only_what_records(path: Path) -> None:
     content = marked(10 * MIB, 65536, seed=10)
     await store_in(path, [frozen("old", content), recording("live", content, in_use=False)], b"r")
-    image = SimpleImage.open(path)
+    image = await Qcow2Image.open(path, read_only=False)
     store = await BitmapStore.load(image)
     await store.mark_in_use(keep_private_bit=True)
     assert not any(entry.inconsistent for entry in store.entries)
@@ -433,7 +435,7 @@ async def test_impossible_bitmaps_are_refused_and_nothing_changes(
 
 
 async def test_unknown_bitmap_and_read_only_image_are_state_errors(path: Path) -> None:
-    image = SimpleImage.open(path, read_only=True)
+    image = await Qcow2Image.open(path, read_only=True)
     store = await BitmapStore.load(image)
     with pytest.raises(StateError, match="no bitmap 'a'"):
         await store.load_bits("a")
@@ -442,9 +444,9 @@ async def test_unknown_bitmap_and_read_only_image_are_state_errors(path: Path) -
     await image.close()
 
 
-async def test_version_2_has_no_bitmaps(tmp_path: Path) -> None:
-    path = create(tmp_path / "disk.qcow2", compat="0.10")
-    image = SimpleImage.open(path)
+async def test_version_2_has_no_bitmaps(folder: Path) -> None:
+    path = create(folder / "disk.qcow2", compat="0.10")
+    image = await Qcow2Image.open(path, read_only=False)
     store = await BitmapStore.load(image)
     assert store.entries == []
     assert store.record is None
@@ -558,13 +560,13 @@ async def cut_power(path: Path, payload: bytes | None, entries: list[StoredBitma
     image = SimpleImage.from_bytes(content)
     store = await BitmapStore.load(image)
     await store.replace(entries, payload)
-    durable = SimpleImage.from_bytes(durable_content(content, image.memory.log))
+    durable = SimpleImage.from_bytes(durable_content(content, image.file.log))
     new = await state_of(durable)
     assert {entry.name for entry in entries} == set(new[0])
     assert new[1] == (old[1] if payload is None else (payload, True))
     await image.flush()
 
-    for number, state in enumerate(crash_states(content, image.memory.log, seed=1)):
+    for number, state in enumerate(crash_states(content, image.file.log, seed=1)):
         crashed = await state_of(SimpleImage.from_bytes(state))
         assert crashed in (old, new), f"state {number}"
         if number % 8 == 0:
@@ -582,15 +584,70 @@ async def use_after_power_cut(path: Path) -> None:
     content = path.read_bytes()
     image = SimpleImage.from_bytes(content)
     await (await BitmapStore.load(image)).replace(ENDS["two"], b"payload")
-    for number, state in enumerate(crash_states(content, image.memory.log, seed=2)):
+    for number, state in enumerate(crash_states(content, image.file.log, seed=2)):
         again = SimpleImage.from_bytes(state)
         await (await BitmapStore.load(again)).replace(ENDS["two"], b"later")
-        bitmaps, record = await state_of(SimpleImage.from_bytes(bytes(again.memory.content)))
+        bitmaps, record = await state_of(SimpleImage.from_bytes(bytes(again.file.content)))
         assert set(bitmaps) == {"a", "new"}
         assert record == (b"later", True)
         if number % 10 == 0:
-            path.write_bytes(again.memory.content)
+            path.write_bytes(again.file.content)
             check_image(path)
+
+
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_power_cut_while_the_guest_writes_leaves_old_or_new(
+    folder: Path, cluster_size: int
+) -> None:
+    """The real driver: its refcounts, its quarantine, its flushes at any moment."""
+    path = create(folder / "disk.qcow2", 2 * MIB, cluster_size=cluster_size)
+    asyncio.run(cut_power_under_load(path, random.Random(cluster_size)))
+
+
+async def cut_power_under_load(path: Path, rng: random.Random) -> None:
+    disk = FakeDisk(path.read_bytes(), rng=rng)
+    image = await Qcow2Image.from_file(disk)
+    store = await BitmapStore.load(image)
+    history: list[State] = [({}, None)]
+    spans: list[tuple[int, int]] = []
+    for turn in range(12):
+        contents = {
+            f"b{index}": marked(2 * MIB, 512, seed=rng.random()) for index in range(turn % 4)
+        }
+        payload = b"%d" % turn * rng.randrange(1, 30)
+        begin = len(disk.log.records)
+        stored = store.replace([frozen(name, bits) for name, bits in contents.items()], payload)
+        history.append(({name: (False, bits) for name, bits in contents.items()}, (payload, True)))
+        _, end = await asyncio.gather(guest_writes(image, rng), end_of(stored, disk))
+        spans.append((begin, end))
+    await image.close()
+    for number in range(400):
+        point = rng.randrange(len(disk.log.records) + 1)
+        state = disk.log.crash(point, rng if number % 4 else None)
+        done = sum(end <= point for _, end in spans)
+        begun = sum(begin <= point for begin, _ in spans)
+        assert await state_of(SimpleImage.from_bytes(state.content)) in history[done : begun + 1]
+        if number % 10 == 0:
+            path.write_bytes(state.content)
+            check_image(path)
+
+
+async def guest_writes(image: Qcow2Image, rng: random.Random) -> None:
+    for _ in range(10):
+        offset = rng.randrange(image.size // 512 - 64) * 512
+        length = 512 * rng.randrange(1, 64)
+        if rng.random() < 0.3:
+            await image.trim(offset, length)
+        else:
+            await image.write(offset, memoryview(rng.randbytes(length)))
+        if rng.random() < 0.2:
+            await image.flush()
+
+
+async def end_of(work: Awaitable[None], disk: FakeDisk) -> int:
+    """Wait for ``work``; returns how much had reached the disk then."""
+    await work
+    return len(disk.log.records)
 
 
 @pytest.mark.parametrize("start", [start_fresh, start_with_ours, start_with_all_dropped])
@@ -610,31 +667,56 @@ async def fail_everywhere(path: Path) -> None:
     while failed:
         image = SimpleImage.from_bytes(content)
         store = await BitmapStore.load(image)
-        image.memory.fail_at = number
+        image.file.fail_at = number
         try:
             await store.replace(ENDS["two"], b"payload")
             failed = False
         except OSError:
-            image.memory.fail_at = None
-            bitmaps, _ = await state_of(SimpleImage.from_bytes(bytes(image.memory.content)))
+            image.file.fail_at = None
+            bitmaps, _ = await state_of(SimpleImage.from_bytes(bytes(image.file.content)))
             assert set(bitmaps) in ({"a", "new"}, set(old[0]))
         number += 1
     assert number > 5
+
+
+async def test_failing_disk_under_the_real_driver_leaves_old_or_new(path: Path) -> None:
+    """Rule 6: whatever operation fails, and with it all that follow."""
+    await store_in(path, [frozen("a", NEW_BITS)], b"first")
+    content = path.read_bytes()
+    old = await state_of(SimpleImage.from_bytes(content))
+    new = ({"a": (False, NEW_BITS), "new": (True, NEW_BITS)}, (b"second", True))
+    outcomes = set()
+    for fail_after in range(40):
+        disk = FakeDisk(content)
+        image = await Qcow2Image.from_file(disk)
+        store = await BitmapStore.load(image)
+        disk.fail_after = fail_after
+        try:
+            await store.replace(ENDS["two"], b"second")
+            outcomes.add("done")
+            assert await state_of(SimpleImage.from_bytes(bytes(disk.content))) == new
+        except OSError:
+            outcomes.add("failed")
+            assert await state_of(SimpleImage.from_bytes(bytes(disk.content))) in (old, new)
+            assert [entry.name for entry in store.entries] == ["a"]
+        path.write_bytes(disk.content)
+        check_image(path)
+    assert outcomes == {"done", "failed"}
 
 
 async def test_switch_that_fails_and_is_taken_back_changes_nothing(path: Path) -> None:
     await store_in(path, [frozen("a", NEW_BITS)], b"first")
     image = SimpleImage.from_bytes(path.read_bytes())
     store = await BitmapStore.load(image)
-    old = await state_of(SimpleImage.from_bytes(bytes(image.memory.content)))
-    fail_flush_once_after(image.memory, switches=1)
+    old = await state_of(SimpleImage.from_bytes(bytes(image.file.content)))
+    fail_flush_once_after(image.file, switches=1)
     with pytest.raises(OSError, match="Input/output error"):
         await store.replace(ENDS["two"], b"second")
-    assert await state_of(SimpleImage.from_bytes(bytes(image.memory.content))) == old
+    assert await state_of(SimpleImage.from_bytes(bytes(image.file.content))) == old
     assert [entry.name for entry in store.entries] == ["a"]
     await store.replace(ENDS["two"], b"third")
     await image.flush()
-    path.write_bytes(image.memory.content)
+    path.write_bytes(image.file.content)
     check_clean(path)
     assert (await load_from(path))[0].record == (b"third", True)
 
@@ -659,7 +741,7 @@ async def test_switch_that_cannot_be_taken_back_stops_further_changes(path: Path
     await store_in(path, [frozen("a", NEW_BITS)], b"first")
     image = SimpleImage.from_bytes(path.read_bytes())
     store = await BitmapStore.load(image)
-    fail_flush_once_after(image.memory, switches=2)
+    fail_flush_once_after(image.file, switches=2)
     with pytest.raises(OSError, match="Input/output error"):
         await store.replace(ENDS["two"], b"second")
     assert image.quarantined == []
@@ -668,7 +750,7 @@ async def test_switch_that_cannot_be_taken_back_stops_further_changes(path: Path
 
 
 async def test_cancelled_replace_goes_on_to_its_end(path: Path) -> None:
-    image = SimpleImage.open(path)
+    image = await Qcow2Image.open(path, read_only=False)
     store = await BitmapStore.load(image)
     task = asyncio.create_task(store.replace([frozen("a", NEW_BITS)], b"record"))
     await asyncio.sleep(0)
@@ -713,7 +795,7 @@ async def test_image_that_qemu_refuses_is_repaired_without_it(
     damage(path, 32 + position, value)
     assert qemu_img("info", path, check=False).returncode != 0
 
-    image = SimpleImage.open(path)
+    image = await Qcow2Image.open(path, read_only=False)
     store = await BitmapStore.load(image)
     assert store.damaged
     with pytest.raises(StateError, match="repair it first"):
@@ -738,7 +820,7 @@ async def test_directory_past_the_end_of_the_file_is_dropped_by_repair(path: Pat
     (place,) = scan_extension_area(bytes(content[: 1 << 16]), "").find(BITMAPS_EXTENSION)
     struct.pack_into(">Q", content, place.offset + 16, 1 << 40)
     path.write_bytes(content)
-    image = SimpleImage.open(path)
+    image = await Qcow2Image.open(path, read_only=False)
     report = await repair_directory(image)
     await image.close()
     assert report.kept == []
@@ -750,7 +832,7 @@ async def test_directory_past_the_end_of_the_file_is_dropped_by_repair(path: Pat
 async def test_sound_directory_is_not_touched_by_repair(path: Path) -> None:
     await store_in(path, [frozen("a", BITS)], b"record")
     before = path.read_bytes()
-    image = SimpleImage.open(path)
+    image = await Qcow2Image.open(path, read_only=False)
     report = await repair_directory(image)
     assert [entry.name for entry in report.kept] == ["a"]
     assert report.dropped == []
@@ -823,9 +905,9 @@ async def test_mutated_images_never_raise_anything_but_image_errors(path: Path) 
         for entry in store.entries:
             if not entry.inconsistent:
                 assert len((await store.load_bits(entry.name)).data) <= 1 << 20
-        assert image.memory.log == []
+        assert image.file.log == []
         if store.damaged:
             await store.repair()
-            repaired = await BitmapStore.load(SimpleImage.from_bytes(bytes(image.memory.content)))
+            repaired = await BitmapStore.load(SimpleImage.from_bytes(bytes(image.file.content)))
             assert repaired.damaged == []
             assert repaired.entries == store.entries
