@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from ..errors import UsageError
 from .constants import TransmissionFlag
 from .limits import DEFAULT_PAYLOAD_MAX
-from .names import check_string
+from .names import check_context_names, check_string
 
 EXPORT_SIZE_END: Final = 1 << 63
 """Clients keep sizes in signed 64 bits (CVE-2017-2630)."""
@@ -41,8 +41,8 @@ class ExportInfo:
         minimum_block_size: Bytes, a power of two up to 64 KiB; requests off it get EINVAL.
         preferred_block_size: Bytes, a power of two, at least 512 and the minimum.
         maximum_payload: Bytes of data in one message; at least 64 KiB and the preferred size.
-        contexts: Names of the metadata contexts that can be selected; their ids are their
-            places here.
+        contexts: Names of the metadata contexts that can be selected, each once; their ids
+            are their places here.
         tls_only: Not shown and not served without TLS (in SELECTIVETLS mode).
         requires_block_size: Clients that do not ask for the block sizes are turned away.
 
@@ -70,8 +70,7 @@ class ExportInfo:
     def __post_init__(self) -> None:
         check_string(self.name, "export name")
         check_string(self.description, "description")
-        for context in self.contexts:
-            check_string(context, "metadata context name")
+        check_context_names(self.contexts)
         if not 0 <= self.size < EXPORT_SIZE_END:
             raise UsageError(f"export '{self.name}': size {self.size} is not below 2^63 bytes")
         _check_block_sizes(self)

@@ -45,6 +45,21 @@ def check_string(text: str, what: str) -> None:
         raise UsageError(f"{what} has {length} bytes, but {STRING_BYTES_MAX} is the most")
 
 
+def check_context_names(names: Sequence[str]) -> None:
+    """Check the names of the metadata contexts of an export.
+
+    Raises:
+        UsageError: A name is not ``namespace:leaf``, is one of the wildcards, or comes twice.
+    """
+    for name in names:
+        check_string(name, "metadata context name")
+        namespace, _, leaf = name.partition(":")
+        if not namespace or not leaf or name in LIST_WILDCARDS:
+            raise UsageError(f"metadata context name '{name}' is not 'namespace:leaf'")
+    if len(set(names)) != len(names):
+        raise UsageError("a metadata context name is given twice")
+
+
 def decode_string(data: bytes | memoryview, what: str) -> str:
     """Decode a string that a client sent.
 

@@ -47,7 +47,10 @@ EXTENDED_REQUEST: Final = struct.Struct(">IHHQQQ")
 
 
 class Request(NamedTuple):
-    """One request header. ``offset`` and ``length`` are bytes, as the client sent them."""
+    """One request header. ``offset`` and ``length`` are bytes, as the client sent them.
+
+    It is the tuple that ``struct`` gives, under another class: the shortest way to make one.
+    """
 
     magic: int
     flags: int

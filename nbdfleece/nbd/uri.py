@@ -150,6 +150,9 @@ def parse_uri(text: str) -> NbdUri:
         raise UsageError(f"{text!r} is not an NBD URI: the schemes are {', '.join(_SCHEMES)}")
     if "//" not in text or parts.fragment or parts.password is not None:
         raise UsageError(f"{text!r} is not an NBD URI: it has no '//', or a fragment or password")
+    address = parts.netloc.rpartition("@")[2]
+    if address.count(":") > 1 and not address.startswith("["):
+        raise UsageError(f"{text!r} is not a URI: an IPv6 address needs brackets")
     return _build(text, parts)
 
 

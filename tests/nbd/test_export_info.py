@@ -19,6 +19,11 @@ from nbdfleece.nbd.export_info import ExportInfo
         {"name": "x" * 4097},
         {"description": "x" * 4097},
         {"contexts": ["base:\0"]},
+        {"contexts": ["allocation"]},
+        {"contexts": [":allocation"]},
+        {"contexts": ["base:"]},
+        {"contexts": ["qemu:dirty-bitmap:"]},
+        {"contexts": ["base:allocation", "base:allocation"]},
         {"size": -1},
         {"size": 1 << 63},
         {"minimum_block_size": 0},
@@ -34,7 +39,7 @@ from nbdfleece.nbd.export_info import ExportInfo
     ],
 )
 def test_export_that_cannot_be_served_is_refused(values: dict[str, Any]) -> None:
-    """1, 93, 94, 95; CVE-2017-2630: sizes stay below 2^63."""
+    """1, 44, 61, 93, 94, 95; CVE-2017-2630: sizes stay below 2^63."""
     with pytest.raises(UsageError):
         ExportInfo(**{"name": "disk", "size": 1, **values})
 

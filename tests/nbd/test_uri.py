@@ -98,6 +98,7 @@ def test_older_form_of_qemu_is_understood(text: str, expected: NbdUri) -> None:
     [
         (TCP, "nbd://example.com/"),
         (NbdUri(transport="tcp", host="::1", port=5, export="a/b c"), "nbd://[::1]:5/a/b%20c"),
+        (NbdUri(transport="tcp", host="fe80::1%eth0"), "nbd://[fe80::1%25eth0]/"),
         (UNIX, "nbd+unix:///?socket=sock"),
         (
             NbdUri(transport="unix", tls=True, socket="/run/a&b", export="?x#"),
@@ -131,6 +132,8 @@ def test_specification_form_is_printed(uri: NbdUri, text: str) -> None:
         "nbd://h:x/",
         "nbd://h:-1/",
         "nbd://[::1/",
+        "nbd://::1/",
+        "nbd://h:1:2/",
         "nbd://user:password@h/",
         "nbd://h/x#y",
         "nbd://h/a b",
