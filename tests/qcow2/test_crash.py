@@ -7,6 +7,7 @@ any subset of sectors may have reached the disk.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from tests.qcow2.fake_disk import FakeDisk
 from tests.qcow2.guest import Guest, check, qemu_img, qemu_io
 
 MIB = 1 << 20
+
+ROUNDS = int(os.environ.get("NBDFLEECE_CRASH_ROUNDS", "30"))
+"""Rounds of work per case; 30 are some 500 power cuts in all, 1000 the full run."""
 
 
 async def examine(folder: Path, disk: FakeDisk, guest: Guest, rng: random.Random | None) -> None:
@@ -61,7 +65,8 @@ async def fresh_image(folder: Path, kind: str, cluster_size: int) -> tuple[bytes
         raw.write_bytes(content)
         qemu_img("convert", "-c", "-O", "qcow2", "-o", options, raw, path)
         return path.read_bytes(), content
-    await create_image(path, size, cluster_size=cluster_size, refcount_bits=16)
+    # Wide refcounts: new blocks are needed often.
+    await create_image(path, size, cluster_size=cluster_size, refcount_bits=64)
     return path.read_bytes(), bytes(size)
 
 
@@ -113,7 +118,9 @@ async def test_power_cut_inside_an_operation_or_flush_leaves_what_was_flushed(
             await examine(folder, disk, guest, rng)
 
     disk.question = question  # type: ignore[method-assign]  # the test's own hook
-    await guest.steps(40, 20_000)
+    for _ in range(ROUNDS):
+        await guest.steps(3, 20_000)
+        await guest.flush()
     await image.close()
 
 
