@@ -1,0 +1,12 @@
+"""What a server can be told over its control socket."""
+
+from __future__ import annotations
+
+from ..registry import Registry
+from . import backups, checkpoints, disks, exports, general, snapshots
+
+
+def all_commands() -> Registry:
+    """Every command that there is."""
+    modules = (general, disks, snapshots, exports, checkpoints, backups)
+    return Registry(command for module in modules for command in module.COMMANDS)

@@ -1,0 +1,173 @@
+"""A whole server: exports, engine, NBD listeners and control socket, put together.
+
+Start
+    Sockets are bound first, because that costs nothing to take back; clients that come early
+    wait. Then the disks are opened, what a crash left open is settled, and clients are let in.
+
+End
+    No more commands, then no more NBD clients, then backups that are pending are aborted,
+    bitmaps stored and images closed; last the control clients, who are told of all this by
+    events. A start that fails ends the same way, as far as it got.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from .control.commands import all_commands
+from .control.dispatcher import Dispatcher
+from .control.server import ControlServer
+from .engine.disk import ScratchOptions
+from .engine.engine import Engine
+from .errors import StateError, UsageError
+from .export.export import ExportTable
+from .nbd.uri import NbdUri
+from .server.limits import Limits
+from .server.listener import Listener, listen_unix, listen_uri
+from .server.server import NbdServer
+
+CONTROL_MODE = 0o600
+
+_log = logging.getLogger("nbdfleece.daemon")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonOptions:
+    """What to serve, and where.
+
+    Attributes:
+        disks: Images by the disk's name.
+        listen: Where NBD clients are accepted; export names in it are of no matter.
+        control: Path of the control socket; None for none.
+        scratch: How snapshots are kept.
+        limits: What NBD clients may take.
+        grace_seconds: At the end, how long NBD requests in flight may take.
+    """
+
+    disks: Mapping[str, Path]
+    listen: Sequence[NbdUri] = ()
+    control: Path | None = None
+    scratch: ScratchOptions = field(default_factory=ScratchOptions)
+    limits: Limits = field(default_factory=Limits)
+    grace_seconds: float = 10.0
+
+
+class Daemon:
+    """A running server, from entering this context to leaving it; inside an event loop.
+
+    Attributes:
+        exports: What is served.
+        engine: Its disks, snapshots and checkpoints.
+        server: The NBD side.
+        commands: What the control socket can be told.
+    """
+
+    def __init__(self, options: DaemonOptions) -> None:
+        self.options = options
+        self.exports = ExportTable()
+        self.server = NbdServer(self.exports, limits=options.limits)
+        self.engine = Engine(
+            self.exports,
+            options.scratch,
+            disconnect=self.server.close_export,
+            event=self._tell,
+        )
+        self.commands = all_commands()
+        self._listeners: list[Listener] = []
+        self._control_listener: Listener | None = None
+        self._control: ControlServer | None = None
+        self._stop_requested = asyncio.Event()
+        self._stop_reason = "host-signal"
+
+    async def __aenter__(self) -> Self:
+        """Start.
+
+        Raises:
+            StateError: It cannot listen where it should, or a name is taken.
+            OSError, ImageError: An image cannot be opened.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        error_class: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stop()
+
+    def export_uris(self, export: str) -> list[str]:
+        """How clients name an export: one NBD URI per listener."""
+        return [str(listener.uri(export)) for listener in self.server.listeners]
+
+    def request_stop(self, reason: str) -> None:
+        """Have :meth:`wait_stop_requested` return; the first reason counts.
+
+        Args:
+            reason: One of QEMU's shutdown causes; the event SHUTDOWN tells it.
+        """
+        if not self._stop_requested.is_set():
+            self._stop_reason = reason
+            self._stop_requested.set()
+
+    async def wait_stop_requested(self) -> None:
+        """Wait until someone wants the server to end."""
+        await self._stop_requested.wait()
+
+    # -- start and end ------------------------------------------------------------
+
+    async def _start(self) -> None:
+        self._listen()
+        for name, path in self.options.disks.items():
+            await self.engine.open_disk(name, path)
+        await self.engine.recover()
+        while self._listeners:
+            self.server.add_listener(self._listeners.pop(0))
+        if self._control_listener is not None:
+            self._control = ControlServer(self._control_listener.sock, Dispatcher(self))
+
+    def _listen(self) -> None:
+        try:
+            for uri in self.options.listen:
+                if uri.tls:
+                    raise UsageError(f"cannot listen on '{uri}': the server has no certificate")
+                self._listeners += listen_uri(uri)
+            if self.options.control is not None:
+                path = str(self.options.control)
+                self._control_listener = listen_unix(path, mode=CONTROL_MODE)
+        except UsageError as error:
+            raise StateError(str(error)) from error
+
+    async def _stop(self) -> None:
+        if self._control is not None:
+            await self._control.finish_commands()
+        self._tell("SHUTDOWN", {"guest": False, "reason": self._stop_reason})
+        await self.server.shut_down(self.options.grace_seconds)
+        try:
+            await self.engine.close()
+        finally:
+            await self._close_sockets()
+
+    async def _close_sockets(self) -> None:
+        if self._control is not None:
+            await self._control.close()
+        if self._control_listener is not None:
+            self._control_listener.close()
+        for listener in self._listeners:
+            listener.close()
+
+    def _tell(self, event: str, data: Mapping[str, Any]) -> None:
+        _log.info("%s %s", event, dict(data))
+        if self._control is not None:
+            self._control.send_event(event, data)
