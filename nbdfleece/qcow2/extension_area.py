@@ -107,8 +107,9 @@ class ExtensionArea(NamedTuple):
         ]
 
     def _has_end_mark(self) -> bool:
-        mark = self.cluster[self.end : self.end + _HEADER.size]
-        return mark == bytes(_HEADER.size) and self.end % _HEADER.size == 0
+        behind = self.end + _HEADER.size
+        is_there = behind <= (self.backing_offset or len(self.cluster))
+        return is_there and not any(self.cluster[self.end : behind]) and self.end % 8 == 0
 
     def _plan_backing_name_behind(self, end: int) -> list[HeaderWrite]:
         """Plan to move the backing file's name to ``end`` or behind it if it is before."""

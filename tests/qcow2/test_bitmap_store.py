@@ -567,7 +567,9 @@ async def cut_power(path: Path, payload: bytes | None, entries: list[StoredBitma
     await image.flush()
 
     for number, state in enumerate(crash_states(content, image.file.log, seed=1)):
-        crashed = await state_of(SimpleImage.from_bytes(state))
+        opened = SimpleImage.from_bytes(state)
+        assert opened.header.backing_file == image.header.backing_file
+        crashed = await state_of(opened)
         assert crashed in (old, new), f"state {number}"
         if number % 8 == 0:
             path.write_bytes(state)
