@@ -39,27 +39,31 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from ..bitmaps.bitmap import Bitmap
 from ..errors import SnapshotError
-from ..extents import Extents, Status
+from ..extents import Extents
+from .granule_codes import (
+    COPIED,
+    FORGOTTEN,
+    UNTOUCHED,
+    Mask,
+    code_of_status,
+    continues,
+    free_copies,
+    runs,
+    status_of_codes,
+    true_runs,
+)
 from .granule_map import Codes, GranuleMap, page_end
-from .node import DEPTH_SHIFT, BlockNode, BlockStatus, block_status_word
+from .node import BlockNode
 from .range_lock import RangeLock
 from .scratch import Scratch
-
-UNTOUCHED: Final = 0
-ZERO_DATA: Final = 1
-ZERO_HOLE: Final = 2
-UNALLOCATED: Final = 3
-FORGOTTEN: Final = 4
-COPIED: Final = 16
 
 DEFAULT_GRANULARITY: Final = 4096
 """Bytes. Small: a random 4 KiB guest write copies 4 KiB, where QEMU copies 64."""
@@ -69,15 +73,6 @@ ACCESS_GRANULARITY: Final = 65536
 
 COPY_BYTES_MAX: Final = 1 << 20
 """Bytes copied at once: a bound on memory, not on what a guest write may touch."""
-
-_STATUS_OF_CODE: Final = np.zeros(COPIED + 1, dtype=np.uint32)
-_STATUS_OF_CODE[ZERO_DATA] = block_status_word(BlockStatus.ZERO, 1)
-_STATUS_OF_CODE[ZERO_HOLE] = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 1)
-_STATUS_OF_CODE[UNALLOCATED] = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 0)
-_STATUS_OF_CODE[FORGOTTEN] = block_status_word(BlockStatus.DATA, 1)
-_STATUS_OF_CODE[COPIED] = block_status_word(BlockStatus.DATA, 1)
-
-_Mask = npt.NDArray[np.bool_]
 
 
 class OnCbwError(Enum):
@@ -220,7 +215,7 @@ class CopyBeforeWrite:
     def _free(self, codes: Codes) -> None:
         """Give back the scratch granules among ``codes``."""
         if self._scratch is not None:
-            _free_copies(self._scratch, codes)
+            free_copies(self._scratch, codes)
 
     # -- the guest's side ---------------------------------------------------------
 
@@ -235,12 +230,37 @@ class CopyBeforeWrite:
         end = (offset + length - 1 >> self._shift) + 1
         newest = self._layers[-1].map
         if end - first == 1:
-            if newest.code(first):
+            if not newest.code(first):
+                await self._protect_one(first)
+        elif not newest.codes(first, end).all():
+            async with self._copying.hold(first, end):
+                await self._copy_untouched(first, end)
+
+    async def _protect_one(self, granule: int) -> None:
+        """The most frequent case, a small write while all is well, without numpy."""
+        async with self._copying.hold(granule, granule + 1):
+            newest = self._layers[-1] if self._layers else None
+            scratch = self._scratch
+            if newest is None or scratch is None or newest.map.code(granule):
                 return
-        elif newest.codes(first, end).all():
-            return
-        async with self._copying.hold(first, end):
-            await self._copy_untouched(first, end)
+            if newest.access is not None or newest.error or self._timeout_seconds is not None:
+                await self._copy_untouched(granule, granule + 1)
+                return
+            try:
+                code = await self._copy_one(scratch, granule)
+            except OSError as error:
+                self._break_or_raise(granule, granule + 1, error)
+            else:
+                self._record_one(granule, code)
+
+    async def _copy_one(self, scratch: Scratch, granule: int) -> int:
+        """Bring the old content of one granule into safety; its code, to be recorded."""
+        offset = granule << self._shift
+        length = min(1 << self._shift, self._source.size - offset)
+        status = self._source.uniform_status(offset, length)
+        if status is None:
+            return int((await self._copy(scratch, granule, granule + 1))[0])
+        return code_of_status(status) or COPIED + await self._copy_data(scratch, granule, 1)
 
     async def _copy_untouched(self, first: int, end: int) -> None:
         step = max(1, COPY_BYTES_MAX >> self._shift)
@@ -251,10 +271,10 @@ class CopyBeforeWrite:
             needed = self._needed(at, stop)
             if not needed.all():
                 self._record(at, np.where(needed, UNTOUCHED, FORGOTTEN).astype(np.uint32))
-            for start, run_end in _true_runs(needed):
+            for start, run_end in true_runs(needed):
                 await self._copy_or_break(at + start, at + run_end)
 
-    def _needed(self, first: int, end: int) -> _Mask:
+    def _needed(self, first: int, end: int) -> Mask:
         """Which granules some snapshot still sees in the disk itself; shape (end - first,)."""
         unresolved = np.ones(end - first, dtype=np.bool_)
         needed = np.zeros(end - first, dtype=np.bool_)
@@ -267,7 +287,7 @@ class CopyBeforeWrite:
             needed |= unresolved & self._accessible(layer.access, first, end)
         return needed
 
-    def _accessible(self, access: Bitmap, first: int, end: int) -> _Mask:
+    def _accessible(self, access: Bitmap, first: int, end: int) -> Mask:
         """Which granules the access bitmap marks; shape (end - first,)."""
         each = access.granularity >> self._shift
         begin, stop = first // each, -(-end // each)
@@ -280,9 +300,12 @@ class CopyBeforeWrite:
         try:
             self._record(first, await self._copy_in_time(first, end))
         except OSError as error:
-            if self._on_error is OnCbwError.BREAK_GUEST_WRITE:
-                raise
-            self._break_needing(first, end, error)
+            self._break_or_raise(first, end, error)
+
+    def _break_or_raise(self, first: int, end: int, error: OSError) -> None:
+        if self._on_error is OnCbwError.BREAK_GUEST_WRITE:
+            raise error
+        self._break_needing(first, end, error)
 
     async def _copy_in_time(self, first: int, end: int) -> Codes:
         scratch = self._scratch
@@ -305,11 +328,11 @@ class CopyBeforeWrite:
         """
         codes = await self._zero_codes(first, end)
         try:
-            for start, stop in _true_runs(codes == UNTOUCHED):
+            for start, stop in true_runs(codes == UNTOUCHED):
                 place = await self._copy_data(scratch, first + start, stop - start)
                 codes[start:stop] = np.arange(place, place + stop - start) + COPIED
         except BaseException:
-            _free_copies(scratch, codes)
+            free_copies(scratch, codes)
             raise
         return codes
 
@@ -336,7 +359,7 @@ class CopyBeforeWrite:
                 low = (offset >> self._shift) - first
                 high = (offset + length - 1 >> self._shift) + 1 - first
                 part = codes[low:high]
-                code = _code_of_status(status)
+                code = code_of_status(status)
                 # A granule of several kinds is data if any part of it is.
                 part[part != FORGOTTEN] = UNTOUCHED
                 part[part == FORGOTTEN] = code
@@ -354,6 +377,14 @@ class CopyBeforeWrite:
         newest.set(first, np.where(vacant, codes, present))
         self._free(codes[~vacant])
         self._version += 1
+
+    def _record_one(self, granule: int, code: int) -> None:
+        """As :meth:`_record`, for one granule."""
+        if self._layers and not self._layers[-1].map.code(granule):
+            self._layers[-1].map.set_one(granule, code)
+            self._version += 1
+        else:
+            self._free(np.array([code], dtype=np.uint32))
 
     def _break_needing(self, first: int, end: int, error: OSError) -> None:
         """Break every snapshot that needs the granules, which are about to be overwritten."""
@@ -431,7 +462,7 @@ class CopyBeforeWrite:
 
     async def _read_resolved(self, codes: Codes, first: int, offset: int, view: memoryview) -> None:
         base = first << self._shift
-        for start, stop in _runs(_continues(codes)):
+        for start, stop in runs(continues(codes)):
             begin = max(offset, base + (start << self._shift))
             stop_offset = min(offset + len(view), base + (stop << self._shift))
             part = view[begin - offset : stop_offset - offset]
@@ -485,13 +516,13 @@ class CopyBeforeWrite:
         if run_end == first:
             codes = self._resolve(layer, first, min(end, page_end(first)))
             untouched = codes == UNTOUCHED
-            run_end = first + next(_runs(untouched[1:] == untouched[:-1]))[1]
+            run_end = first + next(runs(untouched[1:] == untouched[:-1]))[1]
         stop = min(limit, run_end << self._shift)
         if not len(codes) or codes[0] == UNTOUCHED:
             return await self._source.block_status(offset, stop - offset, extents_max=extents_max)
         bounds = np.arange(first, run_end + 1, dtype=np.int64) << self._shift
         lengths = np.diff(np.clip(bounds, offset, stop))
-        return Extents(lengths, _status_of_codes(codes[: run_end - first])).merged()
+        return Extents(lengths, status_of_codes(codes[: run_end - first])).merged()
 
     # -- giving up ranges ---------------------------------------------------------
 
@@ -541,51 +572,6 @@ class CopyBeforeWrite:
             wanted &= codes == UNTOUCHED
 
 
-def _free_copies(scratch: Scratch, codes: Codes) -> None:
-    """Give back the granules of a scratch among ``codes``."""
-    copies = np.sort(codes[codes >= COPIED].astype(np.int64) - COPIED)
-    if len(copies):
-        for start, stop in _runs(np.diff(copies) == 1):
-            scratch.free(int(copies[start]), stop - start)
-
-
 def _drop_late_copy(scratch: Scratch, copy: asyncio.Task[Codes]) -> None:
     if not copy.cancelled() and copy.exception() is None:
-        _free_copies(scratch, copy.result())
-
-
-def _status_of_codes(codes: Codes) -> Status:
-    """Status words of granules that the guest has written since the snapshot; shape (n,)."""
-    return _STATUS_OF_CODE[np.minimum(codes, COPIED)]
-
-
-def _code_of_status(status: int) -> int:
-    """The code of a granule that has this status word all over."""
-    if not status & BlockStatus.ZERO:
-        return UNTOUCHED
-    if not status & BlockStatus.HOLE:
-        return ZERO_DATA
-    return ZERO_HOLE if status >> DEPTH_SHIFT else UNALLOCATED
-
-
-def _continues(codes: Codes) -> _Mask:
-    """Whether granule ``i + 1`` can be read together with granule ``i``; shape (n - 1,)."""
-    before, after = codes[:-1], codes[1:]
-    return np.equal(after, before + (before >= COPIED))
-
-
-def _runs(joined: _Mask) -> Iterator[tuple[int, int]]:
-    """``(start, stop)`` of runs of n items, where ``joined[i]`` ties item i + 1 to item i."""
-    start = 0
-    for cut in (np.flatnonzero(~joined) + 1).tolist():
-        yield start, cut
-        start = cut
-    yield start, len(joined) + 1
-
-
-def _true_runs(mask: _Mask) -> Iterator[tuple[int, int]]:
-    """``(start, stop)`` of the runs of True."""
-    if len(mask):
-        for start, stop in _runs(mask[1:] == mask[:-1]):
-            if mask[start]:
-                yield start, stop
+        free_copies(scratch, copy.result())

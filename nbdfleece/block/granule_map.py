@@ -55,6 +55,11 @@ class GranuleMap:
             ]
             at = stop
 
+    def set_one(self, granule: int, code: int) -> None:
+        """Set the code of one granule."""
+        page = self._pages.get(granule >> PAGE_SHIFT) or self._new_page(granule >> PAGE_SHIFT)
+        page[granule & PAGE_GRANULES - 1] = code
+
     def next_page(self, granule: int, end: int) -> int:
         """The first granule of ``[granule, end)`` that lies in an existing page, or ``end``."""
         if self._order is None:
@@ -72,12 +77,13 @@ class GranuleMap:
             yield number << PAGE_SHIFT, np.frombuffer(page, dtype=np.uint32)
 
     def _page(self, number: int) -> Codes:
-        page = self._pages.get(number)
-        if page is None:
-            page = memoryview(bytearray(4 * PAGE_GRANULES)).cast("I")
-            self._pages[number] = page
-            self._order = None
-        return np.frombuffer(page, dtype=np.uint32)
+        return np.frombuffer(self._pages.get(number) or self._new_page(number), dtype=np.uint32)
+
+    def _new_page(self, number: int) -> memoryview:
+        page = memoryview(bytearray(4 * PAGE_GRANULES)).cast("I")
+        self._pages[number] = page
+        self._order = None
+        return page
 
     def _touched(self, first: int, end: int) -> Iterator[tuple[int, int, Codes]]:
         """The existing parts of ``[first, end)`` as ``(at, stop, codes of the whole page)``."""

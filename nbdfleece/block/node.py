@@ -93,6 +93,13 @@ class BlockNode(ABC):
             (after ``extents_max`` extents, or where going on would be expensive).
         """
 
+    def uniform_status(self, offset: int, length: int) -> int | None:
+        """The status word of the whole range, if it has only one and that is known at once.
+
+        A shortcut for small ranges; None only means that :meth:`block_status` must be asked.
+        """
+        return None
+
     async def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` at ``offset``; on return reads see it, on :meth:`flush` it is durable.
 
