@@ -27,6 +27,8 @@ class Channel(Protocol):
     """Becomes writable when more can be sent."""
     peer: str
     """Who is at the other end, for the log."""
+    identity: str | None
+    """Who the client has proven to be."""
 
     def recv_into(self, view: memoryview, /) -> int:
         """Receive what is there, up to ``len(view)`` bytes.
@@ -44,9 +46,6 @@ class Channel(Protocol):
 
     def has_pending(self) -> bool:
         """Whether bytes were received that :meth:`recv_into` would return without the kernel."""
-
-    def wants_to_send(self) -> bool:
-        """Whether bytes of the channel's own wait for the descriptor to be writable."""
 
     def send_own(self) -> None:
         """Send the channel's own waiting bytes.
@@ -66,12 +65,10 @@ class Channel(Protocol):
 class PlainChannel:
     """What the channels without TLS have in common: nothing of their own to send."""
 
+    identity: str | None = None
+
     def has_pending(self) -> bool:
         """Never: all that was not returned is in the kernel."""
-        return False
-
-    def wants_to_send(self) -> bool:
-        """Never."""
         return False
 
     def send_own(self) -> None:

@@ -196,6 +196,11 @@ class Connection:
             self._release()
 
     @property
+    def identity(self) -> str | None:
+        """Who the client has proven to be by TLS: a distinguished name or the name of a key."""
+        return self._channel.identity
+
+    @property
     def requests_in_flight(self) -> int:
         """Requests that wait for something."""
         return self._phase.requests_in_flight if isinstance(self._phase, Transmission) else 0

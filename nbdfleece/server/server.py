@@ -20,6 +20,7 @@ from .connection import Connection
 from .limits import Limits
 from .listener import Listener
 from .statistics import Statistics
+from .tls import Authorization, TlsChannel, TlsSettings
 
 logger = logging.getLogger("nbdfleece.server")
 
@@ -42,18 +43,29 @@ class NbdServer:
     Args:
         exports: What is served; may change at any time, see :meth:`close_export`.
         limits: What clients may take.
+        tls: How to do TLS; None for not at all.
+        authorization: Who may have which export; None for everybody all.
 
     Attributes:
         connections: All that are open, in the order of their arrival.
         exports: As given.
     """
 
-    def __init__(self, exports: ExportTable, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        exports: ExportTable,
+        *,
+        limits: Limits | None = None,
+        tls: TlsSettings | None = None,
+        authorization: Authorization | None = None,
+    ) -> None:
         self.exports = exports
         self.limits = limits or Limits()
         self.pool = BufferPool(self.limits.idle_buffer_bytes_max)
         self.catalogue = Catalogue(exports, self.limits.wire)
-        self.tls_mode = TlsMode.NOTLS
+        self.tls_mode = tls.mode if tls is not None else TlsMode.NOTLS
+        self._tls = tls
+        self._authorization = authorization or Authorization()
         self.connections: dict[Connection, None] = {}
         self._listeners: list[Listener] = []
         self._loop = asyncio.get_running_loop()
@@ -129,18 +141,19 @@ class NbdServer:
 
         def check(info: ExportInfo) -> str | None:
             assert isinstance(info, ServedExport)
-            export = info.export
-            if export.connections_max is None or export.connections < export.connections_max:
-                return None
-            reason = f"{export.connections} clients have it open, the limit"
-            logger.warning("%s: export '%s' refused: %s", connection.peer, export.name, reason)
-            return f"export '{export.name}': {reason}"
+            refusal = self._authorization.refusal(info.name, connection.identity)
+            if refusal is None:
+                refusal = _check_connections(info.export)
+            if refusal is not None:
+                logger.warning("%s: refused: %s", connection.peer, refusal)
+            return refusal
 
         return check
 
     def start_tls(self, channel: Channel) -> Channel:
         """TLS over a channel."""
-        raise AssertionError("negotiation offers no TLS")
+        assert self._tls is not None, "negotiation offers no TLS without settings"
+        return TlsChannel(channel, self._tls.credentials)
 
     def open_export(self, connection: Connection, export: Export) -> str | None:
         """Note that a connection uses an export, unless it was closed a moment ago."""
@@ -249,6 +262,13 @@ class NbdServer:
                 await changed.wait()
         finally:
             self._watchers.remove(changed)
+
+
+def _check_connections(export: Export) -> str | None:
+    """Why an export has room for no more clients, or None if it has."""
+    if export.connections_max is None or export.connections < export.connections_max:
+        return None
+    return f"export '{export.name}': {export.connections} clients have it open, the limit"
 
 
 def _describe_peer(sock: socket.socket, address: object) -> str:

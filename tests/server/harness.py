@@ -9,14 +9,13 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nbdfleece.block.node import BlockNode
 from nbdfleece.export.contexts import AllocationDepth, BaseAllocation
 from nbdfleece.export.export import Export, ExportTable
 from nbdfleece.nbd.constants import Command, Option, OptionReply, ReplyType
 from nbdfleece.nbd.requests import REQUEST
-from nbdfleece.server.limits import Limits
 from nbdfleece.server.listener import listen_unix
 from nbdfleece.server.server import NbdServer
 
@@ -73,12 +72,10 @@ class Serve:
     place: Path
     served: list[Served]
 
-    def __call__(
-        self, exports: BlockNode | Iterable[Export], limits: Limits | None = None
-    ) -> Served:
+    def __call__(self, exports: BlockNode | Iterable[Export], **settings: Any) -> Served:
         if isinstance(exports, BlockNode):
             exports = [export_of(exports)]
-        server = NbdServer(ExportTable(exports), limits=limits)
+        server = NbdServer(ExportTable(exports), **settings)
         path = str(self.place / f"s{next(_names)}")
         server.add_listener(listen_unix(path))
         self.served.append(Served(server, path))
