@@ -1,0 +1,203 @@
+"""Reading and describing what QEMU makes, over the matrix of formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nbdfleece.block.node import DEPTH_SHIFT, BlockStatus
+from nbdfleece.errors import ImageError, UnsupportedImageError
+from nbdfleece.extents import Extents
+from nbdfleece.qcow2.backing import BackingPolicy
+from nbdfleece.qcow2.image import Qcow2Image
+from tests.qcow2.guest import qemu_content, qemu_img, qemu_io
+
+MIB = 1 << 20
+SIZE = 6 * MIB + 512
+
+
+def work_of_qemu(rng: random.Random, count: int, size: int, cluster_size: int) -> list[str]:
+    """Commands that leave data, zeroes, holes and partly written clusters."""
+    commands = []
+    for _ in range(count):
+        length = rng.choice([512, 4096, cluster_size, 5 * cluster_size, 200_704])
+        length = min(length, MIB)
+        offset = rng.randrange((size - length) // 512) * 512
+        if rng.random() < 0.5:
+            offset = offset // cluster_size * cluster_size
+        kind = rng.choice(["write -P {p}", "write -P {p}", "write -z", "write -z -u", "discard"])
+        commands.append(f"{kind.format(p=rng.randrange(1, 256))} {offset} {length}")
+    return commands
+
+
+async def read_all(image: Qcow2Image, rng: random.Random) -> bytes:
+    """The guest's bytes, read in pieces of awkward lengths."""
+    content = bytearray(image.size)
+    offset = 0
+    while offset < image.size:
+        length = min(image.size - offset, rng.choice([1, 511, 4096, 65536, 65537, 300_000]))
+        await image.read_into(offset, memoryview(content)[offset : offset + length])
+        offset += length
+    return bytes(content)
+
+
+def merged(rows: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """``(length, status)`` rows with equal neighbours joined."""
+    return Extents.from_pairs(rows).pairs()
+
+
+async def our_map(image: Qcow2Image) -> list[tuple[int, int]]:
+    """``(length, status word)`` of the whole disk, asked for in small portions."""
+    rows: list[tuple[int, int]] = []
+    offset = 0
+    while offset < image.size:
+        extents = await image.block_status(offset, image.size - offset, extents_max=7)
+        rows += extents.pairs()
+        offset += extents.total()
+    return rows
+
+
+def qemu_zeroes(path: Path) -> list[tuple[int, int]]:
+    """``(length, reads as zeroes)`` from ``qemu-img map``."""
+    entries = json.loads(qemu_img("map", "--output=json", path))
+    return merged([(entry["length"], int(entry["zero"])) for entry in entries])
+
+
+def qemu_depths(path: Path) -> list[tuple[int, int]]:
+    """``(length, allocation depth)`` from qemu-nbd."""
+    command = f"qemu-nbd -r -A -f qcow2 {path}"
+    info = ["nbdinfo", "--json", "--map=qemu:allocation-depth"]
+    socket = path.with_suffix(".sock")
+    server = subprocess.Popen([*command.split(), "-k", str(socket)])
+    try:
+        uri = f"nbd+unix:///?socket={socket}"
+        while not socket.exists():
+            assert server.poll() is None
+        done = subprocess.run([*info, uri], capture_output=True, check=True)
+    finally:
+        server.terminate()
+        server.wait()
+    return merged([(entry["length"], entry["type"]) for entry in json.loads(done.stdout)])
+
+
+async def compare(path: Path, rng: random.Random) -> None:
+    """Content, zeroes and allocation depths are what QEMU says."""
+    image = await Qcow2Image.open(path, read_only=True)
+    assert await read_all(image, rng) == qemu_content(path)
+    ours = await our_map(image)
+    zeroes = merged([(length, int(bool(s & BlockStatus.ZERO))) for length, s in ours])
+    assert zeroes == qemu_zeroes(path)
+    assert merged([(length, s >> DEPTH_SHIFT) for length, s in ours]) == qemu_depths(path)
+    await image.close()
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 * MIB])
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+@pytest.mark.parametrize("preallocation", ["off", "metadata"])
+async def test_image_that_qemu_wrote_reads_and_maps_alike(
+    folder: Path, cluster_size: int, compat: str, preallocation: str
+) -> None:
+    path = folder / "disk.qcow2"
+    options = f"cluster_size={cluster_size},compat={compat},preallocation={preallocation}"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, str(SIZE))
+    rng = random.Random(cluster_size)
+    qemu_io(path, work_of_qemu(rng, 40, SIZE, cluster_size))
+    if preallocation == "off":
+        await compare(path, rng)
+    else:  # QEMU looks for holes in the file below; what is allocated is data to us
+        image = await Qcow2Image.open(path, read_only=True)
+        assert await read_all(image, rng) == qemu_content(path)
+        await image.close()
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+@pytest.mark.parametrize("cluster_size", [512, 65536, 2 * MIB])
+async def test_compressed_image_reads_alike(
+    folder: Path, cluster_size: int, compression: str
+) -> None:
+    rng = random.Random(cluster_size)
+    raw, path = folder / "disk.raw", folder / "disk.qcow2"
+    parts = [rng.choice([b"text " * 9000, bytes(40_000), rng.randbytes(30_000)]) for _ in range(99)]
+    raw.write_bytes(b"".join(parts)[: SIZE - 100])
+    options = f"cluster_size={cluster_size},compression_type={compression}"
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path)
+    await compare(path, rng)
+
+
+@pytest.mark.parametrize("base_size", [2 * MIB + 512, SIZE, 9 * MIB])
+@pytest.mark.parametrize("base_format", ["raw", "qcow2"])
+async def test_chain_of_three_reads_and_maps_alike(
+    folder: Path, base_size: int, base_format: str
+) -> None:
+    rng = random.Random(base_size)
+    base, middle, top = folder / "base", folder / "middle.qcow2", folder / "top.qcow2"
+    qemu_img("create", "-q", "-f", base_format, base, str(base_size))
+    commands = work_of_qemu(rng, 20, base_size, 65536)
+    if base_format == "raw":
+        commands = [command for command in commands if not command.startswith("discard")]
+    subprocess_io(base, base_format, commands)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base", "-F", base_format, middle, "4M")
+    qemu_io(middle, work_of_qemu(rng, 10, 4 * MIB, 65536))
+    backing = ["-b", "middle.qcow2", "-F", "qcow2"]
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", *backing, top, str(SIZE))
+    qemu_io(top, work_of_qemu(rng, 10, SIZE, 4096))
+    await compare(top, rng)
+
+
+def subprocess_io(path: Path, image_format: str, commands: list[str]) -> None:
+    arguments = [argument for command in commands for argument in ("-c", command)]
+    subprocess.run(
+        ["qemu-io", "-f", image_format, *arguments, path], check=True, capture_output=True
+    )
+
+
+async def test_backing_file_outside_the_folder_is_opened_only_when_allowed(folder: Path) -> None:
+    (folder / "in").mkdir()
+    (folder / "base.raw").write_bytes(bytes(MIB))
+    path = folder / "in" / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "../base.raw", "-F", "raw", path)
+    with pytest.raises(ImageError, match="outside its folder"):
+        await Qcow2Image.open(path, read_only=True)
+    image = await Qcow2Image.open(path, read_only=True, backing_policy=BackingPolicy.ANY)
+    await image.close()
+
+
+async def test_backing_file_behind_a_link_out_of_the_folder_is_refused(folder: Path) -> None:
+    (folder / "in").mkdir()
+    (folder / "base.raw").write_bytes(bytes(MIB))
+    os.symlink("../base.raw", folder / "in" / "link.raw")
+    path = folder / "in" / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "link.raw", "-F", "raw", path)
+    with pytest.raises(ImageError, match="outside its folder"):
+        await Qcow2Image.open(path, read_only=True)
+
+
+@pytest.mark.parametrize("name", ["json:{}", "nbd://localhost", "nbd:unix:x"])
+async def test_backing_name_of_a_protocol_is_refused_by_name(folder: Path, name: str) -> None:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", name, "-F", "raw", path, "1M")
+    with pytest.raises(UnsupportedImageError, match="only plain file names"):
+        await Qcow2Image.open(path, read_only=True, backing_policy=BackingPolicy.ANY)
+
+
+async def test_chain_that_comes_back_to_itself_is_refused(folder: Path) -> None:
+    """qemu-img recurses without end here."""
+    one, two = folder / "one.qcow2", folder / "two.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "two.qcow2", "-F", "qcow2", one, "1M")
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "one.qcow2", "-F", "qcow2", two, "1M")
+    with pytest.raises(ImageError, match="comes back"):
+        await Qcow2Image.open(one, read_only=True)
+
+
+async def test_encrypted_image_is_refused_by_name(folder: Path) -> None:
+    path = folder / "disk.qcow2"
+    secret = "secret,id=s,data=abc"
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    qemu_img("create", "-q", "-f", "qcow2", "--object", secret, "-o", options, path, "1M")
+    with pytest.raises(UnsupportedImageError, match="LUKS"):
+        await Qcow2Image.open(path, read_only=True)
