@@ -356,7 +356,9 @@ def test_keys_are_refused_with_a_reason_before_python_3_13(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(OLD_PYTHON, reason="TLS-PSK needs Python 3.13")
-async def test_libnbd_connects_with_a_key(serve: Serve, tmp_path: Path) -> None:
+async def test_libnbd_connects_with_a_key(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     keys = tmp_path / "keys.psk"
     keys.write_text(f"alice:{os.urandom(32).hex()}\nbob:{os.urandom(32).hex()}\n")
     served = serve(
@@ -367,9 +369,9 @@ async def test_libnbd_connects_with_a_key(serve: Serve, tmp_path: Path) -> None:
     uri = f"nbds+unix://{{}}@/x?socket={served.path}&tls-psk-file={keys}"
     code, output = await run("nbdinfo", uri.format("alice"))
     assert code == 0, output
-    code, output = await run("nbdinfo", uri.format("bob"))
+    code, _ = await run("nbdinfo", uri.format("bob"))
     assert code != 0
-    assert "may not use export" in output or "policy" in output
+    assert "'bob' may not use export 'x'" in caplog.text
     keys.write_text("alice:" + "00" * 32 + "\n")
     code, _ = await run("nbdinfo", uri.format("alice"))
     assert code != 0
