@@ -57,7 +57,9 @@ def pack_bits(bits: bytes, bit_count: int, cluster_size: int) -> PackedBits:
     is_zeroes = ~parts.any(axis=1)
     is_ones = (parts == 0xFF).all(axis=1)
     last_bits = bit_count - (entries - 1) * cluster_size * 8
-    is_ones[-1] = int.from_bytes(parts[-1].tobytes(), "little").bit_count() == last_bits
+    # For "all ones" QEMU sets whole 64-bit words, so none may reach past the end of the disk.
+    ones = int.from_bytes(parts[-1].tobytes(), "little").bit_count()
+    is_ones[-1] = last_bits % 64 == 0 and ones == last_bits
     uniform = np.where(is_ones, TABLE_ENTRY_ALL_ONES, TABLE_ENTRY_ALL_ZEROES).astype(np.uint64)
     stored = ~(is_zeroes | is_ones)
     return PackedBits(uniform, stored, parts[stored])
@@ -81,3 +83,11 @@ def span_clusters(offset: int, length: int, cluster_size: int) -> Table:
     """The offsets of the clusters that ``length`` bytes from the cluster at ``offset`` take."""
     count = -(-length // cluster_size)
     return np.uint64(offset) + np.arange(count, dtype=np.uint64) * np.uint64(cluster_size)
+
+
+def contains_any(ordered: Table, values: Table) -> bool:
+    """Whether any of ``values`` is in ``ordered``, which is ascending."""
+    if not len(ordered):
+        return False
+    nearest = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return bool((ordered[nearest] == values).any())

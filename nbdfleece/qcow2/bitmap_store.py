@@ -46,7 +46,14 @@ import numpy as np
 
 from ..bitmaps.bitmap import Bitmap
 from ..errors import ImageError, StateError
-from .bitmap_bits import PackedBits, cluster_runs, data_clusters, pack_bits, span_clusters
+from .bitmap_bits import (
+    PackedBits,
+    cluster_runs,
+    contains_any,
+    data_clusters,
+    pack_bits,
+    span_clusters,
+)
 from .bitmap_directory import (
     BITMAP_BYTES_MAX,
     BITMAPS_MAX,
@@ -175,6 +182,11 @@ class BitmapStore:
         """Whether, when the image was opened, nobody had written it since our last record."""
         return self._switch is not None and self._switch.private_bit_was_set
 
+    @property
+    def payload_bytes_max(self) -> int:
+        """The largest private payload that the image's header has room for; 0 if it has none."""
+        return 0 if self._switch is None else self._switch.payload_bytes_max(with_directory=True)
+
     async def load_bits(self, name: str) -> Bitmap:
         """Read the bits of a bitmap as they were last stored.
 
@@ -255,7 +267,7 @@ class BitmapStore:
         shared = clusters[counts > 1]
         for name, held in list(self._held.items()):
             mine = self._clusters_of(held)
-            if np.isin(mine, shared).any() or self._is_foreign(mine):
+            if contains_any(shared, mine) or self._is_foreign(mine):
                 del self._held[name]
                 reason = "shares clusters with another bitmap or with the image's own tables"
                 self.damaged.append(DamagedEntry(held.position, name, reason))
@@ -429,7 +441,9 @@ class BitmapStore:
             return self._keeping_fault(name, granularity, in_use)
         if content.size != self._image.size or content.granularity != granularity:
             return f"does not fit a disk of {self._image.size} bytes at granularity {granularity}"
-        if not 0 < stored_bitmap_bytes(content.size, granularity) <= BITMAP_BYTES_MAX:
+        if not content.size:
+            return "cannot be stored: the disk has no bytes"
+        if stored_bitmap_bytes(content.size, granularity) > BITMAP_BYTES_MAX:
             return f"would take more than {BITMAP_BYTES_MAX} bytes; use a larger granularity"
         return None
 

@@ -165,17 +165,20 @@ class DirectorySwitch:
         Raises:
             StateError: It cannot.
         """
-        private = self._private
-        if private is None:
-            if self._private_place() is not None:
-                raise StateError(f"{self._area.path}: the chain record is of an unknown version")
-            private = self._new_private(with_directory=with_directory)
-        if len(payload) > private.payload_bytes_max:
+        if self._private is None and self._private_place() is not None:
+            raise StateError(f"{self._area.path}: the chain record is of an unknown version")
+        room = self.payload_bytes_max(with_directory=with_directory)
+        if len(payload) > room:
             raise StateError(
                 f"{self._area.path}: the chain record needs {len(payload)} bytes, but the header"
-                f" of an image with {self._image.cluster_size}-byte clusters has room for"
-                f" {max(private.payload_bytes_max, 0)}; use larger clusters"
+                f" of an image with {self._image.cluster_size}-byte clusters has room for {room};"
+                " use larger clusters"
             )
+
+    def payload_bytes_max(self, *, with_directory: bool) -> int:
+        """The largest payload that there is room for, next to a directory or without one."""
+        private = self._private or self._new_private(with_directory=with_directory)
+        return max(private.payload_bytes_max, 0)
 
     def _new_private(self, *, with_directory: bool) -> PrivateExtension:
         """An empty extension that leaves room for others; its slots may be too small for use."""
@@ -183,7 +186,8 @@ class DirectorySwitch:
         room -= _EXTENSION_HEADER_SIZE
         if with_directory and self._bitmaps_place() is None:
             room -= _BITMAPS_TOTAL
-        return PrivateExtension(private_format.slot_size_for(room), (None, None))
+        slot_size = max(private_format.slot_size_for(room), 0)
+        return PrivateExtension(self._slot_size_before_bitmaps(slot_size), (None, None))
 
     def _bitmaps_place(self) -> PlacedExtension | None:
         """Where a bitmaps extension lies, or can lie, that one write within a sector switches."""
@@ -223,8 +227,7 @@ class DirectorySwitch:
         private_first = bool(bitmaps) and straddles(data_offset, bitmaps_format.EXTENSION_SIZE)
         wants_private = with_record or private_first
         if wants_private and self._private_place() is None:
-            new = self._new_private(with_directory=bool(bitmaps))
-            self._private = new._replace(slot_size=self._slot_size_before_bitmaps(new.slot_size))
+            self._private = self._new_private(with_directory=bool(bitmaps))
             private.append(
                 (private_format.EXTENSION_MAGIC, private_format.pack_extension(self._private))
             )

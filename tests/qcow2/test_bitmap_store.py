@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import random
+import re
 import struct
 import subprocess
 from collections.abc import Awaitable, Callable
@@ -134,6 +137,44 @@ async def test_bitmaps_we_store_are_what_qemu_shows(
         assert qemu_dirty_ranges(path, name) == list(content.dirty_ranges()), name
     _, bits = await load_from(path)
     assert bits == wanted
+
+
+async def test_bits_have_the_digest_that_qemu_computes(path: Path) -> None:
+    size = 10 * MIB
+    contents = {
+        f"{granularity}-{ranges}": marked(size, granularity, seed=ranges, ranges=ranges)
+        for granularity in (512, 4096, 65536, 1 << 24)
+        for ranges in (0, 3, 200)
+    }
+    await store_in(path, [frozen(name, bits) for name, bits in contents.items()], b"record")
+    for name, bits in contents.items():
+        padded = bytes(bits.data) + bytes(-len(bits.data) % 8)
+        assert qemu_bitmap_digest(path, name) == hashlib.sha256(padded).hexdigest(), name
+
+
+def qemu_bitmap_digest(path: Path, name: str) -> str:
+    """The SHA-256 that qemu-storage-daemon computes over a bitmap's bits."""
+    file = {"driver": "file", "filename": str(path)}
+    node = {"driver": "qcow2", "node-name": "disk", "read-only": True, "file": file}
+    commands = [
+        {"execute": "qmp_capabilities"},
+        {"execute": "blockdev-add", "arguments": node},
+        {
+            "execute": "x-debug-block-dirty-bitmap-sha256",
+            "arguments": {"node": "disk", "name": name},
+        },
+        {"execute": "quit"},
+    ]
+    result = subprocess.run(
+        ["qemu-storage-daemon", "--chardev", "stdio,id=qmp", "--monitor", "chardev=qmp"],
+        input="\n".join(map(json.dumps, commands)),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    (digest,) = re.findall(r'"sha256": "(\w+)"', result.stdout)
+    return str(digest)
 
 
 async def test_flags_are_what_qemu_info_lists(path: Path) -> None:
@@ -312,6 +353,21 @@ async def test_switched_fields_never_straddle_a_sector(folder: Path) -> None:
         qemu_io(path, "write 0 1")  # QEMU writes the header anew
 
 
+@pytest.mark.parametrize("end", [488, 496])
+async def test_header_without_room_for_a_record_still_gets_bitmaps(folder: Path, end: int) -> None:
+    path = create(folder / "disk.qcow2", 1 * MIB, cluster_size=1024)
+    insert_extension(path, 0x12345678, bytes(end - 112 - 8))
+    insert_extension(path, 0x12345679, bytes(1024 - end - 8 - 8 - 72))
+    content = bytearray(path.read_bytes())
+    (place,) = scan_extension_area(bytes(content[:1024]), "").find(0x12345679)
+    content[place.offset - 8 : place.offset] = bytes(8)
+    bits = marked(1 * MIB, 512, seed=1)
+    path.write_bytes(content)
+    await store_in(path, [frozen("a", bits)], None)
+    check_clean(path)
+    assert qemu_dirty_ranges(path, "a") == list(bits.dirty_ranges())
+
+
 def insert_extension(path: Path, extension_type: int, data: bytes) -> None:
     """Append an extension behind the ones that are there."""
     content = bytearray(path.read_bytes())
@@ -358,6 +414,10 @@ async def test_payload_room_grows_with_the_cluster(path: Path) -> None:
     await store_in(path, [frozen("a", bits)], bytes(30000))
     with pytest.raises(StateError, match="use larger clusters"):
         await store_in(path, [frozen("a", bits)], bytes(31000))
+    store, _ = await load_from(path)
+    assert 30000 < store.payload_bytes_max < 31000
+    await store_in(path, [frozen("a", bits)], bytes(store.payload_bytes_max))
+    check_clean(path)
 
 
 # The state at the call (rule 3), in use (rule 2)
@@ -814,6 +874,39 @@ async def test_image_that_qemu_refuses_is_repaired_without_it(
     store, bits = await load_from(path)
     assert store.record == (b"record", True)
     assert bits == {name: contents[name] for name in names}
+
+
+async def test_whatever_qemu_refuses_is_seen_as_damage_and_can_be_repaired(path: Path) -> None:
+    bits = marked(10 * MIB, 65536, seed=33)
+    await store_in(path, [frozen("a", bits), recording("b", bits, in_use=False)], b"record")
+    pristine = path.read_bytes()
+    (place,) = scan_extension_area(pristine[: 1 << 16], "").find(BITMAPS_EXTENSION)
+    (directory,) = struct.unpack_from(">Q", pristine, place.offset + 16)
+    (table,) = struct.unpack_from(">Q", pristine, directory)
+    targets = [*range(place.offset, place.offset + 24), *range(directory, directory + 64)]
+    targets += range(table, table + 8)
+    refused = 0
+    for position in targets[::2] + targets[1::6]:
+        content = bytearray(pristine)
+        content[position] ^= 0x81
+        path.write_bytes(content)
+        if qemu_opens(path):
+            continue
+        refused += 1
+        image = await Qcow2Image.open(path, read_only=False)
+        report = await repair_directory(image)
+        await image.close()
+        assert report.dropped, position
+        assert qemu_opens(path), position
+        assert set(listed_bitmaps(path)) == {entry.name for entry in report.kept}
+        check_image(path)
+    assert refused > 30
+
+
+def qemu_opens(path: Path) -> bool:
+    """Whether QEMU opens the image and loads its bitmaps."""
+    command = ["qemu-io", "-r", "-f", "qcow2", "-c", "length", str(path)]
+    return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
 
 
 async def test_directory_past_the_end_of_the_file_is_dropped_by_repair(path: Path) -> None:
