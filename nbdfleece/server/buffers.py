@@ -51,26 +51,37 @@ class BufferPool:
     def __init__(self, idle_bytes_max: int) -> None:
         self._idle: dict[int, list[Buffer]] = {}
         self._idle_bytes_max = idle_bytes_max
+        self._made_bytes = 0
         self.idle_bytes = 0
         """Bytes of the buffers that nobody uses."""
-        self.taken_bytes = 0
+
+    @property
+    def taken_bytes(self) -> int:
         """Bytes of the buffers in use."""
+        return self._made_bytes - self.idle_bytes
 
     def take(self, size: int) -> Buffer:
         """A buffer of at least ``size`` bytes with one user; its content is undefined."""
-        size = max(BUFFER_BYTES_MIN, 1 << (size - 1).bit_length())
-        self.taken_bytes += size
         idle = self._idle.get(size)
         if not idle:
-            return Buffer(self, size)
+            return self._take_class(max(BUFFER_BYTES_MIN, 1 << (size - 1).bit_length()))
         self.idle_bytes -= size
         buffer = idle.pop()
         buffer.users = 1
         return buffer
 
+    def _take_class(self, size: int) -> Buffer:
+        """A buffer of a size class, made if there is none."""
+        if self._idle.setdefault(size, []):
+            return self.take(size)
+        self._made_bytes += size
+        return Buffer(self, size)
+
     def put(self, buffer: Buffer) -> None:
         """Take a buffer back that has no users any more."""
-        self.taken_bytes -= buffer.size
-        if self.idle_bytes + buffer.size <= self._idle_bytes_max:
-            self.idle_bytes += buffer.size
-            self._idle.setdefault(buffer.size, []).append(buffer)
+        size = buffer.size
+        if self.idle_bytes + size <= self._idle_bytes_max:
+            self.idle_bytes += size
+            self._idle[size].append(buffer)
+        else:
+            self._made_bytes -= size

@@ -241,9 +241,15 @@ class Connection:
         if self.state is State.CLOSED:
             return
         self.flush()
-        if has_more and self._can_receive():
-            self._turn = self._loop.call_soon(self._take_turn)
-        self._settle()
+        if has_more or self.state is not State.TRANSMISSION or not self._is_reading:
+            if has_more and self._can_receive():
+                self._turn = self._loop.call_soon(self._take_turn)
+            self._settle()
+            return
+        # The usual end of a turn: all that was received is handled, the next bytes may come.
+        self._inbox.give_back()
+        if self._channel.has_pending():
+            self._loop.call_soon(self._on_readable)
 
     def _receive_eof(self) -> None:
         if isinstance(self._phase, Handshake):
@@ -261,20 +267,18 @@ class Connection:
         if self._is_writing or self.state is State.CLOSED:
             return
         try:
-            self._send()
+            self.outbox.send(self._channel)
+            self._channel.send_own()
         except BlockingIOError:
             self._is_writing = True
             self._loop.add_writer(self._channel.writer_fd, self._on_writable)
         except OSError as error:
             self._lose(error)
 
-    def _send(self) -> None:
-        self.outbox.send(self._channel)
-        self._channel.send_own()
-
     def _on_writable(self) -> None:
         try:
-            self._send()
+            self.outbox.send(self._channel)
+            self._channel.send_own()
         except BlockingIOError:
             pass
         except OSError as error:

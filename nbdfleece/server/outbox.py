@@ -152,13 +152,18 @@ class Outbox:
         """
         segments = self._segments
         while segments:
-            views = [segment.view for segment in islice(segments, SEGMENTS_MAX)]
-            count = sender.sendmsg(views)
+            count = sender.sendmsg(self._next_views())
             self.queued_bytes -= count
             self.sent_bytes += count
             self._drop_sent(count)
         self._tail = None
         self._give_back()
+
+    def _next_views(self) -> list[memoryview]:
+        segments = self._segments
+        if len(segments) == 1:
+            return [segments[0].view]
+        return [segment.view for segment in islice(segments, SEGMENTS_MAX)]
 
     def _drop_sent(self, count: int) -> None:
         segments = self._segments

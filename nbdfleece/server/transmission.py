@@ -151,8 +151,8 @@ class Transmission:
         """Handle whole requests, for one turn at most.
 
         Returns:
-            Whether requests may be left: the turn is over, or the connection must pause
-            (:attr:`is_open`). Otherwise bytes are missing.
+            Whether it stopped for any other reason than missing bytes: the turn is over, the
+            connection must pause (:attr:`is_open`), or the client has disconnected.
 
         Raises:
             ProtocolError: The stream is out of step: drop the connection.
@@ -164,14 +164,14 @@ class Transmission:
         while is_open and turn_left > 0:
             length = self._handle_next(inbox)
             if length is None:
-                return False
+                return self.disconnected
             turn_left -= length + _REQUEST_COST
             if outbox.queued_bytes >= flush_bytes:
                 self._host.flush()
                 is_open = self.is_open
             elif self.requests_in_flight:
                 is_open = self.is_open
-        return not self.disconnected
+        return True
 
     def _handle_next(self, inbox: Inbox) -> int | None:
         """Handle the next request; returns its length, or None if not all of it is here."""
