@@ -14,8 +14,6 @@ def check_supported(header: Header, file: FileNode) -> None:
         UnsupportedImageError: A feature that we do not have, by its name.
         ImageError: The image is marked corrupt and is to be written.
     """
-    if header.has_extended_l2:
-        raise UnsupportedImageError(file.path, "extended L2 entries are not supported")
     if header.has_data_file:
         raise UnsupportedImageError(file.path, "external data files are not supported")
     if file.read_only:

@@ -13,6 +13,7 @@ from ..errors import UsageError
 from .header import (
     CLUSTER_BITS_MAX,
     CLUSTER_BITS_MIN,
+    CLUSTER_BITS_MIN_EXTENDED_L2,
     EXTENSION_BACKING_FORMAT,
     HEADER_BYTES_V2,
     HEADER_BYTES_V3,
@@ -20,6 +21,7 @@ from .header import (
     REFCOUNT_ORDER_MAX,
     Header,
     HeaderExtension,
+    Incompatible,
     feature_names_extension,
     pack_header,
 )
@@ -36,6 +38,7 @@ async def create_image(
     cluster_size: int = 65536,
     version: int = 3,
     refcount_bits: int = 16,
+    extended_l2: bool = False,
     backing_file: str | None = None,
     backing_format: str | None = None,
 ) -> None:
@@ -49,6 +52,7 @@ async def create_image(
         cluster_size: Bytes, a power of two from 512 to 2 MiB.
         version: 3, or 2 for programs of before 2012.
         refcount_bits: A power of two from 1 to 64; 16 in version 2.
+        extended_l2: Whether clusters have 32 subclusters: less to copy from a backing file.
         backing_file: What unallocated clusters show, named as the image is to name it.
         backing_format: Its format.
 
@@ -56,8 +60,9 @@ async def create_image(
         UsageError: The options do not go together.
         OSError: The file exists or cannot be written; nothing is left behind.
     """
-    _check_options(size, cluster_size, version, refcount_bits)
-    header = _make_header(size, cluster_size, version, refcount_bits)
+    entry_bytes = 16 if extended_l2 else 8
+    _check_options(size, cluster_size, version, refcount_bits, entry_bytes)
+    header = _make_header(size, cluster_size, version, refcount_bits, entry_bytes)
     if backing_file is not None:
         header.backing_file = os.fsencode(backing_file)
         if backing_format is not None:
@@ -75,7 +80,9 @@ async def create_image(
         raise
 
 
-def _check_options(size: int, cluster_size: int, version: int, refcount_bits: int) -> None:
+def _check_options(
+    size: int, cluster_size: int, version: int, refcount_bits: int, entry_bytes: int
+) -> None:
     sizes = [1 << bits for bits in range(CLUSTER_BITS_MIN, CLUSTER_BITS_MAX + 1)]
     if cluster_size not in sizes:
         raise UsageError(
@@ -87,7 +94,9 @@ def _check_options(size: int, cluster_size: int, version: int, refcount_bits: in
         raise UsageError(f"refcounts of {refcount_bits} bits: must be a power of two from 1 to 64")
     if version == 2 and refcount_bits != 16:
         raise UsageError("version 2 has refcounts of 16 bits only")
-    table_bytes = cluster_size // 8 * cluster_size
+    if entry_bytes == 16 and (version == 2 or cluster_size < 1 << CLUSTER_BITS_MIN_EXTENDED_L2):
+        raise UsageError("extended L2 entries need version 3 and clusters of 16 KiB at least")
+    table_bytes = cluster_size // entry_bytes * cluster_size
     if size < 0 or -(-size // table_bytes) * 8 > L1_BYTES_MAX:
         largest = L1_BYTES_MAX // 8 * table_bytes
         raise UsageError(
@@ -95,8 +104,10 @@ def _check_options(size: int, cluster_size: int, version: int, refcount_bits: in
         )
 
 
-def _make_header(size: int, cluster_size: int, version: int, refcount_bits: int) -> Header:
-    table_bytes = cluster_size // 8 * cluster_size
+def _make_header(
+    size: int, cluster_size: int, version: int, refcount_bits: int, entry_bytes: int
+) -> Header:
+    table_bytes = cluster_size // entry_bytes * cluster_size
     has_names = version >= 3 and cluster_size >= _FEATURE_NAMES_CLUSTER_MIN
     return Header(
         version=version,
@@ -106,6 +117,7 @@ def _make_header(size: int, cluster_size: int, version: int, refcount_bits: int)
         l1_table_offset=0,
         refcount_table_offset=cluster_size,
         refcount_table_clusters=1,
+        incompatible_features=Incompatible.EXTENDED_L2 if entry_bytes == 16 else 0,
         refcount_order=refcount_bits.bit_length() - 1,
         header_length=HEADER_BYTES_V3 if version >= 3 else HEADER_BYTES_V2,
         unknown_fields=bytes(7) if version >= 3 else b"",

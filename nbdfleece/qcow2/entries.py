@@ -5,7 +5,7 @@ the on-disk bits (COPIED 63, COMPRESSED 62, ZERO 0, host offset 9 to 55) without
 reserved ones, and has two bits more that exist only here, so that one ``&`` tells the
 plain case, a whole cluster of data, from all others:
 
-* SUBCLUSTERS: the bitmap of an extended L2 entry must be looked at;
+* SUBCLUSTERS: the subclusters of an extended L2 entry are not all alike, its bitmap tells;
 * INVALID: the entry cannot be meant; it is never followed, and its table never written.
 
 Spec: qcow2.txt, "Cluster mapping", "Extended L2 Entries".
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 Entries = npt.NDArray[np.uint64]
+Flags = npt.NDArray[np.bool_]
 
 COPIED: Final = 1 << 63
 COMPRESSED: Final = 1 << 62
@@ -137,6 +138,16 @@ class L2Table:
         else:
             self.dirty_first, self.dirty_end = first, end
 
+    def bitmap(self, index: int) -> int:
+        """The subcluster bitmap stored for an entry with SUBCLUSTERS."""
+        assert self.bitmaps is not None
+        return int(self.bitmaps[index])
+
+    def set_bitmap(self, index: int, bitmap: int) -> None:
+        """Store the subcluster bitmap of an entry."""
+        assert self.bitmaps is not None
+        self.bitmaps[index] = bitmap
+
     def set_run(self, first: int, count: int, entry: int, step: int) -> None:
         """Set ``count`` entries to ``entry``, ``entry + step``, ``entry + 2 * step`` and so on."""
         if count <= _SCALAR_MAX:
@@ -159,85 +170,6 @@ def kind_of(entry: int) -> Kind:
     if entry & SUBCLUSTERS:
         return Kind.SUBCLUSTERS
     return Kind.ZERO_ALLOC if entry & (OFFSET_MASK | COPIED) else Kind.ZERO_PLAIN
-
-
-def unpack_table(
-    raw: bytes | bytearray, host_offset: int, layout: Layout, host_end: int
-) -> L2Table:
-    """Decode an L2 table and mark what cannot be meant in it.
-
-    Args:
-        raw: One cluster.
-        host_offset: Where it lies.
-        layout: The image's.
-        host_end: Host offsets from here on are past the end of the file.
-    """
-    words = np.frombuffer(raw, dtype=">u8").astype(np.uint64)
-    bitmaps = words[1::2].copy() if layout.has_extended_l2 else None
-    entries = words[::2] if layout.has_extended_l2 else words
-    is_compressed = (entries & np.uint64(COMPRESSED)) != 0
-    keep = OFFSET_MASK | COPIED | (0 if layout.has_extended_l2 else ZERO)
-    table = L2Table(
-        host_offset,
-        np.where(is_compressed, entries & ~np.uint64(COPIED), entries & np.uint64(keep)),
-        bitmaps,
-    )
-    is_invalid = ~is_compressed & _is_invalid(table.array, layout, host_end)
-    if layout.has_data_file:
-        is_invalid |= is_compressed
-    else:
-        _drop_copied_without_offset(table.array)
-    if bitmaps is not None:
-        is_invalid |= _mark_subclusters(table, bitmaps, is_compressed)
-    table.array[is_invalid] = np.uint64(INVALID)
-    table.is_invalid = bool(is_invalid.any())
-    return table
-
-
-def _is_invalid(entries: Entries, layout: Layout, host_end: int) -> npt.NDArray[np.bool_]:
-    """Offsets off a cluster's start or past the file's end; version 2's reserved bit 0."""
-    offsets = entries & np.uint64(OFFSET_MASK)
-    invalid: npt.NDArray[np.bool_] = (offsets & np.uint64(layout.cluster_size - 1)) != 0
-    invalid |= offsets >= np.uint64(host_end)
-    if layout.version < 3:
-        invalid |= (entries & np.uint64(ZERO)) != 0
-    return invalid
-
-
-def _drop_copied_without_offset(entries: Entries) -> None:
-    """Offset 0 is unallocated; only an external data file has a cluster there."""
-    entries[(entries & np.uint64(OFFSET_MASK | COMPRESSED)) == 0] &= np.uint64(ZERO)
-
-
-def _mark_subclusters(
-    table: L2Table, bitmaps: Entries, is_compressed: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.bool_]:
-    """Set SUBCLUSTERS where the bitmap matters; what is invalid is returned."""
-    allocated = bitmaps & np.uint64(ALL_ALLOCATED)
-    zero = bitmaps >> np.uint64(SUBCLUSTERS_PER_CLUSTER)
-    has_host = (table.array & np.uint64(OFFSET_MASK | COPIED)) != 0
-    plain = has_host & (bitmaps == np.uint64(ALL_ALLOCATED))
-    nothing = ~has_host & (bitmaps == 0)
-    table.array[~is_compressed & ~plain & ~nothing] |= np.uint64(SUBCLUSTERS)
-    invalid: npt.NDArray[np.bool_] = ((allocated & zero) != 0) | (
-        (allocated != 0) & ~has_host & ~is_compressed
-    )
-    invalid |= is_compressed & (bitmaps != 0)
-    return invalid
-
-
-def pack_table(table: L2Table, first: int, end: int) -> bytes:
-    """Encode entries ``[first, end)`` as they lie in the file."""
-    entries = table.array[first:end]
-    is_compressed = (entries & np.uint64(COMPRESSED)) != 0
-    plain = entries & ~np.uint64(SUBCLUSTERS | INVALID)
-    entries = np.where(is_compressed, entries, plain)
-    if table.bitmap_array is None:
-        return entries.astype(">u8").tobytes()
-    words = np.empty(2 * (end - first), dtype=">u8")
-    words[::2] = entries
-    words[1::2] = table.bitmap_array[first:end]
-    return words.tobytes()
 
 
 def find_runs(table: L2Table, first: int, end: int, cluster_size: int) -> list[Run]:

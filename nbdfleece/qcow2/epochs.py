@@ -31,10 +31,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ..block.file import FileNode
-from .entries import L2Table, pack_table
+from .entries import L2Table
 from .header import INCOMPATIBLE_FIELD, REFCOUNT_TABLE_FIELD, Header
 from .quarantine import FreedBatch, Quarantine
 from .refcounts import RefcountBlock, Refcounts
+from .table_codec import pack_table
 from .tables import Mapping
 
 DIRTY_BYTES_MAX: Final = 16 << 20

@@ -35,6 +35,7 @@ from .entries import (
     IN_PLACE,
     OFFSET_MASK,
     SPECIAL,
+    SUBCLUSTERS_PER_CLUSTER,
     Entries,
     Kind,
     L2Table,
@@ -55,6 +56,7 @@ from .header import (
 from .quarantine import Quarantine
 from .refcounts import Refcounts, unpack_refcount_table
 from .status import describe
+from .subclusters import subcluster_runs
 from .tables import CACHE_BYTES, Mapping, MetadataMap
 from .write import Writer
 
@@ -280,10 +282,34 @@ class Qcow2Image(BlockNode):
         end = index + (within + len(view) - 1 >> self._cluster_bits) + 1
         for run in find_runs(table, index, end, self.cluster_size):
             length = min(len(view), (run.clusters << self._cluster_bits) - within)
-            await self._read_run(run, within, offset, view[:length])
+            part = view[:length]
+            if run.kind is Kind.SUBCLUSTERS:
+                bitmap = table.bitmap(offset >> self._cluster_bits & self._l2_mask)
+                await self._read_subclusters(run.entry & OFFSET_MASK, bitmap, offset, part)
+            else:
+                await self._read_run(run, within, offset, part)
             offset += length
             view = view[length:]
             within = 0
+
+    async def _read_subclusters(
+        self, host: int, bitmap: int, offset: int, view: memoryview
+    ) -> None:
+        """Read a range inside one cluster whose subclusters differ."""
+        size = self.cluster_size // SUBCLUSTERS_PER_CLUSTER
+        within = offset & self._cluster_mask
+        first, end = within // size, (within + len(view) - 1) // size + 1
+        for run in subcluster_runs(bitmap, first, end):
+            length = min(len(view), run.end * size - within)
+            if run.kind is Kind.NORMAL:
+                await self.file.read_into(host + within, view[:length])
+            elif run.kind is Kind.UNALLOCATED:
+                await self._read_backing(offset, view[:length])
+            else:
+                view[:length] = bytes(length)
+            within += length
+            offset += length
+            view = view[length:]
 
     async def _read_run(self, run: Run, within: int, offset: int, view: memoryview) -> None:
         """Read guest offset ``offset``, which lies ``within`` bytes after a run's beginning."""

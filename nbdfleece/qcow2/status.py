@@ -9,7 +9,19 @@ import numpy as np
 
 from ..block.node import DEPTH_SHIFT, BlockStatus, block_status_word
 from ..extents import Extents, Status
-from .entries import COMPRESSED, COPIED, INVALID, OFFSET_MASK, ZERO, Entries
+from .entries import (
+    COMPRESSED,
+    COPIED,
+    INVALID,
+    OFFSET_MASK,
+    SUBCLUSTERS,
+    SUBCLUSTERS_PER_CLUSTER,
+    ZERO,
+    Entries,
+    Kind,
+    L2Table,
+)
+from .subclusters import subcluster_runs
 
 if TYPE_CHECKING:
     from .image import Qcow2Image
@@ -58,10 +70,33 @@ async def _own_status(image: Qcow2Image, offset: int, length: int) -> Extents:
     within = offset % image.cluster_size
     end = first + (within + length - 1) // image.cluster_size + 1
     status = _status_of(table.array[first:end], unallocated)
-    lengths = np.full(end - first, image.cluster_size, dtype=np.int64)
-    lengths[0] -= within
-    lengths[-1] -= int(lengths.sum()) - length
-    return Extents(lengths, status).merged()
+    unit = image.cluster_size
+    if table.bitmap_array is not None:
+        unit //= SUBCLUSTERS_PER_CLUSTER
+        status = _with_subclusters(table, first, end, status, unallocated)
+    bounds = np.arange(len(status) + 1, dtype=np.int64) * unit
+    bounds = np.clip(bounds, within, within + length)
+    lengths = bounds[1:] - bounds[:-1]
+    inside = lengths > 0
+    return Extents(lengths[inside], status[inside]).merged()
+
+
+def _with_subclusters(
+    table: L2Table, first: int, end: int, status: Status, unallocated: int
+) -> Status:
+    """The status words of all subclusters, given those of the clusters ``[first, end)``."""
+    status = np.repeat(status, SUBCLUSTERS_PER_CLUSTER).reshape(-1, SUBCLUSTERS_PER_CLUSTER)
+    entries = table.array[first:end]
+    is_compressed = (entries & np.uint64(COMPRESSED)) != 0
+    for index in np.flatnonzero(
+        ~is_compressed & ((entries & np.uint64(SUBCLUSTERS)) != 0)
+    ).tolist():
+        entry, bitmap = int(entries[index]), table.bitmap(first + index)
+        zero = _ZERO_ALLOC if entry & (OFFSET_MASK | COPIED) else _ZERO_PLAIN
+        words = {Kind.NORMAL: _DATA, Kind.ZERO_PLAIN: zero, Kind.UNALLOCATED: unallocated}
+        for run in subcluster_runs(bitmap, 0, SUBCLUSTERS_PER_CLUSTER):
+            status[index, run.first : run.end] = words[run.kind]
+    return status.reshape(-1)
 
 
 def _status_of(entries: Entries, unallocated: int) -> Status:

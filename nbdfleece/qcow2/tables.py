@@ -19,8 +19,9 @@ from typing import Final
 import numpy as np
 
 from ..block.file import FileNode
-from .entries import COPIED, OFFSET_MASK, Entries, L2Table, Layout, unpack_table
+from .entries import COPIED, OFFSET_MASK, Entries, L2Table, Layout
 from .single_flight import SingleFlight
+from .table_codec import unpack_table
 
 CACHE_BYTES: Final = 32 << 20
 """Default limit of L2 tables in memory: enough for 256 GiB at 64 KiB clusters."""

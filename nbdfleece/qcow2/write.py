@@ -18,13 +18,13 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from .compressed import compressed_range
 from .entries import (
     COMPRESSED,
     COPIED,
     OFFSET_MASK,
+    SUBCLUSTERS,
+    SUBCLUSTERS_PER_CLUSTER,
     ZERO,
     Kind,
     L2Table,
@@ -33,6 +33,8 @@ from .entries import (
     kind_of,
 )
 from .single_flight import SingleFlight
+from .subclusters import bitmap_of, entry_with_bitmap, kind_of_subcluster
+from .table_codec import copied_table, empty_table
 
 if TYPE_CHECKING:
     from .image import Qcow2Image
@@ -63,6 +65,9 @@ class Writer:
         self._cluster_bits = image.layout.cluster_bits
         self._cluster_size = image.layout.cluster_size
         self._l2_entries = image.layout.l2_entries
+        self._subcluster_size = (
+            self._cluster_size // SUBCLUSTERS_PER_CLUSTER if image.layout.has_extended_l2 else 0
+        )
         self._has_zero_flag = image.layout.version >= 3
         self._making = SingleFlight()
 
@@ -99,8 +104,61 @@ class Writer:
             self._set(part, index, run.clusters, run.entry & ~ZERO, self._cluster_size)
         elif run.kind is Kind.INVALID:
             raise OSError(errno.EIO, "damaged L2 entry", self._image.path)
+        elif self._subcluster_size and _may_be_partial(run):
+            await self._write_extended(part, run, offset, data)
         else:
             await self._write_new(part, run, offset, data)
+
+    async def _write_extended(self, part: _Part, run: Run, offset: int, data: memoryview) -> None:
+        """Write data where clusters need not be filled whole: only subclusters are."""
+        while len(data):
+            skip = offset & self._cluster_size - 1
+            if skip or len(data) < self._cluster_size or run.entry & COPIED:
+                length = min(len(data), self._cluster_size - skip)
+                await self._write_subclusters(part, offset, data[:length])
+            else:
+                length = len(data) & ~(self._cluster_size - 1)
+                await self._write_new(part, run, offset, data[:length])
+            offset += length
+            data = data[length:]
+
+    async def _write_subclusters(self, part: _Part, offset: int, data: memoryview) -> None:
+        """Write data that lie within one cluster, which is ours or has no host cluster."""
+        index = self._index(offset)
+        entry = part.table.entries[index]
+        bitmap = bitmap_of(entry, part.table.bitmap(index))
+        if entry & COPIED:
+            host = entry & OFFSET_MASK
+            await self._fill_subclusters(host, bitmap, offset, data, False)
+        else:
+            host, _, is_fresh = await self._refcounts.allocate_up_to(1)
+            try:
+                await self._fill_subclusters(host, bitmap, offset, data, is_fresh)
+            except BaseException:
+                await self._refcounts.release(host, self._cluster_size)
+                raise
+        within = offset & self._cluster_size - 1
+        first = within // self._subcluster_size
+        end = (within + len(data) - 1) // self._subcluster_size + 1
+        touched = (1 << end) - (1 << first)
+        bitmap = (bitmap | touched) & ~(touched << SUBCLUSTERS_PER_CLUSTER)
+        part.table.set_bitmap(index, bitmap)
+        self._set(part, index, 1, entry_with_bitmap(host | COPIED, bitmap), 0)
+
+    async def _fill_subclusters(
+        self, host: int, bitmap: int, offset: int, data: memoryview, is_fresh: bool
+    ) -> None:
+        """Write data, and the rest of the first and last subcluster where it is not there yet."""
+        size = self._subcluster_size
+        within, end = offset & self._cluster_size - 1, offset + len(data)
+        edges = [(offset - offset % size, offset % size), (end, -end % size)]
+        for start, length in edges:
+            position = host + start - offset + within
+            kind = kind_of_subcluster(bitmap, (start - offset + within) // size) if length else None
+            if kind is not None and kind is not Kind.NORMAL:
+                has_old = not self._reads_as_zeroes(kind)
+                await self._fill_edge(position, start, length, has_old, is_fresh)
+        await self._write_host(host + within, data)
 
     async def _write_new(self, part: _Part, run: Run, offset: int, data: memoryview) -> None:
         """Write data into new host clusters, with what was around them copied along."""
@@ -257,8 +315,9 @@ class Writer:
             )
         elif run.kind is Kind.ZERO_ALLOC and run.entry & COPIED:
             return
-        elif run.kind is Kind.NORMAL and run.entry & COPIED:
-            self._set(part, index, run.clusters, run.entry | ZERO, self._cluster_size)
+        elif run.kind in (Kind.NORMAL, Kind.SUBCLUSTERS) and run.entry & COPIED:
+            entry = run.entry & ~SUBCLUSTERS | ZERO
+            self._set(part, index, run.clusters, entry, self._cluster_size)
         else:
             await self._provision(part, index, run.clusters)
 
@@ -351,9 +410,9 @@ class Writer:
         """Give an L1 entry a new L2 table: empty, or a copy of a shared one."""
         offset = await self._refcounts.allocate(1)
         if shared is None:
-            table = L2Table(offset, np.zeros(self._l2_entries, dtype=np.uint64), None)
+            table = empty_table(offset, self._image.layout)
         else:
-            table = L2Table(offset, shared.array.copy(), None)
+            table = copied_table(shared, offset)
             self._image.metadata.remove(shared.host_offset, 1)
             self._quarantine.add(shared.host_offset, self._cluster_size)
         self._image.metadata.add(offset, 1)
@@ -377,3 +436,10 @@ class Writer:
     def _guest_offset(self, part: _Part) -> int:
         """The guest offset of a part's first cluster."""
         return (part.l1_index * self._l2_entries + part.first) << self._cluster_bits
+
+
+def _may_be_partial(run: Run) -> bool:
+    """Whether single subclusters of a run can be written, the others staying as they are."""
+    if run.kind is Kind.SUBCLUSTERS:
+        return bool(run.entry & COPIED) or not run.entry & OFFSET_MASK
+    return run.kind in (Kind.UNALLOCATED, Kind.ZERO_PLAIN)

@@ -23,6 +23,17 @@ MIB = 1 << 20
 ROUNDS = int(os.environ.get("NBDFLEECE_CRASH_ROUNDS", "30"))
 """Rounds of work per case; 30 are some 500 power cuts in all, 1000 the full run."""
 
+CASES = [
+    ("empty", 512),
+    ("empty", 4096),
+    ("shared", 512),
+    ("shared", 4096),
+    ("compressed", 512),
+    ("compressed", 4096),
+    ("extended", 16384),
+]
+"""What the image is like at first, and its cluster size."""
+
 
 async def examine(folder: Path, disk: FakeDisk, guest: Guest, rng: random.Random | None) -> None:
     """Materialise a power cut now and see what it left."""
@@ -66,12 +77,14 @@ async def fresh_image(folder: Path, kind: str, cluster_size: int) -> tuple[bytes
         qemu_img("convert", "-c", "-O", "qcow2", "-o", options, raw, path)
         return path.read_bytes(), content
     # Wide refcounts: new blocks are needed often.
-    await create_image(path, size, cluster_size=cluster_size, refcount_bits=64)
+    is_extended = kind == "extended"
+    await create_image(
+        path, size, cluster_size=cluster_size, refcount_bits=64, extended_l2=is_extended
+    )
     return path.read_bytes(), bytes(size)
 
 
-@pytest.mark.parametrize("kind", ["empty", "shared", "compressed"])
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+@pytest.mark.parametrize(("kind", "cluster_size"), [*CASES, ("shared", 65536)])
 async def test_power_cut_after_any_step_leaves_what_was_flushed(
     folder: Path, kind: str, cluster_size: int
 ) -> None:
@@ -100,8 +113,7 @@ class CrashingDisk(FakeDisk):
     async def question(self) -> None: ...
 
 
-@pytest.mark.parametrize("kind", ["empty", "shared", "compressed"])
-@pytest.mark.parametrize("cluster_size", [512, 4096])
+@pytest.mark.parametrize(("kind", "cluster_size"), CASES)
 async def test_power_cut_inside_an_operation_or_flush_leaves_what_was_flushed(
     folder: Path, kind: str, cluster_size: int
 ) -> None:

@@ -30,6 +30,24 @@ FORMATS = [
 """Cluster size, refcount width, version."""
 
 
+@pytest.mark.parametrize("cluster_size", [16384, 65536, 2 * MIB])
+@pytest.mark.parametrize("has_backing", [False, True])
+async def test_random_work_on_extended_l2_entries_with_qemu_taking_turns_agrees(
+    folder: Path, cluster_size: int, has_backing: bool
+) -> None:
+    path = folder / "disk.qcow2"
+    size = 16 * MIB + 3 * 512
+    rng = random.Random(cluster_size)
+    content = bytearray(size)
+    backing: dict[str, str] = {}
+    if has_backing:
+        content[: 5 * MIB] = rng.randbytes(5 * MIB)
+        (folder / "base.raw").write_bytes(content[: 5 * MIB])
+        backing = {"backing_file": "base.raw", "backing_format": "raw"}
+    await create_image(path, size, cluster_size=cluster_size, extended_l2=True, **backing)
+    await take_turns(path, content, cluster_size, rng)
+
+
 @pytest.mark.parametrize(("cluster_size", "refcount_bits", "version"), FORMATS)
 async def test_random_work_with_qemu_taking_turns_agrees(
     folder: Path, cluster_size: int, refcount_bits: int, version: int
@@ -40,7 +58,11 @@ async def test_random_work_with_qemu_taking_turns_agrees(
     options = f"cluster_size={cluster_size},refcount_bits={refcount_bits},compat={compat}"
     qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, str(size))
     rng = random.Random(cluster_size * 100 + refcount_bits + version)
-    content = bytearray(size)
+    await take_turns(path, bytearray(size), cluster_size, rng)
+
+
+async def take_turns(path: Path, content: bytearray, cluster_size: int, rng: random.Random) -> None:
+    """We work, QEMU judges and works, three times over."""
     for _ in range(3):
         image = await Qcow2Image.open(path, read_only=False)
         guest = Guest(image, cluster_size, rng)
