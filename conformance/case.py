@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +61,8 @@ class Process(Protocol):
 
     def alive(self) -> bool: ...
 
+    def log(self) -> str: ...
+
     def terminate(self) -> None: ...
 
     def kill(self) -> None: ...
@@ -112,9 +115,11 @@ class Server:
 
     def haggle(self, tls: bool | None = None) -> Client:
         """A connection that is ready for options; over TLS where the server insists."""
-        client = self.connect().handshake()
-        if self.tls == "forced" if tls is None else tls:
-            client.start_tls(self.tls_context())
+        client = self.connect()
+        with closing_on_error(client):
+            client.handshake()
+            if self.tls == "forced" if tls is None else tls:
+                client.start_tls(self.tls_context())
         return client
 
     def enter(
@@ -133,17 +138,15 @@ class Server:
         """
         client = self.haggle(tls)
         name = (export or self.export).name
-        if extended:
-            require(client.agree_extended(), "no extended headers")
-        elif structured:
-            require(client.agree_structured(), "no structured replies")
-        if contexts:
-            answer = client.set_contexts(name, contexts)
-            require(answer.acknowledged, f"SET_META_CONTEXT answered {answer}")
-            missing = set(contexts) - answer.names
-            require(not missing, f"no context {', '.join(sorted(missing))}")
-        answer = client.go(name)
-        expect(answer.acknowledged, f"GO {name!r} answered {answer}")
+        with closing_on_error(client):
+            if extended:
+                require(client.agree_extended(), "no extended headers")
+            elif structured:
+                require(client.agree_structured(), "no structured replies")
+            if contexts:
+                _select(client, name, contexts)
+            answer = client.go(name)
+            expect(answer.acknowledged, f"GO {name!r} answered {answer}")
         return client
 
     def tls_context(self, newest: ssl.TLSVersion | None = None) -> ssl.SSLContext:
@@ -157,6 +160,23 @@ class Server:
         if newest is not None:
             context.maximum_version = newest
         return context
+
+
+@contextlib.contextmanager
+def closing_on_error(client: Client) -> Iterator[None]:
+    """Close ``client`` if the body does not hand it on."""
+    try:
+        yield
+    except BaseException:
+        client.stream.close()
+        raise
+
+
+def _select(client: Client, name: str, contexts: tuple[str, ...]) -> None:
+    answer = client.set_contexts(name, contexts)
+    require(answer.acknowledged, f"SET_META_CONTEXT answered {answer}")
+    missing = set(contexts) - answer.names
+    require(not missing, f"no context {', '.join(sorted(missing))}")
 
 
 class CaseFunction(Protocol):

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from conformance import wire
-from conformance.case import Server
+from conformance.case import Server, closing_on_error
 from conformance.client import Client
 from conformance.content import DISK_BYTES, KIB, MIB
-from conformance.errors import Finding, NotApplicable
+from conformance.errors import Finding, NotApplicable, require
 from conformance.replies import (
     ExportInfo,
     Form,
@@ -284,15 +284,14 @@ def _entered(server: Server, form: Form) -> Client:
     if form is Form.SIMPLE:
         return server.enter()
     client = server.haggle()
-    _agree(server, client, form)
+    with closing_on_error(client):
+        _agree(server, client, form)
     return client
 
 
 def _agree(server: Server, client: Client, form: Form) -> None:
     agreed = client.agree_extended() if form is Form.EXTENDED else client.agree_structured()
-    if not agreed:
-        client.stream.close()
-        raise NotApplicable(f"no {form.value} replies")
+    require(agreed, f"no {form.value} replies")
     name = server.export.name
     names = sorted(client.list_contexts(name).names)
     if names:
@@ -304,7 +303,14 @@ def requests(client: Client) -> Iterator[tuple[int, int, int, int]]:
     """(command, offset, length, flags) of what a client may send, good and bad."""
     size = client.export.size
     big = size >= DISK_BYTES
-    spans = [(0, 64 * KIB), (512, 512), (1000, 5000), (0, 2 * MIB), (960 * KIB, 128 * KIB)]
+    spans = [
+        (0, 64 * KIB),
+        (512, 512),
+        (1000, 5000),
+        (MIB, 64 * KIB),
+        (0, 2 * MIB),
+        (960 * KIB, 128 * KIB),
+    ]
     spans += [(3 * MIB, 3 * MIB), (size - 4096, 4096), (size - 512, 512), (size - 1, 1)]
     spans += [(0, 32 * MIB), (4 * MIB + 1, 2 * MIB)]
     spans = [(max(offset, 0), length) for offset, length in spans if offset + length <= size]

@@ -88,7 +88,8 @@ def run_case(case: Case, server: Server) -> Outcome:
     except UnicodeDecodeError as error:
         made = FAIL, f"not UTF-8: {error}"
     if server.process is not None and not case.private and not server.process.alive():
-        made = FAIL, f"the server ended; {made[1]}"
+        last_words = server.process.log().rpartition("\n")[2]
+        made = FAIL, f"the server ended; {made[1]}; its last words: {last_words}"
     return outcome_of(case, *made, time.monotonic() - started)
 
 

@@ -150,9 +150,15 @@ def _connected(endpoint: Endpoint, timeout: float) -> socket.socket:
         return made
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     made.settimeout(timeout)
-    try:
-        made.connect(endpoint.path)
-    except OSError:
-        made.close()
-        raise
-    return made
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            made.connect(endpoint.path)
+            return made
+        except OSError as error:
+            # EAGAIN: the queue of connections is full, and a socket with a time limit is not
+            # made to wait for it.
+            if not isinstance(error, BlockingIOError) or time.monotonic() > deadline:
+                made.close()
+                raise
+        time.sleep(0.01)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from conformance.case import WRITABLE, Server, expect_error, has_flag, requirement
+from conformance.case import WRITABLE, Server, closing_on_error, expect_error, has_flag, requirement
 from conformance.client import Client
 from conformance.content import GIB, MIB, SCRATCH
 from conformance.errors import Disconnected, expect, require
@@ -143,11 +143,12 @@ def _status_payload(client: Client, length: int, ids: tuple[int, ...], rest: byt
 
 def _all_contexts(server: Server) -> Client:
     client = server.haggle()
-    require(client.agree_extended(), "no extended headers")
-    names = sorted(client.list_contexts(server.export.name).names)
-    client.set_contexts(server.export.name, names)
-    client.go(server.export.name)
-    has_flag(client, Flag.BLOCK_STATUS_PAYLOAD)
+    with closing_on_error(client):
+        require(client.agree_extended(), "no extended headers")
+        names = sorted(client.list_contexts(server.export.name).names)
+        client.set_contexts(server.export.name, names)
+        client.go(server.export.name)
+        has_flag(client, Flag.BLOCK_STATUS_PAYLOAD)
     return client
 
 

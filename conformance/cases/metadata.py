@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from conformance.case import MANY, Server, requirement
+from conformance.case import MANY, Server, closing_on_error, requirement
 from conformance.client import Client, pack_queries, pack_string
 from conformance.errors import expect, require
 from conformance.replies import Answer
@@ -16,7 +16,8 @@ NAMESPACES = ("base:", "nbd-server:", "x-", "qemu:")
 def structured(server: Server) -> Client:
     """Haggling, with structured replies agreed."""
     client = server.haggle()
-    require(client.agree_structured(), "no structured replies")
+    with closing_on_error(client):
+        require(client.agree_structured(), "no structured replies")
     return client
 
 
@@ -243,7 +244,7 @@ def contexts_of_another_export_do_not_count(server: Server) -> None:
         expect(reply.error, f"status of another export's contexts: {reply.extents}")
 
 
-@requirement(63)
+@requirement(63, level="S")
 def contexts_survive_info_and_a_failed_go(server: Server) -> None:
     """INFO, and GO of a name that is not there, leave the selection alone."""
     require(server.strict_names, "the server takes any name")
@@ -257,7 +258,7 @@ def contexts_survive_info_and_a_failed_go(server: Server) -> None:
         expect(set(reply.extents) == {number for number, _ in answer.contexts}, str(reply))
 
 
-@requirement(63, level="M")
+@requirement(63, level="S")
 def contexts_of_unknown_export_are_refused(server: Server) -> str:
     """LIST and SET for an export that is not there give an error, not contexts."""
     require(server.strict_names, "the server takes any name")

@@ -52,7 +52,8 @@ def content_is_right(server: Server) -> str:
     disk, seen = known(server), []
     for form, client in forms(server):
         seen.append(form.value)
-        for offset, length in [*SPANS, (disk.size - 5000, 5000), (disk.size - 1, 1)]:
+        spans = [span for span in SPANS if sum(span) <= disk.size]
+        for offset, length in [*spans, (disk.size - 5000, 5000), (disk.size - 1, 1)]:
             got = client.read(offset, length)
             expect(got == disk.read(offset, length), f"{form.value}: {offset:#x}+{length:#x}")
     return ", ".join(seen)
