@@ -1,0 +1,51 @@
+"""What all commands share that talk to a running server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..control.client import ControlClient
+from .addresses import CONTROL_VARIABLE, default_control
+
+AnyFunction = Callable[..., Any]
+
+
+def client_options(function: AnyFunction) -> AnyFunction:
+    """Add ``--control`` and ``--json`` to a command."""
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    control = click.option(
+        "--control",
+        type=click.Path(path_type=Path),
+        envvar=CONTROL_VARIABLE,
+        show_envvar=True,
+        metavar="PATH",
+        help="The server's control socket.",
+    )
+    return control(as_json(function))
+
+
+disks_option = click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    metavar="DISK",
+    help="Which disk; may be repeated. Default: all disks.",
+)
+owner_option = click.option(
+    "--owner", default="", metavar="NAME", help="Whose checkpoint it is, for people to see."
+)
+
+
+def connect(control: Path | None) -> ControlClient:
+    """A session with the named server, or the one at the usual place."""
+    return ControlClient(control or default_control())
+
+
+def execute(control: Path | None, command: str, arguments: dict[str, Any] | None = None) -> Any:
+    """Have one command carried out."""
+    with connect(control) as client:
+        return client.execute(command, arguments)

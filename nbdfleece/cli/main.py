@@ -1,0 +1,121 @@
+"""The command ``nbdfleece``: finding the subcommand, and what becomes of its errors.
+
+Modules of subcommands are imported only when one of them is asked for, and import what is
+heavy only when they run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import click
+
+from .. import __version__
+from ..control.client import ServerGoneError
+from ..control.errors import describe_os_error
+from ..errors import NbdfleeceError, SnapshotError, UsageError
+from . import logs
+from .exit_status import ExitStatus, describe
+
+SUBCOMMANDS: Final = {
+    "serve": "serve:serve",
+    "info": "info:info",
+    "snapshot": "snapshot:snapshot",
+    "checkpoint": "checkpoint:checkpoint",
+    "export": "export:export",
+    "bitmap": "bitmap:bitmap",
+    "backup": "backup:backup",
+    "completion": "completion:completion",
+}
+
+_log = logging.getLogger("nbdfleece.cli")
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are ``module:attribute`` in this package."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order in which a user meets them."""
+        return list(SUBCOMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in SUBCOMMANDS:
+            return None
+        module, attribute = SUBCOMMANDS[cmd_name].split(":")
+        command: click.Command = getattr(
+            importlib.import_module(f"{__package__}.{module}"), attribute
+        )
+        return command
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Add the exit statuses to the help."""
+        formatter.write(f"\nExit status:\n{describe()}\n  128+N  ended by signal N\n")
+
+
+@click.group(cls=LazyGroup, no_args_is_help=False)
+@click.version_option(__version__, prog_name="nbdfleece", message="%(prog)s %(version)s")
+@click.option("-v", "--verbose", count=True, help="Say what happens; twice for more.")
+def cli(verbose: int) -> None:
+    """Live qcow2 disks over NBD: dirty bitmaps, checkpoints and snapshots.
+
+    ``serve`` runs a server; all other commands talk to a running one over its control socket.
+    """
+    logs.configure(verbose)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: Without the program's name; None for those of the process.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        result: Any = cli.main(args, prog_name="nbdfleece", standalone_mode=False)
+        sys.stdout.flush()
+        return int(result or ExitStatus.OK)
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (click.Abort, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return _fail(error)
+
+
+def _fail(error: Exception) -> ExitStatus:
+    """Print an error as exactly one line, and choose the status that goes with it."""
+    status, text = _judge(error)
+    print(f"nbdfleece: error: {' '.join(text.splitlines())}", file=sys.stderr)
+    return status
+
+
+def _judge(error: Exception) -> tuple[ExitStatus, str]:
+    if isinstance(error, click.UsageError):
+        where = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
+        return ExitStatus.USAGE, error.format_message().removesuffix(".") + where
+    if isinstance(error, click.ClickException):
+        return ExitStatus.ERROR, error.format_message()
+    if isinstance(error, UsageError):
+        return ExitStatus.USAGE, str(error)
+    if isinstance(error, SnapshotError):
+        return ExitStatus.SNAPSHOT_BROKEN, str(error)
+    if isinstance(error, ServerGoneError):
+        return ExitStatus.TEMPORARY, str(error)
+    if isinstance(error, NbdfleeceError):
+        return ExitStatus.ERROR, str(error)
+    if isinstance(error, OSError):
+        return ExitStatus.ERROR, describe_os_error(error)
+    _log.info("internal error", exc_info=error)
+    text = f"internal error: {type(error).__name__}: {error} (with -v: where)"
+    return ExitStatus.ERROR, text

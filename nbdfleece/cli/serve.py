@@ -1,0 +1,241 @@
+"""``nbdfleece serve``: run a server until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from ..errors import UsageError
+from . import logs
+from .addresses import (
+    CONTROL_VARIABLE,
+    NO_CONTROL,
+    default_control,
+    default_listen,
+    parse_listen,
+    runtime_directory,
+)
+from .sizes import parse_size
+
+if TYPE_CHECKING:
+    from ..daemon import Daemon, DaemonOptions
+
+
+@click.command()
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    required=True,
+    metavar="NAME=FILE",
+    help="Serve a qcow2 image, read and write, as export NAME; may be repeated.",
+)
+@click.option(
+    "--listen",
+    multiple=True,
+    metavar="ADDRESS",
+    help="unix:PATH, tcp:HOST:PORT, vsock:CID:PORT or an NBD URI; may be repeated. "
+    "Default: unix:$XDG_RUNTIME_DIR/nbdfleece/nbd.sock.",
+)
+@click.option(
+    "--control",
+    metavar="PATH",
+    envvar=CONTROL_VARIABLE,
+    show_envvar=True,
+    help="The control socket; 'none' for none. Default: $XDG_RUNTIME_DIR/nbdfleece/control.sock.",
+)
+@click.option(
+    "--scratch-dir",
+    type=click.Path(path_type=Path),
+    default=Path("/var/tmp"),
+    show_default=True,
+    metavar="DIR",
+    help="Where snapshots keep what the guest overwrites.",
+)
+@click.option(
+    "--scratch-quota",
+    type=parse_size,
+    metavar="SIZE",
+    help="The most that is kept per disk, such as 10G. Default: no limit.",
+)
+@click.option(
+    "--scratch-granularity",
+    type=parse_size,
+    default="4k",
+    show_default=True,
+    metavar="SIZE",
+    help="What a first guest write copies at least.",
+)
+@click.option(
+    "--on-cbw-error",
+    type=click.Choice(["break-snapshot", "break-guest-write"]),
+    default="break-snapshot",
+    show_default=True,
+    help="What ends if the scratch cannot take a copy.",
+)
+@click.option(
+    "--cbw-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="A copy that takes longer counts as failed. Default: no limit.",
+)
+@click.option(
+    "--pid-file", type=click.Path(path_type=Path), metavar="FILE", help="Write the process id."
+)
+@click.option("--print-uri", is_flag=True, help="Once ready, print the URIs only, one per line.")
+@click.option("--json", "as_json", is_flag=True, help="Once ready, print one line of JSON.")
+@click.option(
+    "--ready-fd", type=click.IntRange(min=0), metavar="FD", help="Write a line there once ready."
+)
+@click.option(
+    "--loop",
+    type=click.Choice(["auto", "uvloop", "asyncio"]),
+    default="auto",
+    show_default=True,
+    help="The event loop; auto takes uvloop if it is installed.",
+)
+@click.option("-v", "--verbose", count=True, help="Log what happens; twice for more.")
+@click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+@click.pass_context
+def serve(ctx: click.Context, /, **values: Any) -> None:
+    """Serve disks over NBD until SIGTERM, SIGINT or quit.
+
+    A second signal ends the server at once; images survive that as they survive a crash.
+    """
+    assert ctx.parent is not None
+    verbosity = values["verbose"] + ctx.parent.params.get("verbose", 0)
+    logs.configure(verbosity, values["log_format"])
+    from ..server.loop import run  # heavy, and not needed by anything that fails before
+
+    options = build_options(values)
+    run(_serve(options, values), values["loop"])
+
+
+def build_options(values: dict[str, Any]) -> DaemonOptions:
+    """What was asked for on the command line.
+
+    Raises:
+        UsageError: It cannot be meant.
+    """
+    from ..block.copy_before_write import OnCbwError
+    from ..daemon import DaemonOptions
+    from ..engine.disk import ScratchOptions
+
+    listen = [parse_listen(text) for text in values["listen"]]
+    if not listen:
+        listen = [default_listen()]
+        make_runtime_directory()
+    return DaemonOptions(
+        disks=parse_disks(values["disks"]),
+        listen=listen,
+        control=choose_control(values["control"]),
+        scratch=ScratchOptions(
+            directory=values["scratch_dir"],
+            granularity=values["scratch_granularity"],
+            quota=values["scratch_quota"],
+            on_error=OnCbwError(values["on_cbw_error"]),
+            timeout_seconds=values["cbw_timeout"],
+        ),
+    )
+
+
+def parse_disks(words: tuple[str, ...]) -> dict[str, Path]:
+    """Read ``NAME=FILE``.
+
+    Raises:
+        UsageError: One is not of that form, or a name is given twice.
+    """
+    disks: dict[str, Path] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not (name and equals and path):
+            raise UsageError(f"--disk is NAME=FILE, '{word}' is not")
+        if name in disks:
+            raise UsageError(f"--disk names '{name}' twice")
+        disks[name] = Path(path)
+    return disks
+
+
+def choose_control(word: str | None) -> Path | None:
+    """The control socket that was asked for, or the usual one."""
+    if word == NO_CONTROL:
+        return None
+    if word is not None:
+        return Path(word)
+    make_runtime_directory()
+    return default_control()
+
+
+def make_runtime_directory() -> None:
+    """Make the place for our sockets, for ourselves only."""
+    runtime_directory().mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+async def _serve(options: DaemonOptions, values: dict[str, Any]) -> None:
+    from ..daemon import Daemon
+
+    daemon = Daemon(options)
+    _handle_signals(daemon)
+    async with daemon:
+        with _pid_file(values["pid_file"]):
+            _announce(daemon, values)
+            await daemon.wait_stop_requested()
+
+
+def _handle_signals(daemon: Daemon) -> None:
+    """End in good order at the first signal, at once at the second."""
+    received: list[int] = []
+
+    def handle(number: int) -> None:
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        received.append(number)
+        daemon.request_stop("host-signal")
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, handle, number)
+
+
+@contextlib.contextmanager
+def _pid_file(path: Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    path.write_text(f"{os.getpid()}\n")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _announce(daemon: Daemon, values: dict[str, Any]) -> None:
+    """Say that clients can come."""
+    exports = [
+        {"name": export.name, "uris": daemon.export_uris(export.name)} for export in daemon.exports
+    ]
+    uris = [uri for export in exports for uri in export["uris"]]
+    if values["as_json"]:
+        control = daemon.options.control
+        ready = {"pid": os.getpid(), "control": control and str(control), "exports": exports}
+        click.echo(msgspec.json.encode(ready))
+    elif values["print_uri"]:
+        click.echo("\n".join(uris))
+    else:
+        click.echo(f"nbdfleece: ready: {' '.join(uris)}")
+    sys.stdout.flush()
+    if values["ready_fd"] is not None:
+        with open(values["ready_fd"], "w") as stream:
+            stream.write("ready\n")

@@ -1,0 +1,126 @@
+"""A client of the control socket that waits for its answers; needs no event loop."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from ..errors import NbdfleeceError
+from .errors import ErrorClass, QmpError
+
+_RECEIVE_BYTES = 1 << 16
+
+
+class ConnectError(NbdfleeceError):
+    """No server can be reached."""
+
+
+class ServerGoneError(NbdfleeceError):
+    """The server hung up: it is ending, or has as many clients as it may; try again later."""
+
+
+class ControlClient:
+    """A session with a server, from entering this context to leaving it.
+
+    Args:
+        path: The control socket.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._received = bytearray()
+
+    def __enter__(self) -> Self:
+        """Connect and negotiate.
+
+        Raises:
+            ConnectError: There is no server, or it is none of ours to speak to.
+            ServerGoneError: It hung up.
+        """
+        try:
+            self._sock.connect(os.fspath(self._path))
+        except OSError as error:
+            self._sock.close()
+            raise ConnectError(
+                f"cannot reach a server at '{self._path}': {error.strerror or error}; is it running?"
+            ) from error
+        try:
+            self._check_greeting(self._receive())
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self._sock.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        error_class: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._sock.close()
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Have a command carried out; events that come meanwhile are dropped.
+
+        Args:
+            command: Its name.
+            arguments: Those that are None are left out.
+
+        Returns:
+            What the server returned, as JSON's types.
+
+        Raises:
+            QmpError: The command failed.
+            ServerGoneError: The server hung up; whether the command was carried out is not known.
+        """
+        given = {key: value for key, value in (arguments or {}).items() if value is not None}
+        try:
+            self._sock.sendall(
+                msgspec.json.encode({"execute": command, "arguments": given}) + b"\n"
+            )
+        except OSError as error:
+            raise self._gone() from error
+        while "event" in (message := self._receive()):
+            pass
+        if "error" in message:
+            raise _failure(message["error"])
+        return message["return"]
+
+    def _receive(self) -> dict[str, Any]:
+        while (end := self._received.find(b"\n")) < 0:
+            try:
+                data = self._sock.recv(_RECEIVE_BYTES)
+            except OSError as error:
+                raise self._gone() from error
+            if not data:
+                raise self._gone()
+            self._received += data
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        try:
+            return msgspec.json.decode(line, type=dict[str, Any])
+        except msgspec.MsgspecError as error:
+            raise ConnectError(f"'{self._path}' is no control socket: {error}") from error
+
+    def _check_greeting(self, greeting: dict[str, Any]) -> None:
+        try:
+            package = greeting["QMP"]["version"]["package"]
+        except (KeyError, TypeError):
+            package = None
+        if not str(package).startswith("nbdfleece "):
+            raise ConnectError(f"'{self._path}' is not the control socket of an nbdfleece server")
+
+    def _gone(self) -> ServerGoneError:
+        return ServerGoneError(f"the server at '{self._path}' hung up; try again later")
+
+
+def _failure(error: dict[str, Any]) -> QmpError:
+    error_class: ErrorClass = error["class"]
+    return QmpError(error["desc"], error_class)
