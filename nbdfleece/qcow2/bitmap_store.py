@@ -27,12 +27,13 @@ would leave, neither old nor new clusters are reused, and the store refuses
 further changes.
 
 **Before the first guest write** :meth:`BitmapStore.mark_in_use` marks what records,
-in place: the flags of an entry lie within one sector.
+in place: the flags of an entry lie within one sector. That goes for damaged
+entries too: another program may believe them (rule 2).
 
 **Damage.** :meth:`BitmapStore.load` never fails because of a bitmap: it lists what is
-wrong. A store with damage is not written to, except by :func:`repair_directory`,
-which keeps what is good and drops the rest. The clusters of what was dropped
-are leaked on purpose: a damaged table may point to anything.
+wrong. A directory with damage is not changed but by :meth:`BitmapStore.repair`,
+which keeps what is good and drops the rest. The clusters of what was dropped are
+leaked on purpose: a damaged table may point to anything.
 """
 
 from __future__ import annotations
@@ -316,19 +317,27 @@ class BitmapStore:
         async with self._lock:
             if self._switch is None or self._image.read_only:
                 return
-            directory_offset = self._switch.directory.directory_offset
-            marked: dict[str, _Held] = {}
+            # The damaged ones too: what we do not believe, others may.
+            positions = [held.position for held in self._held.values()]
+            positions += [damaged.position for damaged in self.damaged]
+            await self._mark_entries(self._switch.directory, positions)
             for name, held in self._held.items():
-                if held.entry.auto and not held.entry.in_use:
-                    flags = held.entry.flags | BitmapFlags.IN_USE
-                    offset = directory_offset + held.position + ENTRY_FLAGS_POSITION
-                    await self._write(offset, int(flags).to_bytes(4, "big"))
-                    marked[name] = held._replace(entry=held.entry._replace(flags=flags))
-            if marked:
-                await self._image.file.flush()
-            self._held.update(marked)
+                if held.entry.auto:
+                    entry = held.entry._replace(flags=held.entry.flags | BitmapFlags.IN_USE)
+                    self._held[name] = held._replace(entry=entry)
             if not keep_private_bit:
                 await self._switch.disown()
+
+    async def _mark_entries(self, directory: BitmapsExtension, positions: list[int]) -> None:
+        """Mark those of the directory's entries that record; none is torn, flags are 4 bytes."""
+        _, size, offset = directory
+        for position in positions:
+            if position + ENTRY_FLAGS_POSITION + 4 <= size:
+                place = offset + position + ENTRY_FLAGS_POSITION
+                flags = int.from_bytes(await self._image.file.read(place, 4), "big")
+                if flags & BitmapFlags.AUTO and not flags & BitmapFlags.IN_USE:
+                    await self._write(place, (flags | BitmapFlags.IN_USE).to_bytes(4, "big"))
+        await self._image.file.flush()
 
     def replace(
         self, entries: Sequence[StoredBitmap], private_payload: bytes | None

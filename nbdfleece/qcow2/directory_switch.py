@@ -144,18 +144,13 @@ class DirectorySwitch:
         return places[0] if places else None
 
     def _select(self) -> Selection | None:
-        """The record to go by. Without the private bit, what a slot names proves nothing:
-
-        QEMU may have put its own directory where an older one of ours was.
-        """
+        """The record to go by."""
         if self._private is None:
             return None
-        if self._has(Autoclear.PRIVATE):
-            return self._private.select_slot(
-                self.directory.directory_offset, self.directory.directory_size
-            )
-        newest = self._private.newest()
-        return None if newest is None else Selection(newest, matches_directory=False)
+        if not self._has(Autoclear.PRIVATE):
+            return self._private.select_stale()
+        _, size, offset = self.directory
+        return self._private.select_slot(offset, size)
 
     # Room
 
@@ -187,7 +182,7 @@ class DirectorySwitch:
         if with_directory and self._bitmaps_place() is None:
             room -= _BITMAPS_TOTAL
         slot_size = max(private_format.slot_size_for(room), 0)
-        return PrivateExtension(self._slot_size_before_bitmaps(slot_size), (None, None))
+        return PrivateExtension(self._slot_size_before_bitmaps(slot_size), 0, (None, None))
 
     def _bitmaps_place(self) -> PlacedExtension | None:
         """Where a bitmaps extension lies, or can lie, that one write within a sector switches."""
@@ -238,7 +233,8 @@ class DirectorySwitch:
         """A slot size with which a bitmaps extension behind the private one straddles no sector."""
         end = self._area.end + 2 * _EXTENSION_HEADER_SIZE
         while straddles(
-            end + PrivateExtension(slot_size, (None, None)).data_size, bitmaps_format.EXTENSION_SIZE
+            end + PrivateExtension(slot_size, 0, (None, None)).data_size,
+            bitmaps_format.EXTENSION_SIZE,
         ):
             slot_size -= 8
         return slot_size
@@ -284,7 +280,7 @@ class DirectorySwitch:
 
         Args:
             directory: Where the new directory is, or :data:`NO_DIRECTORY`.
-            payload: The record; None keeps the one that is in force, if one is.
+            payload: The record; None keeps the one that is in force, stale or not.
 
         Returns:
             The slot that will be in force with the directory, if any.
@@ -294,14 +290,13 @@ class DirectorySwitch:
             assert place is not None
             data = bitmaps_format.pack_extension(directory)
             await self._write(HeaderWrite(place.offset, data))
-        record = self.record
-        if payload is None and record is not None and record.matches_directory:
-            payload = record.payload
-        if payload is None:
+        _, size, offset = directory
+        if payload is not None:
+            return await self._write_slot(Slot(0, offset, size, SlotFlags.NONE, payload))
+        if self._selection is None or not self._selection.matches_directory:
             return None
-        return await self._write_slot(
-            Slot(0, directory.directory_offset, directory.directory_size, SlotFlags.NONE, payload)
-        )
+        kept = self._selection.slot
+        return await self._write_slot(kept._replace(directory_offset=offset, directory_size=size))
 
     async def _write_slot(self, slot: Slot) -> Slot:
         """Write a slot under the next generation where it destroys nothing that is in force."""
@@ -368,15 +363,28 @@ class DirectorySwitch:
         self.is_uncertain = False
 
     async def tidy(self) -> None:
-        """Make a bitmaps extension that no longer counts a placeholder: QEMU would warn of it."""
-        if self.directory != NO_DIRECTORY:
-            return
+        """Note which record is in force, and hide a bitmaps extension that no longer counts.
+
+        The switch is done and durable: a failure here is no failure of it.
+        """
         try:
-            for place in self._area.find(EXTENSION_BITMAPS):
-                await self._apply(retype(place, PLACEHOLDER_MAGIC))
+            await self._note_generation()
+            if self.directory == NO_DIRECTORY:
+                # QEMU would warn about one that its autoclear bit does not bear out.
+                for place in self._area.find(EXTENSION_BITMAPS):
+                    await self._apply(retype(place, PLACEHOLDER_MAGIC))
         except OSError as error:
-            # The switch itself is done and durable; a void extension is legal.
-            _log.warning("%s: the void bitmaps extension stays: %s", self._area.path, error)
+            _log.warning("%s: tidying the header failed: %s", self._area.path, error)
+
+    async def _note_generation(self) -> None:
+        place = self._private_place()
+        if self._private is None or place is None or self._selection is None:
+            return
+        slot, matches = self._selection
+        if matches and slot.generation != self._private.generation_in_force:
+            self._private = self._private._replace(generation_in_force=slot.generation)
+            offset = place.offset + private_format.IN_FORCE_POSITION
+            await self._write(HeaderWrite(offset, slot.generation.to_bytes(8, "big")))
 
     # Writing
 

@@ -18,6 +18,12 @@ copied to a slot that names the directory in force, with the flag
 bit is set. So a crash neither makes an old record look fresh nor lets one be
 believed whose directory never came into force.
 
+Once QEMU has put its own directory in place of ours, no slot names it, and the
+newest slot may be one that never came into force. Therefore the generation that did
+is noted in the extension after each switch, at leisure. If a power cut took that
+note and QEMU wrote next, the record is lost: "no known chain" is safe, a chain that
+belongs to another directory is not.
+
 The checksum is BLAKE2b cut to 64 bits rather than a CRC-32. A torn slot is a mix
 of two similar records, old sectors and new ones; taking it for good would mean a
 wrong chain and silently incomplete backups, so the odds have to be negligible
@@ -39,8 +45,11 @@ VERSION: Final = 1
 SLOT_SIZE_MAX: Final = 256 * 1024
 """Larger slots would only make images with large clusters slow to open."""
 
-_EXTENSION: Final = struct.Struct(">II")
+_EXTENSION: Final = struct.Struct(">IIQ")
 _SLOT: Final = struct.Struct(">8sQQQII")
+IN_FORCE_POSITION: Final = 8
+"""Where the generation in force is noted, in bytes from the beginning of the extension's data."""
+
 SLOT_HEADER_SIZE: Final = _SLOT.size
 """Bytes of a slot that are not payload."""
 
@@ -80,6 +89,8 @@ class PrivateExtension(NamedTuple):
 
     slot_size: int
     """Bytes of a slot, header included, a multiple of 8."""
+    generation_in_force: int
+    """The generation that is known to have come into force last; it may lag behind."""
     slots: tuple[Slot | None, Slot | None]
 
     @property
@@ -97,15 +108,15 @@ class PrivateExtension(NamedTuple):
         return _newest(self.slots)
 
     def select_slot(self, directory_offset: int, directory_size: int) -> Selection | None:
-        """Find the record that is in force with a directory.
+        """Find the record that is in force with a directory, nobody having written since.
 
         Args:
             directory_offset: Where the directory lies, in bytes; 0 if there is none.
             directory_size: Its size in bytes.
 
         Returns:
-            The newest slot that names the directory; if none does, the newest valid one;
-            None if none is valid.
+            The newest slot that names the directory; if none does, the newest that has
+            been in force; None if there is none.
         """
         wanted = (directory_offset, directory_size)
         named = _newest(
@@ -113,8 +124,21 @@ class PrivateExtension(NamedTuple):
             for slot in self.slots
             if slot and (slot.directory_offset, slot.directory_size) == wanted
         )
-        slot = named or self.newest()
-        return None if slot is None else Selection(slot, matches_directory=named is not None)
+        return self.select_stale() if named is None else Selection(named, matches_directory=True)
+
+    def select_stale(self) -> Selection | None:
+        """Find the newest record, somebody else having written since; None if it is in doubt.
+
+        What a slot names proves nothing then: QEMU may have put its own directory where
+        an older one of ours was.
+        """
+        newest = self.newest()
+        if newest is None or newest.generation < self.generation_in_force:
+            return None
+        is_copy = bool(newest.flags & (SlotFlags.STALE | SlotFlags.EMPTY))
+        if newest.generation > self.generation_in_force and not is_copy:
+            return None
+        return Selection(newest, matches_directory=False)
 
     def idle_index(self, in_force: Slot | None) -> int:
         """Which slot may be overwritten while ``in_force`` stays: an invalid or the older one."""
@@ -177,11 +201,12 @@ def pack_extension(extension: PrivateExtension) -> bytes:
     Wire:
         0 - 3: version, 1
         4 - 7: slot size in bytes
+        8 - 15: generation that came into force last, noted at leisure
         then two slots of that size
     """
     slots = [b"" if slot is None else pack_slot(slot) for slot in extension.slots]
     body = b"".join(slot.ljust(extension.slot_size, b"\0") for slot in slots)
-    return _EXTENSION.pack(VERSION, extension.slot_size) + body
+    return _EXTENSION.pack(VERSION, extension.slot_size, extension.generation_in_force) + body
 
 
 def unpack_extension(data: bytes | memoryview) -> PrivateExtension | None:
@@ -193,13 +218,13 @@ def unpack_extension(data: bytes | memoryview) -> PrivateExtension | None:
     """
     if len(data) < _EXTENSION.size:
         return None
-    version, slot_size = _EXTENSION.unpack_from(data)
+    version, slot_size, in_force = _EXTENSION.unpack_from(data)
     if version != VERSION or slot_size % 8 or len(data) != _EXTENSION.size + 2 * slot_size:
         return None
     first = _EXTENSION.size
     middle = first + slot_size
     slots = (_unpack_slot(data[first:middle]), _unpack_slot(data[middle:]))
-    return PrivateExtension(slot_size, slots)
+    return PrivateExtension(slot_size, in_force, slots)
 
 
 def _unpack_slot(data: bytes | memoryview) -> Slot | None:

@@ -54,6 +54,9 @@ def marked(size: int, granularity: int, seed: float, ranges: int = 12) -> Bitmap
     return bitmap
 
 
+NEW_BITS = marked(10 * MIB, 65536, seed=21)
+
+
 def frozen(name: str, content: Bitmap) -> StoredBitmap:
     return StoredBitmap(name, content.granularity, recording=False, in_use=False, content=content)
 
@@ -455,6 +458,46 @@ async def test_mark_in_use_marks_only_what_records(path: Path) -> None:
     assert bits["live"] == content
 
 
+async def test_damaged_entry_that_records_is_marked_in_use_too(path: Path) -> None:
+    """Rule 2: QEMU may believe it."""
+    await store_in(path, [frozen("a", NEW_BITS), recording("bb", NEW_BITS, in_use=False)])
+    damage(path, 32, struct.pack(">Q", 1 << 40))
+    image = await Qcow2Image.open(path, read_only=False)
+    store = await BitmapStore.load(image)
+    assert [item.name for item in store.damaged] == ["bb"]
+    await store.mark_in_use()
+    await image.close()
+    assert listed_bitmaps(path)["bb"] == (65536, {"auto", "in-use"})
+
+
+async def test_writer_that_keeps_no_promise_makes_the_record_stale(path: Path) -> None:
+    await store_in(path, [recording("live", NEW_BITS, in_use=False)], b"record")
+    image = await Qcow2Image.open(path, read_only=False)
+    store = await BitmapStore.load(image)
+    assert store.record == (b"record", True)
+    await store.mark_in_use()
+    assert store.record == (b"record", False)
+    await image.close()
+    store, _ = await load_from(path)
+    assert store.record == (b"record", False)
+    assert not store.private_bit_was_set
+    await store_in(path, [recording("live", NEW_BITS, in_use=False)], b"anew")
+    store, _ = await load_from(path)
+    assert store.record == (b"anew", True)
+    assert store.private_bit_was_set
+
+
+async def test_opening_for_writing_clears_foreign_autoclear_bits_only(path: Path) -> None:
+    await store_in(path, [frozen("a", NEW_BITS)], b"record")
+    content = bytearray(path.read_bytes())
+    content[93] |= 0x10
+    path.write_bytes(content)
+    await (await Qcow2Image.open(path, read_only=True)).close()
+    assert path.read_bytes() == bytes(content)
+    await (await Qcow2Image.open(path, read_only=False)).close()
+    assert header_features(path) == Autoclear.BITMAPS | Autoclear.PRIVATE
+
+
 async def test_bitmap_in_use_cannot_be_called_good_without_its_content(path: Path) -> None:
     content = marked(10 * MIB, 65536, seed=10)
     await store_in(path, [recording("live", content)])
@@ -597,7 +640,6 @@ STARTS = [
     start_with_all_dropped,
 ]
 
-NEW_BITS = marked(10 * MIB, 65536, seed=21)
 ENDS: dict[str, list[StoredBitmap]] = {
     "two": [frozen("a", NEW_BITS), recording("new", NEW_BITS, in_use=False)],
     "none": [],
@@ -635,6 +677,35 @@ async def cut_power(path: Path, payload: bytes | None, entries: list[StoredBitma
             path.write_bytes(state)
             check_image(path)
             assert set(listed_bitmaps(path)) == set(crashed[0])
+
+
+def test_power_cut_and_then_qemu_never_pairs_a_record_with_the_other_directory(
+    path: Path,
+) -> None:
+    start_with_ours(path)
+    asyncio.run(cut_power_then_run_qemu(path))
+
+
+async def cut_power_then_run_qemu(path: Path) -> None:
+    content = path.read_bytes()
+    old = await state_of(SimpleImage.from_bytes(content))
+    image = SimpleImage.from_bytes(content)
+    store = await BitmapStore.load(image)
+    await store.replace(ENDS["two"], b"payload" * 300)
+    await image.flush()
+    records = {"b": old[1], "new": (b"payload" * 300, True)}
+    found = []
+    for state in crash_states(content, image.file.log, seed=3):
+        path.write_bytes(state)
+        qemu_io(path, "write 0 4k")
+        store, _ = await load_from(path)
+        (recording_name,) = {entry.name for entry in store.entries} & {"b", "new"}
+        expected = records[recording_name]
+        assert expected is not None
+        assert store.record in (None, (expected[0], False))
+        found.append(store.record)
+    assert found[0] == (b"second" * 300, False)
+    assert found[-1] == (b"payload" * 300, False)
 
 
 def test_image_is_usable_after_any_power_cut(path: Path) -> None:
@@ -945,6 +1016,42 @@ async def test_bitmaps_that_share_a_cluster_are_damaged(path: Path) -> None:
     store, _ = await load_from(path)
     assert [entry.name for entry in store.entries] == ["c"]
     assert {item.name for item in store.damaged} == {"a", "b"}
+
+
+async def test_bitmap_that_points_to_the_refcount_table_is_damaged(path: Path) -> None:
+    await store_in(path, [frozen("a", NEW_BITS), frozen("b", NEW_BITS)], None)
+    content = bytearray(path.read_bytes())
+    (place,) = scan_extension_area(bytes(content[: 1 << 16]), "").find(BITMAPS_EXTENSION)
+    (directory,) = struct.unpack_from(">Q", content, place.offset + 16)
+    (table,) = struct.unpack_from(">Q", content, directory)
+    content[table : table + 8] = content[48:56]
+    path.write_bytes(content)
+    image = await Qcow2Image.open(path, read_only=False)
+    report = await repair_directory(image)
+    await image.close()
+    assert [entry.name for entry in report.kept] == ["b"]
+    assert "shares clusters" in report.dropped[0].reason
+    check_image(path)
+
+
+async def test_guest_write_never_reaches_a_bitmap(path: Path) -> None:
+    """A damaged L2 entry that leads to a bitmap's cluster."""
+    qemu_io(path, "write 0 64k")
+    await store_in(path, [frozen("a", NEW_BITS)], None)
+    content = bytearray(path.read_bytes())
+    (place,) = scan_extension_area(bytes(content[: 1 << 16]), "").find(BITMAPS_EXTENSION)
+    (directory,) = struct.unpack_from(">Q", content, place.offset + 16)
+    (table,) = struct.unpack_from(">Q", content, directory)
+    (l1_table,) = struct.unpack_from(">Q", content, 40)
+    (l2_table,) = struct.unpack_from(">Q", content, l1_table)
+    struct.pack_into(">Q", content, l2_table & ~(1 << 63), 1 << 63 | table)
+    path.write_bytes(content)
+    image = await Qcow2Image.open(path, read_only=False)
+    store = await BitmapStore.load(image)
+    with pytest.raises(OSError, match="metadata"):
+        await image.write(0, memoryview(b"guest"))
+    assert await store.load_bits("a") == NEW_BITS
+    await image.close()
 
 
 async def test_table_that_points_nowhere_is_damage_of_that_bitmap_alone(path: Path) -> None:
