@@ -12,6 +12,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from conformance import cases as _registered
 from conformance import matrix
 from conformance.case import READ_ONLY, TLS_FORCED, WRITABLE, Case, Export, Server
+from conformance.clients import run_clients
+from conformance.content import SMALL_DISK_BYTES
 from conformance.requirements import NOT_VISIBLE, REQUIREMENTS
 from conformance.runner import (
     FAIL,
@@ -40,6 +42,12 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--tree", type=Path, help="use the programs of this Debian tree")
     run.add_argument("--writable", action="store_true", help="a URI's export may be overwritten")
     run.add_argument("-v", "--verbose", action="store_true", help="print passed cases too")
+    clients = commands.add_parser("clients", help="run foreign clients against a server")
+    clients.add_argument("--server", required=True, help=", ".join(ADAPTERS))
+    clients.add_argument("--client", action="append", default=[], help="part of a check's name")
+    clients.add_argument("--json", type=Path, help="write the outcomes to this file")
+    clients.add_argument("--tree", type=Path, help="use the programs of this Debian tree")
+    clients.add_argument("-v", "--verbose", action="store_true", help="print passed checks too")
     commands.add_parser("list", help="list the cases")
     commands.add_parser("matrix", help="write README.md from the files in results/")
     return parser
@@ -53,7 +61,15 @@ def main() -> int:
         return 0
     if options.command == "list":
         return _list()
-    return _run(options)
+    return _clients(options) if options.command == "clients" else _run(options)
+
+
+def _clients(options: argparse.Namespace) -> int:
+    with place(options.tree, SMALL_DISK_BYTES) as where:
+        adapter = ADAPTERS[options.server](where)
+        version = adapter.version()
+        outcomes = _shown(run_clients(adapter, options.client), options.verbose)
+    return _finish(options, version, outcomes)
 
 
 def _list() -> int:
@@ -76,6 +92,10 @@ def _run(options: argparse.Namespace) -> int:
     else:
         version = options.server
         outcomes = _shown(_run_uri(options.server, options.writable, wanted), options.verbose)
+    return _finish(options, version, outcomes)
+
+
+def _finish(options: argparse.Namespace, version: str, outcomes: list[Outcome]) -> int:
     _summary(version, outcomes)
     if options.json:
         data = report(options.server, version, outcomes)
