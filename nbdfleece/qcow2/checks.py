@@ -14,8 +14,8 @@ def check_supported(header: Header, file: FileNode) -> None:
         UnsupportedImageError: A feature that we do not have, by its name.
         ImageError: The image is marked corrupt and is to be written.
     """
-    if header.has_data_file:
-        raise UnsupportedImageError(file.path, "external data files are not supported")
+    if header.has_data_file and header.snapshot_count:
+        raise ImageError(file.path, "an image with an external data file cannot have snapshots")
     if file.read_only:
         return
     if header.incompatible_features & Incompatible.CORRUPT:

@@ -17,6 +17,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Final
 
@@ -55,13 +56,14 @@ from .header import (
 )
 from .quarantine import Quarantine
 from .refcounts import Refcounts, unpack_refcount_table
+from .space import DataFileSpace, GuestSpace, ImageSpace
 from .status import describe
 from .subclusters import subcluster_runs
 from .tables import CACHE_BYTES, Mapping, MetadataMap
 from .write import Writer
 
-_CHAIN_MAX: Final = 200
-"""Images in a backing chain: enough for any, and it ends."""
+_CHAIN_FILES_MAX: Final = 200
+"""Files in a backing chain: enough for any, and it ends."""
 
 _INFLATE_INLINE_BYTES_MAX: Final = 64 << 10
 """Clusters up to this are inflated in the loop's thread: some 0.2 ms."""
@@ -79,12 +81,20 @@ class Qcow2Image(BlockNode):
 
     refcounts: Refcounts
     epochs: Epochs
+    space: GuestSpace
     _writer: Writer
 
     def __init__(
-        self, file: FileNode, header: Header, l1: Entries, backing: BlockNode | None
+        self,
+        file: FileNode,
+        data_file: FileNode,
+        header: Header,
+        l1: Entries,
+        backing: BlockNode | None,
     ) -> None:
         self.file = file
+        self.data_file = data_file
+        """Where guest data lie: ``file``, or an external data file."""
         self.path = file.path
         self.header = header
         self.size = header.size
@@ -108,6 +118,8 @@ class Qcow2Image(BlockNode):
         self._cluster_mask = header.cluster_size - 1
         self._l2_bits = self.layout.l2_entries.bit_length() - 1
         self._l2_mask = self.layout.l2_entries - 1
+        self._guarded: set[int] = set()
+        """Clusters of ``data_file`` that guest data must not touch."""
         self._inflated: dict[int, bytes] = {}
 
     @classmethod
@@ -157,25 +169,24 @@ class Qcow2Image(BlockNode):
             OSError: A file cannot be opened or read.
             ImageError: As for :meth:`open`.
         """
-        backing: BlockNode | None = None
-        try:
+        async with AsyncExitStack() as opened:
+            opened.push_async_callback(file.close)
             raw = await file.read(0, min(file.size, HEADER_BYTES_MAX))
             header = unpack_header(raw, file.path, file.size)
             check_supported(header, file)
             l1 = np.frombuffer(
                 await file.read(header.l1_table_offset, header.l1_size * 8), dtype=">u8"
             ).astype(np.uint64)
-            backing = await _open_backing(
-                file, header, backing_policy, force_share, chain | {file.identity}
-            )
-            image = cls(file, header, l1, backing)
+            data_file = _open_data_file(file, header, backing_policy, force_share)
+            opened.push_async_callback(data_file.close)
+            chain |= {file.identity, data_file.identity}
+            backing = await _open_backing(file, header, backing_policy, force_share, chain)
+            if backing is not None:
+                opened.push_async_callback(backing.close)
+            image = cls(file, data_file, header, l1, backing)
             if not file.read_only:
                 await image._prepare_writing()
-        except BaseException:
-            if backing is not None:
-                await backing.close()
-            await file.close()
-            raise
+            opened.pop_all()
         return image
 
     async def _prepare_writing(self) -> None:
@@ -191,13 +202,29 @@ class Qcow2Image(BlockNode):
         self.refcounts = Refcounts(
             file, header, blocks, self.metadata, self.quarantine, self.note_damage
         )
-        self.epochs = Epochs(file, header, self.mapping, self.refcounts, self.quarantine, file)
+        self.epochs = Epochs(
+            file, header, self.mapping, self.refcounts, self.quarantine, self.data_file
+        )
+        if header.has_data_file:
+            self.space = DataFileSpace(self.data_file, self._cluster_bits, self.size)
+        else:
+            self._guarded = self.metadata.clusters
+            self.space = ImageSpace(
+                file,
+                self._cluster_bits,
+                self.refcounts,
+                self.quarantine,
+                self.metadata,
+                self.note_damage,
+            )
         self._writer = Writer(self)
         await self._clear_autoclear_bits()
 
     async def _clear_autoclear_bits(self) -> None:
         """Clear the bits of features that we do not keep up while we write; 8 bytes, no more."""
         known = int(Autoclear.BITMAPS | Autoclear.PRIVATE)
+        if self.header.has_data_file:  # we keep a raw data file equal to the disk
+            known |= Autoclear.DATA_FILE_RAW
         if self.header.autoclear_features & ~known:
             self.header.autoclear_features &= known
             bits = self.header.autoclear_features.to_bytes(8, "big")
@@ -250,7 +277,7 @@ class Qcow2Image(BlockNode):
                 reads = self.quarantine.reads
                 reads.count += 1
                 try:
-                    await self.file.read_into((entry & OFFSET_MASK) + within, view)
+                    await self.data_file.read_into((entry & OFFSET_MASK) + within, view)
                 finally:
                     reads.count -= 1
                 return
@@ -302,7 +329,7 @@ class Qcow2Image(BlockNode):
         for run in subcluster_runs(bitmap, first, end):
             length = min(len(view), run.end * size - within)
             if run.kind is Kind.NORMAL:
-                await self.file.read_into(host + within, view[:length])
+                await self.data_file.read_into(host + within, view[:length])
             elif run.kind is Kind.UNALLOCATED:
                 await self._read_backing(offset, view[:length])
             else:
@@ -314,7 +341,7 @@ class Qcow2Image(BlockNode):
     async def _read_run(self, run: Run, within: int, offset: int, view: memoryview) -> None:
         """Read guest offset ``offset``, which lies ``within`` bytes after a run's beginning."""
         if run.kind is Kind.NORMAL:
-            await self.file.read_into((run.entry & OFFSET_MASK) + within, view)
+            await self.data_file.read_into((run.entry & OFFSET_MASK) + within, view)
         elif run.kind is Kind.UNALLOCATED:
             await self._read_backing(offset, view)
         elif run.kind is Kind.COMPRESSED:
@@ -370,13 +397,13 @@ class Qcow2Image(BlockNode):
             if (
                 entry & IN_PLACE == COPIED
                 and host
-                and host >> self._cluster_bits not in self.metadata.clusters
+                and host >> self._cluster_bits not in self._guarded
                 and len(data) <= INLINE_BYTES_MAX
                 and self.ranges.is_idle
                 and not self.read_only
             ):
                 table.is_recent = True
-                await self.file.write(host + within, data)
+                await self.data_file.write(host + within, data)
                 return
         self.check_writable()
         await self._writer.write(offset, data)
@@ -455,8 +482,23 @@ class Qcow2Image(BlockNode):
                 await self.epochs.settle()
         finally:
             await self.file.close()
+            await self.data_file.close()
             if self.backing is not None:
                 await self.backing.close()
+
+
+def _open_data_file(
+    file: FileNode, header: Header, policy: BackingPolicy, force_share: bool
+) -> FileNode:
+    """Open the external data file that a header names; the image file itself if it needs none."""
+    if not header.has_data_file:
+        return file
+    if header.data_file is None:
+        raise ImageError(file.path, "needs an external data file, but does not name it")
+    path = resolve_name(file.path, header.data_file, policy)
+    if os.path.samefile(path, file.path):
+        raise ImageError(file.path, "names itself as its external data file")
+    return FileNode.open(path, read_only=file.read_only, force_share=force_share)
 
 
 async def _open_backing(
@@ -471,10 +513,13 @@ async def _open_backing(
         return None
     name = os.fsdecode(header.backing_file)
     path = resolve_name(file.path, name, policy)
+    info = os.stat(path)
+    if (info.st_dev, info.st_ino) in chain:
+        raise ImageError(file.path, f"the chain of backing files comes back to {path!r}")
+    if len(chain) >= _CHAIN_FILES_MAX:
+        raise ImageError(file.path, f"there are {_CHAIN_FILES_MAX} files above in the chain")
     below = FileNode.open(path, read_only=True, force_share=force_share)
     try:
-        if below.identity in chain or len(chain) >= _CHAIN_MAX:
-            raise ImageError(file.path, f"the chain of backing files comes back to {path!r}")
         image_format = await backing_format(file.path, header, below)
     except BaseException:
         await below.close()

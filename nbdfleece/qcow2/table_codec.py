@@ -35,7 +35,7 @@ def copied_table(table: L2Table, host_offset: int) -> L2Table:
 
 
 def unpack_table(
-    raw: bytes | bytearray, host_offset: int, layout: Layout, host_end: int
+    raw: bytes | bytearray, host_offset: int, layout: Layout, host_end: int, guest_offset: int
 ) -> L2Table:
     """Decode an L2 table and mark what cannot be meant in it.
 
@@ -44,6 +44,7 @@ def unpack_table(
         host_offset: Where it lies.
         layout: The image's.
         host_end: Host offsets from here on are past the end of the file.
+        guest_offset: Of the table's first cluster.
     """
     words = np.frombuffer(raw, dtype=">u8").astype(np.uint64)
     bitmaps = words[1::2].copy() if layout.has_extended_l2 else None
@@ -53,7 +54,7 @@ def unpack_table(
     entries = np.where(is_compressed, stored & ~np.uint64(COPIED), stored & np.uint64(keep))
     invalid = ~is_compressed & _is_invalid(entries, layout, host_end)
     if layout.has_data_file:
-        invalid |= is_compressed
+        invalid |= is_compressed | _is_elsewhere(entries, layout, guest_offset)
     else:  # offset 0 is unallocated; only an external data file has a cluster there
         entries[(entries & np.uint64(OFFSET_MASK | COMPRESSED)) == 0] &= np.uint64(ZERO)
     if bitmaps is not None:
@@ -68,10 +69,20 @@ def _is_invalid(entries: Entries, layout: Layout, host_end: int) -> Flags:
     """Offsets off a cluster's start or past the file's end; version 2's reserved bit 0."""
     offsets = entries & np.uint64(OFFSET_MASK)
     invalid: Flags = (offsets & np.uint64(layout.cluster_size - 1)) != 0
-    invalid |= offsets >= np.uint64(host_end)
+    if not layout.has_data_file:
+        invalid |= offsets >= np.uint64(host_end)
     if layout.version < 3:
         invalid |= (entries & np.uint64(ZERO)) != 0
     return invalid
+
+
+def _is_elsewhere(entries: Entries, layout: Layout, guest_offset: int) -> Flags:
+    """Host offsets that are not the guest offset, as they must be in an external data file."""
+    steps = np.arange(len(entries), dtype=np.uint64) << np.uint64(layout.cluster_bits)
+    offsets = entries & np.uint64(OFFSET_MASK)
+    has_host = (entries & np.uint64(OFFSET_MASK | COPIED)) != 0
+    elsewhere: Flags = has_host & (offsets != steps + np.uint64(guest_offset))
+    return elsewhere
 
 
 def pack_table(table: L2Table, first: int, end: int) -> bytes:

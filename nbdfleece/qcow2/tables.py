@@ -124,7 +124,8 @@ class Mapping:
             self._on_damage(f"L1 entry {l1_index} leads to {host_offset:#x}")
             raise OSError(errno.EIO, f"damaged L1 entry {l1_index}", self._file.path)
         raw = await self._file.read(host_offset, size)
-        table = unpack_table(raw, host_offset, self._layout, host_end)
+        first_guest_offset = l1_index * self._layout.l2_entries * size
+        table = unpack_table(raw, host_offset, self._layout, host_end, first_guest_offset)
         if table.is_invalid:
             self._on_damage(f"the L2 table at {host_offset:#x} has impossible entries")
         self.add(l1_index, table)

@@ -18,9 +18,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from .compressed import compressed_range
 from .entries import (
-    COMPRESSED,
     COPIED,
     OFFSET_MASK,
     SUBCLUSTERS,
@@ -61,7 +59,7 @@ class Writer:
         self._mapping = image.mapping
         self._refcounts = image.refcounts
         self._quarantine = image.quarantine
-        self._file = image.file
+        self._space = image.space
         self._cluster_bits = image.layout.cluster_bits
         self._cluster_size = image.layout.cluster_size
         self._l2_entries = image.layout.l2_entries
@@ -86,7 +84,7 @@ class Writer:
     async def _write_part(self, offset: int, data: memoryview, part: _Part) -> None:
         """Write what of ``data``, which begin at ``offset``, lies in one L2 table's range."""
         end = offset + len(data)
-        guest = self._guest_offset(part)
+        guest = self._offset_of(part, part.first)
         for run in find_runs(part.table, part.first, part.end, self._cluster_size):
             run_end = guest + (run.clusters << self._cluster_bits)
             low, high = max(guest, offset), min(run_end, end)
@@ -97,7 +95,7 @@ class Writer:
         """Write data that lie within one run of clusters."""
         if run.kind is Kind.NORMAL and run.entry & COPIED:
             skip = offset & self._cluster_size - 1
-            await self._write_host((run.entry & OFFSET_MASK) + skip, data)
+            await self._space.write((run.entry & OFFSET_MASK) + skip, data)
         elif run.kind is Kind.ZERO_ALLOC and run.entry & COPIED:
             index = self._index(offset)
             await self._fill(run.entry & OFFSET_MASK, offset, data, False, False)
@@ -131,11 +129,12 @@ class Writer:
             host = entry & OFFSET_MASK
             await self._fill_subclusters(host, bitmap, offset, data, False)
         else:
-            host, _, is_fresh = await self._refcounts.allocate_up_to(1)
+            new = await self._space.take(offset & ~(self._cluster_size - 1), 1)
+            host = new.offset
             try:
-                await self._fill_subclusters(host, bitmap, offset, data, is_fresh)
+                await self._fill_subclusters(host, bitmap, offset, data, new.is_fresh)
             except BaseException:
-                await self._refcounts.release(host, self._cluster_size)
+                await self._space.give_back(new)
                 raise
         within = offset & self._cluster_size - 1
         first = within // self._subcluster_size
@@ -158,7 +157,7 @@ class Writer:
             if kind is not None and kind is not Kind.NORMAL:
                 has_old = not self._reads_as_zeroes(kind)
                 await self._fill_edge(position, start, length, has_old, is_fresh)
-        await self._write_host(host + within, data)
+        await self._space.write(host + within, data)
 
     async def _write_new(self, part: _Part, run: Run, offset: int, data: memoryview) -> None:
         """Write data into new host clusters, with what was around them copied along."""
@@ -166,12 +165,12 @@ class Writer:
         while len(data):
             start = offset & ~(self._cluster_size - 1)
             wanted = -(-(offset + len(data) - start) // self._cluster_size)
-            new = await self._refcounts.allocate_up_to(wanted)
+            new = await self._space.take(start, wanted)
             length = min(len(data), start + (new.clusters << self._cluster_bits) - offset)
             try:
                 await self._fill(new.offset, offset, data[:length], has_old, new.is_fresh)
             except BaseException:
-                await self._refcounts.release(new.offset, new.clusters << self._cluster_bits)
+                await self._space.give_back(new)
                 raise
             self._replace(part, self._index(offset), new.clusters, new.offset | COPIED)
             offset += length
@@ -196,7 +195,7 @@ class Writer:
             await self._fill_edge(host, offset - skip, skip, has_old, is_fresh)
         if tail:
             await self._fill_edge(host + skip + len(data), end, tail, has_old, is_fresh)
-        await self._write_host(host + skip, data)
+        await self._space.write(host + skip, data)
 
     async def _fill_edge(
         self, host: int, offset: int, length: int, has_old: bool, is_fresh: bool
@@ -208,17 +207,7 @@ class Writer:
             await self._image.read_into(offset, memoryview(content)[:readable])
         elif is_fresh:
             return
-        await self._write_host(host, memoryview(content))
-
-    async def _write_host(self, host: int, data: memoryview) -> None:
-        """Write guest data to the image file, but never over metadata (rule 4)."""
-        self._check_no_metadata(host, len(data))
-        await self._file.write(host, data)
-
-    def _check_no_metadata(self, host: int, length: int) -> None:
-        if self._image.metadata.overlaps(host, length):
-            self._image.note_damage(f"a guest cluster lies over metadata at {host:#x}")
-            raise OSError(errno.EIO, "guest data lie over metadata", self._image.path)
+        await self._space.write(host, memoryview(content))
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
         """Make a range read as zeroes; whole clusters by their entries alone."""
@@ -234,6 +223,7 @@ class Writer:
                 return
             await self._write_zero_data(offset, first)
             if self._can_forget:
+                await self._space.zero(first, last - first, unmap=unmap)
                 await self._change_clusters(first, last, self._forget if unmap else self._keep)
             else:
                 await self._write_zero_data(first, min(last, end))
@@ -247,6 +237,7 @@ class Writer:
             return
         async with self._image.ranges.hold(first, last):
             self._image.check_writable()
+            await self._space.zero(first, last - first, unmap=True)
             await self._change_clusters(first, last, self._forget)
 
     @property
@@ -303,14 +294,14 @@ class Writer:
         if run.kind is Kind.UNALLOCATED and self._image.backing is None:
             return
         entry = ZERO if self._has_zero_flag else 0
-        self._free(run.entry, run.clusters, punch=True)
+        self._space.free(run.entry, run.clusters, punch=True)
         self._set(part, index, run.clusters, entry, 0)
 
     async def _keep(self, part: _Part, index: int, run: Run) -> None:
         """Make a run read as zeroes and keep, or take, host clusters for it."""
         if not self._has_zero_flag:
             await self._write(
-                self._guest_offset(part) + (index - part.first << self._cluster_bits),
+                self._offset_of(part, index),
                 memoryview(bytes(run.clusters << self._cluster_bits)),
             )
         elif run.kind is Kind.ZERO_ALLOC and run.entry & COPIED:
@@ -324,12 +315,11 @@ class Writer:
     async def _provision(self, part: _Part, index: int, count: int) -> None:
         """Give a run new host clusters that read as zeroes."""
         while count:
-            new = await self._refcounts.allocate_up_to(count)
-            length = new.clusters << self._cluster_bits
+            new = await self._space.take(self._offset_of(part, index), count)
             try:
-                await self._file.write_zeroes(new.offset, length, unmap=False)
+                await self._space.provision(new)
             except BaseException:
-                await self._refcounts.release(new.offset, length)
+                await self._space.give_back(new)
                 raise
             self._replace(part, index, new.clusters, new.offset | COPIED | ZERO)
             index += new.clusters
@@ -338,28 +328,12 @@ class Writer:
     def _replace(self, part: _Part, index: int, count: int, entry: int) -> None:
         """Let entries lead to new host clusters, and free what they led to."""
         for run in find_runs(part.table, index, index + count, self._cluster_size):
-            self._free(run.entry, run.clusters, punch=False)
+            self._space.free(run.entry, run.clusters, punch=False)
         self._set(part, index, count, entry, self._cluster_size)
 
     def _set(self, part: _Part, index: int, count: int, entry: int, step: int) -> None:
         part.table.set_run(index, count, entry, step)
         self._mapping.touch(part.l1_index, part.table, index, index + count)
-
-    def _free(self, entry: int, count: int, *, punch: bool) -> None:
-        """Put the host clusters of a run, if it has any, into quarantine."""
-        if entry & COMPRESSED:
-            offset, length = compressed_range(entry, self._cluster_bits)
-            last = offset + length - 1 >> self._cluster_bits
-            first = offset >> self._cluster_bits
-            # Other compressed clusters may lie in the same host clusters: never punched.
-            self._quarantine.add(
-                first << self._cluster_bits, last + 1 - first << self._cluster_bits
-            )
-        elif entry & OFFSET_MASK:
-            host, length = entry & OFFSET_MASK, count << self._cluster_bits
-            self._check_no_metadata(host, length)
-            # Without COPIED an internal snapshot may have the cluster, too.
-            self._quarantine.add(host, length, punch=punch and bool(entry & COPIED))
 
     def _reads_as_zeroes(self, kind: Kind) -> bool:
         if kind is Kind.UNALLOCATED:
@@ -433,9 +407,9 @@ class Writer:
         """The index of a guest offset in its L2 table."""
         return (offset >> self._cluster_bits) % self._l2_entries
 
-    def _guest_offset(self, part: _Part) -> int:
-        """The guest offset of a part's first cluster."""
-        return (part.l1_index * self._l2_entries + part.first) << self._cluster_bits
+    def _offset_of(self, part: _Part, index: int) -> int:
+        """The guest offset of the cluster at an index of a part's table."""
+        return (part.l1_index * self._l2_entries + index) << self._cluster_bits
 
 
 def _may_be_partial(run: Run) -> bool:

@@ -134,6 +134,31 @@ async def test_image_with_extended_l2_entries_reads_and_maps_alike(
     await compare(path, rng, sees_holes_below=cluster_size == 2 * MIB)
 
 
+@pytest.mark.parametrize("is_raw", ["off", "on"])
+@pytest.mark.parametrize("is_extended", ["off", "on"])
+async def test_image_with_external_data_file_reads_alike(
+    folder: Path, is_raw: str, is_extended: str
+) -> None:
+    path = folder / "disk.qcow2"
+    rng = random.Random(1)
+    options = f"data_file={folder}/data.raw,data_file_raw={is_raw},extended_l2={is_extended}"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, str(SIZE))
+    qemu_io(path, work_of_qemu(rng, 40, SIZE, 65536))
+    await compare(path, rng, sees_holes_below=True)
+
+
+@pytest.mark.parametrize("policy", [BackingPolicy.REFUSE, BackingPolicy.SAME_FOLDER])
+async def test_data_file_that_may_not_be_opened_is_refused(
+    folder: Path, policy: BackingPolicy
+) -> None:
+    (folder / "in").mkdir()
+    path = folder / "in" / "disk.qcow2"
+    options = f"data_file={folder}/data.raw"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, str(SIZE))
+    with pytest.raises(ImageError, match=r"data\.raw"):
+        await Qcow2Image.open(path, read_only=True, backing_policy=policy)
+
+
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
 @pytest.mark.parametrize("cluster_size", [512, 65536, 2 * MIB])
 async def test_compressed_image_reads_alike(

@@ -48,6 +48,21 @@ async def test_random_work_on_extended_l2_entries_with_qemu_taking_turns_agrees(
     await take_turns(path, content, cluster_size, rng)
 
 
+@pytest.mark.parametrize("is_raw", ["off", "on"])
+@pytest.mark.parametrize("is_extended", ["off", "on"])
+async def test_random_work_on_an_external_data_file_with_qemu_taking_turns_agrees(
+    folder: Path, is_raw: str, is_extended: str
+) -> None:
+    path, data = folder / "disk.qcow2", folder / "data.raw"
+    size = 4 * MIB + 3 * 512
+    options = f"data_file={data},data_file_raw={is_raw},extended_l2={is_extended}"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, str(size))
+    content = bytearray(size)
+    await take_turns(path, content, 65536, random.Random(8))
+    if is_raw == "on":
+        assert data.read_bytes()[:size] == content  # QEMU rounds it up to whole clusters
+
+
 @pytest.mark.parametrize(("cluster_size", "refcount_bits", "version"), FORMATS)
 async def test_random_work_with_qemu_taking_turns_agrees(
     folder: Path, cluster_size: int, refcount_bits: int, version: int
