@@ -186,7 +186,9 @@ class BitmapStore:
     @property
     def payload_bytes_max(self) -> int:
         """The largest private payload that the image's header has room for; 0 if it has none."""
-        return 0 if self._switch is None else self._switch.payload_bytes_max(with_directory=True)
+        if self._switch is None:
+            return 0
+        return max(self._switch.payload_bytes_max(with_directory=True), 0)
 
     async def load_bits(self, name: str) -> Bitmap:
         """Read the bits of a bitmap as they were last stored.
@@ -325,6 +327,7 @@ class BitmapStore:
                 if held.entry.auto:
                     entry = held.entry._replace(flags=held.entry.flags | BitmapFlags.IN_USE)
                     self._held[name] = held._replace(entry=entry)
+            await self._switch.note_generation()
             if not keep_private_bit:
                 await self._switch.disown()
 

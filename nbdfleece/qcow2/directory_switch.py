@@ -128,8 +128,11 @@ class DirectorySwitch:
         places = self._area.find(EXTENSION_BITMAPS)
         if not places or not self._has(Autoclear.BITMAPS):
             return NO_DIRECTORY
+        data = self._area.data(places[-1])
+        if any(self._area.data(place) != data for place in places):
+            self.fault = "there are two bitmaps extensions"
+            return NO_DIRECTORY
         try:
-            data = self._area.data(places[-1])
             return bitmaps_format.unpack_extension(data, self.geometry(), self._area.path)
         except ImageError as error:
             self.fault = str(error)
@@ -166,14 +169,14 @@ class DirectorySwitch:
         if len(payload) > room:
             raise StateError(
                 f"{self._area.path}: the chain record needs {len(payload)} bytes, but the header"
-                f" of an image with {self._image.cluster_size}-byte clusters has room for {room};"
-                " use larger clusters"
+                f" of an image with {self._image.cluster_size}-byte clusters has room for"
+                f" {max(room, 0)}; use larger clusters"
             )
 
     def payload_bytes_max(self, *, with_directory: bool) -> int:
-        """The largest payload that there is room for, next to a directory or without one."""
+        """The largest payload that there is room for; negative if not even an empty one fits."""
         private = self._private or self._new_private(with_directory=with_directory)
-        return max(private.payload_bytes_max, 0)
+        return private.payload_bytes_max
 
     def _new_private(self, *, with_directory: bool) -> PrivateExtension:
         """An empty extension that leaves room for others; its slots may be too small for use."""
@@ -181,8 +184,8 @@ class DirectorySwitch:
         room -= _EXTENSION_HEADER_SIZE
         if with_directory and self._bitmaps_place() is None:
             room -= _BITMAPS_TOTAL
-        slot_size = max(private_format.slot_size_for(room), 0)
-        return PrivateExtension(self._slot_size_before_bitmaps(slot_size), 0, (None, None))
+        slot_size = self._slot_size_before_bitmaps(private_format.slot_size_for(room))
+        return PrivateExtension(max(slot_size, 0), 0, (None, None))
 
     def _bitmaps_place(self) -> PlacedExtension | None:
         """Where a bitmaps extension lies, or can lie, that one write within a sector switches."""
@@ -319,9 +322,8 @@ class DirectorySwitch:
         Raises:
             OSError: It failed and was taken back, or ``is_uncertain`` is set.
         """
-        switch, back = self._plan_switch(directory)
-        if switch is not None and back is not None:
-            await self._write_or_take_back(switch, back)
+        if self.directory != NO_DIRECTORY or directory != NO_DIRECTORY:
+            await self._write_or_take_back(*self._plan_switch(directory))
         self.directory = directory
         self.fault = None
         if slot is not None:
@@ -329,22 +331,14 @@ class DirectorySwitch:
         elif self._selection is not None:
             self._selection = self._selection._replace(matches_directory=False)
 
-    def _plan_switch(
-        self, directory: BitmapsExtension
-    ) -> tuple[HeaderWrite | None, HeaderWrite | None]:
+    def _plan_switch(self, directory: BitmapsExtension) -> tuple[HeaderWrite, HeaderWrite]:
         """The write that puts ``directory`` in force, and the one that takes it back."""
-        if self.directory == NO_DIRECTORY and directory == NO_DIRECTORY:
-            return None, None
+        set_bit = self._autoclear_write(set_=Autoclear.BITMAPS)
+        clear_bit = self._autoclear_write(clear=Autoclear.BITMAPS)
         if directory == NO_DIRECTORY:
-            return (
-                self._autoclear_write(clear=Autoclear.BITMAPS),
-                self._autoclear_write(set_=Autoclear.BITMAPS),
-            )
+            return clear_bit, set_bit
         if self.directory == NO_DIRECTORY:
-            return (
-                self._autoclear_write(set_=Autoclear.BITMAPS),
-                self._autoclear_write(clear=Autoclear.BITMAPS),
-            )
+            return set_bit, clear_bit
         place = self._bitmaps_place()
         assert place is not None
         return (
@@ -368,7 +362,7 @@ class DirectorySwitch:
         The switch is done and durable: a failure here is no failure of it.
         """
         try:
-            await self._note_generation()
+            await self.note_generation()
             if self.directory == NO_DIRECTORY:
                 # QEMU would warn about one that its autoclear bit does not bear out.
                 for place in self._area.find(EXTENSION_BITMAPS):
@@ -376,7 +370,8 @@ class DirectorySwitch:
         except OSError as error:
             _log.warning("%s: tidying the header failed: %s", self._area.path, error)
 
-    async def _note_generation(self) -> None:
+    async def note_generation(self) -> None:
+        """Note which record is in force, if it is not noted; it need not be durable soon."""
         place = self._private_place()
         if self._private is None or place is None or self._selection is None:
             return

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.errors import StateError
-from nbdfleece.qcow2.bitmap_store import BitmapStore
+from nbdfleece.qcow2.bitmap_store import BitmapStore, repair_directory
 from nbdfleece.qcow2.extension_area import PLACEHOLDER_MAGIC, scan_extension_area
 from nbdfleece.qcow2.header import Autoclear
 from nbdfleece.qcow2.image import Qcow2Image
@@ -226,4 +226,48 @@ async def test_payload_room_grows_with_the_cluster(path: Path) -> None:
     store, _ = await load_from(path)
     assert 30000 < store.payload_bytes_max < 31000
     await store_in(path, [frozen("a", bits)], bytes(store.payload_bytes_max))
+    check_clean(path)
+
+
+async def test_record_is_noted_as_in_force_before_the_first_guest_write(path: Path) -> None:
+    """A power cut may have taken the note; QEMU must not make us lose the record later."""
+    await store_in(path, [recording("live", NEW_BITS, in_use=False)], b"record")
+    content = bytearray(path.read_bytes())
+    (place,) = scan_extension_area(bytes(content[: 1 << 16]), "").find(EXTENSION_MAGIC)
+    content[place.offset + 8 : place.offset + 16] = bytes(8)
+    path.write_bytes(content)
+    image = await Qcow2Image.open(path, read_only=False)
+    store = await BitmapStore.load(image)
+    assert store.record == (b"record", True)
+    await store.mark_in_use(keep_private_bit=True)
+    await image.close()
+    qemu_io(path, "write 0 4k")
+    assert (await load_from(path))[0].record == (b"record", False)
+
+
+async def test_two_bitmaps_extensions_that_differ_are_damage(path: Path) -> None:
+    await store_in(path, [frozen("a", NEW_BITS)], None)
+    insert_extension(path, BITMAPS_EXTENSION, bytes(24))
+    store, _ = await load_from(path)
+    assert "two bitmaps extensions" in store.damaged[0].reason
+    image = await Qcow2Image.open(path, read_only=False)
+    await repair_directory(image)
+    await image.close()
+    assert listed_bitmaps(path) == {}
+    check_image(path)
+
+
+@pytest.mark.parametrize("end", range(440, 504, 8))
+async def test_empty_record_fits_or_is_refused_wherever_the_extensions_end(
+    folder: Path, end: int
+) -> None:
+    path = create(folder / "disk.qcow2", 1 * MIB, cluster_size=512)
+    insert_extension(path, 0x12345678, bytes(end - 112 - 8))
+    bits = marked(1 * MIB, 512, seed=1)
+    try:
+        await store_in(path, [frozen("a", bits)], b"")
+    except StateError:
+        assert listed_bitmaps(path) == {}
+    else:
+        assert qemu_dirty_ranges(path, "a") == list(bits.dirty_ranges())
     check_clean(path)
