@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ssl
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from conformance.errors import NotApplicable, expect, require
 from conformance.replies import Reply
 from conformance.requirements import REQUIREMENTS
 from conformance.stream import TIMEOUT_SECONDS, Endpoint
-from conformance.wire import Flag
+from conformance.wire import Cmd, Flag
 
 # Configurations: how a server is set up for a case.
 READ_ONLY = "read-only"
@@ -265,6 +266,24 @@ def still_serves(server: Server) -> None:
     """Another client gets a reply: the server as a whole took no harm."""
     with server.enter() as other:
         other.read(0, 512 if (other.export.size >= 512) else 1)
+
+
+@contextlib.contextmanager
+def draining(server: Server) -> Iterator[None]:
+    """Tell the server to stop while a client has not read its replies yet.
+
+    What is in flight holds the server between running and ended, where the protocol has rules;
+    a server with nothing to finish may go at once.
+    """
+    require(server.process, "the suite did not start this server")
+    assert server.process is not None
+    with server.enter() as busy:
+        size = min(busy.export.size, 1 << 20)
+        busy.send(*(busy.request(Cmd.READ, 0, size) for _ in range(16)))
+        busy.receive()
+        server.process.terminate()
+        time.sleep(0.3)
+        yield
 
 
 def expect_error(reply: Reply, *wanted: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -60,6 +59,7 @@ class Plan:
 
     Attributes:
         restart_argv: The command line after a SIGKILL, where it has to be another one.
+        then: Command lines that set the started server up.
     """
 
     argv: list[str]
@@ -69,6 +69,7 @@ class Plan:
     strict_names: bool = True
     pid_file: Path | None = None
     restart_argv: list[str] | None = None
+    then: tuple[list[str], ...] = ()
 
 
 class Adapter(ABC):
@@ -141,6 +142,14 @@ class Running:
             time.sleep(0.02)
         if self.plan.pid_file is not None:
             self._pid = int(self.plan.pid_file.read_text())
+        for words in self.plan.then:
+            self._set_up(words)
+
+    def _set_up(self, words: list[str]) -> None:
+        result = subprocess.run(words, capture_output=True, text=True, timeout=START_SECONDS)
+        if result.returncode:
+            self.stop()
+            raise StartError(f"{' '.join(words)}: {result.stderr.strip()}")
 
     def _starting(self) -> bool:
         assert self._process is not None
@@ -228,16 +237,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def first_line(programs: Programs, *words: str) -> str:
+def first_line(*argv: str) -> str:
     """The first line that a program prints about its version."""
-    result = subprocess.run(
-        programs.argv(*words), capture_output=True, text=True, timeout=20, check=False
-    )
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=20, check=False)
     return (result.stdout or result.stderr).strip().partition("\n")[0]
-
-
-def installed(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"{name} is not installed")
-    return found

@@ -14,7 +14,7 @@ class NbdServer(Adapter):
     name = "nbd-server"
 
     def version(self) -> str:
-        return first_line(self.place.programs, "nbd-server", "-V")
+        return first_line(*self.place.programs.argv("nbd-server", "-V"))
 
     def plan(self, configuration: str) -> Plan:
         if configuration in (case.BAD_SECTOR, case.BAD_STATUS, case.BLOCK_SIZES):

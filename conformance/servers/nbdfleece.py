@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from conformance import case
-from conformance.case import Export
 from conformance.servers.base import Adapter, Plan, Unsupported, first_line, free_port
 from conformance.stream import Endpoint
 
@@ -26,51 +25,48 @@ def program() -> str:
 
 
 class Nbdfleece(Adapter):
-    """``nbdfleece nbd`` with the flags of qemu-nbd serves one image."""
+    """``serve`` with live disks to write to, and a snapshot's export to read from."""
 
     name = "nbdfleece"
 
     def version(self) -> str:
-        program()
-        return first_line(self.place.programs, program(), "--version")
+        return first_line(program(), "--version")
 
     def plan(self, configuration: str) -> Plan:
         if configuration in (case.BAD_SECTOR, case.BAD_STATUS):
             raise Unsupported("needs a block node that fails on purpose")
+        if configuration in (case.TLS_FORCED, case.TLS_SELECTIVE, case.BLOCK_SIZES):
+            raise Unsupported("the command line does not have it")
+        if configuration == case.WRITABLE:
+            return self._serve("ex")
         if configuration == case.MANY:
-            return self._serve()
-        return self._nbd(configuration)
+            return self._serve("ex", "other", "third")
+        return self._snapshot(configuration)
 
-    def _nbd(self, configuration: str) -> Plan:
-        writable = configuration in (case.WRITABLE, case.BLOCK_SIZES)
-        image = self.place.images.qcow2
-        if writable:
-            image = self.place.images.copy("qcow2", self.place.path(".qcow2").name)
-        endpoint, listen = self._address(configuration)
-        words = ["nbd", "-t", "-e", "0", "-x", "ex", "-f", "qcow2", "-A", *listen]
-        words += [] if writable else ["-r"]
-        tls = {case.TLS_FORCED: "forced", case.TLS_SELECTIVE: "selective"}.get(configuration, "off")
-        if tls != "off":
-            words += [f"--tls={tls}", f"--tls-certificates={self.place.certificates}"]
-        if configuration == case.BLOCK_SIZES:
-            words += ["--minimum-block-size=4096"]
-        export = self.qemu_export(writable=writable)
-        for name in export.dirty:
-            words += ["-B", name]
-        return Plan([program(), *words, str(image)], endpoint, (export,), tls=tls)
-
-    def _serve(self) -> Plan:
-        path = str(self.place.path(".sock"))
-        words, exports = ["serve", "--listen", f"unix:{path}"], []
-        for name in ("ex", "other", "third"):
+    def _serve(self, *names: str, configuration: str = case.WRITABLE) -> Plan:
+        endpoint = self._endpoint(configuration)
+        words = ["serve", "--listen", _listen(endpoint), "--control", str(self.place.path(".ctl"))]
+        for name in names:
             image = self.place.images.copy("qcow2", self.place.path(".qcow2").name)
             words += ["--disk", f"{name}={image}"]
-            exports.append(Export(name, self.place.images.content.size, writable=True))
-        return Plan([program(), *words], Endpoint(path=path), tuple(exports))
+        exports = (self.known_export(name, writable=True, depth=True) for name in names)
+        return Plan([program(), *words], endpoint, tuple(exports))
 
-    def _address(self, configuration: str) -> tuple[Endpoint, list[str]]:
+    def _snapshot(self, configuration: str) -> Plan:
+        plan = self._serve("disk", configuration=configuration)
+        control = plan.argv[plan.argv.index("--control") :][:2]
+        then = (
+            [program(), "snapshot", "create", "still", *control],
+            [program(), "export", "add", "still", "disk", "--name", "ex", *control],
+        )
+        export = self.known_export(depth=True)
+        return Plan(plan.argv, plan.endpoint, (export,), then=then)
+
+    def _endpoint(self, configuration: str) -> Endpoint:
         if configuration == case.TCP:
-            port = free_port()
-            return Endpoint(host="127.0.0.1", port=port), ["-b", "127.0.0.1", "-p", str(port)]
-        path = str(self.place.path(".sock"))
-        return Endpoint(path=path), ["-k", path]
+            return Endpoint(host="127.0.0.1", port=free_port())
+        return Endpoint(path=str(self.place.path(".sock")))
+
+
+def _listen(endpoint: Endpoint) -> str:
+    return str(endpoint) if endpoint.path else f"tcp:{endpoint}"

@@ -23,7 +23,7 @@ class Nbdkit(Adapter):
     name = "nbdkit"
 
     def version(self) -> str:
-        return first_line(self.place.programs, "nbdkit", "--version")
+        return first_line(*self.place.programs.argv("nbdkit", "--version"))
 
     def plan(self, configuration: str) -> Plan:
         if configuration == case.MANY:

@@ -53,7 +53,7 @@ class QemuNbd(Adapter):
     _common = ("-t", "-e", "0", "-x", "ex", "-D", "the disk of the suite")
 
     def version(self) -> str:
-        return first_line(self.place.programs, "qemu-nbd", "--version")
+        return first_line(*self.place.programs.argv("qemu-nbd", "--version"))
 
     def plan(self, configuration: str) -> Plan:
         if configuration == case.TLS_SELECTIVE:
@@ -116,7 +116,7 @@ class QemuStorageDaemon(Adapter):
     name = "qemu-storage-daemon"
 
     def version(self) -> str:
-        return first_line(self.place.programs, "qemu-storage-daemon", "--version")
+        return first_line(*self.place.programs.argv("qemu-storage-daemon", "--version"))
 
     def plan(self, configuration: str) -> Plan:
         if configuration == case.TLS_SELECTIVE:
