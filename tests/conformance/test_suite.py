@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,15 @@ from pathlib import Path
 import pytest
 
 import conformance.cases  # noqa: F401 - importing registers the cases
+from conformance import matrix
+from conformance.__main__ import server_of
 from conformance.broken_server import BrokenServer
 from conformance.case import CASES, READ_ONLY, WRITABLE, Case, Server
+from conformance.clients import ClientCase, Site, run_clients, run_site
+from conformance.content import SMALL_DISK_BYTES
+from conformance.programs import Programs
 from conformance.requirements import NOT_VISIBLE, REQUIREMENTS
-from conformance.runner import FAIL, PASS, Outcome, chosen, place, run_case, run_server
+from conformance.runner import FAIL, PASS, Outcome, chosen, place, report, run_case, run_server
 from conformance.servers import ADAPTERS, Place
 
 SLOW = ("slow-handshake", "client-that-waits", "huge-options")
@@ -182,7 +188,7 @@ def where() -> Iterator[Place]:
     for program in ("qemu-nbd", "qemu-img", "qemu-io"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    with place() as made:
+    with place(size=SMALL_DISK_BYTES) as made:
         yield made
 
 
@@ -194,6 +200,76 @@ def test_quick_run_against_qemu_nbd_finds_its_known_deviations(where: Place) -> 
     assert len(failed) < 10, [o for o in outcomes if o.outcome == FAIL]
     assert "166/write-to-read-only-export-is-eperm" in failed
     assert sum(outcome.outcome == PASS for outcome in outcomes) > 120
+
+
+def test_foreign_clients_against_qemu_nbd_get_what_they_should(where: Place) -> None:
+    """nbdinfo and nbdcopy are real, and their results are compared."""
+    adapter = ADAPTERS["qemu-nbd"](where)
+    outcomes = list(run_clients(adapter, ["nbdinfo --size", "nbdinfo --can", "qemu-img info"]))
+    assert [outcome.evidence for outcome in outcomes if outcome.outcome == FAIL] == []
+    assert len(outcomes) == 4
+
+
+def test_client_with_wrong_result_fails(right: dict[str, Server], where: Place) -> None:
+    """A check whose program tells something else than the server is a failure."""
+
+    def lies(site: Site) -> str:
+        shown = site.run("nbdinfo", "--size", site.uri).stdout.strip()
+        assert shown == str(SMALL_DISK_BYTES)
+        site.run("nbdinfo", "--can", "no-such-capability", site.uri)
+        return "unreachable"
+
+    if not where.programs.has("nbdinfo"):
+        pytest.skip("nbdinfo is not installed")
+    case = ClientCase(lies, "lies", READ_ONLY, "")
+    (outcome,) = run_site(Site(where, right[READ_ONLY]), [case])
+    assert outcome.outcome == FAIL
+    assert outcome.evidence.startswith("nbdinfo: status ")
+
+
+def outcome_with(case: str, outcome: str, level: str) -> Outcome:
+    return Outcome(case, (7,), "", level, READ_ONLY, "?", outcome, "what was | seen", 0.1)
+
+
+def test_matrix_of_a_run_tells_must_from_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results").mkdir()
+    outcomes = [
+        outcome_with("7/a", FAIL, "M"),
+        outcome_with("18/b", FAIL, "S"),
+        outcome_with("9/c", PASS, "M"),
+    ]
+    data = report("nbd-server", "nbd-server 3.24", outcomes)
+    (tmp_path / "results" / "nbd-server.json").write_text(json.dumps(data))
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path)
+    matrix.write(tmp_path / "README.md")
+    page = (tmp_path / "README.md").read_text()
+    assert "| nbd-server 3.24 | 1 | 1 | 1 | 0 |" in page
+    assert "| 7/a | M | **FAIL** |" in page
+    assert "| 18/b | S | *fail* |" in page
+    assert page.index("| 7/a") < page.index("| 9/c") < page.index("| 18/b")
+
+
+def test_programs_of_a_tree_run_in_a_mount_namespace_of_their_own(tmp_path: Path) -> None:
+    """The mounts end with the process, so that nothing has to be undone."""
+    program = tmp_path / "usr" / "bin" / "nbdinfo"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    programs = Programs(tmp_path, tmp_path / "work")
+    argv = programs.argv("nbdinfo", "--version")
+    assert argv[:2] == ["unshare", "--mount"]
+    assert argv[-2:] == ["/usr/bin/nbdinfo", "--version"]
+    with pytest.raises(FileNotFoundError, match="qemu-nbd is not installed in"):
+        programs.argv("qemu-nbd")
+
+
+def test_uri_of_a_running_server_is_understood() -> None:
+    server = server_of("nbd+unix:///a%2Fb?socket=/tmp/s", writable=True)
+    assert (server.endpoint.path, server.export.name) == ("/tmp/s", "a/b")
+    assert server.configuration == WRITABLE
+    server = server_of("nbds://[::1]:4711/x?tls-certificates=/pki", writable=False)
+    assert (server.endpoint.host, server.endpoint.port, server.tls) == ("::1", 4711, "forced")
 
 
 def test_choice_of_cases_by_number_source_and_name() -> None:
