@@ -42,6 +42,8 @@ def resolve_name(image_path: str, name: str, policy: BackingPolicy) -> str:
         UnsupportedImageError: The name is a protocol's.
         ImageError: The policy does not allow the file.
     """
+    if not name or "\0" in name:
+        raise ImageError(image_path, f"refers to {name!r}, which cannot be a file's name")
     if _PROTOCOL.match(name):
         raise UnsupportedImageError(
             image_path, f"refers to {name!r}: only plain file names are supported"

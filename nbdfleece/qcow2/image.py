@@ -19,14 +19,14 @@ import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from ..block.file import INLINE_BYTES_MAX, FileNode, in_thread
 from ..block.node import BlockNode
 from ..block.range_lock import RangeLock
-from ..errors import ImageError
+from ..errors import ImageError, UsageError
 from ..extents import Extents
 from .backing import BackingPolicy, backing_format, resolve_name
 from .checks import check_refcount_table, check_supported
@@ -56,6 +56,7 @@ from .header import (
 )
 from .quarantine import Quarantine
 from .refcounts import Refcounts, unpack_refcount_table
+from .snapshots import InternalSnapshot, find_snapshot, read_snapshots
 from .space import DataFileSpace, GuestSpace, ImageSpace
 from .status import describe
 from .subclusters import subcluster_runs
@@ -113,6 +114,8 @@ class Qcow2Image(BlockNode):
         self.ranges = RangeLock()
         """Guest ranges that suspended writes hold."""
         self.quarantine = Quarantine()
+        self.snapshots: list[InternalSnapshot] = []
+        """The internal snapshots that the image has."""
         self._tables = self.mapping.tables
         self._cluster_bits = header.cluster_bits
         self._cluster_mask = header.cluster_size - 1
@@ -130,6 +133,7 @@ class Qcow2Image(BlockNode):
         read_only: bool,
         force_share: bool = False,
         backing_policy: BackingPolicy = BackingPolicy.SAME_FOLDER,
+        snapshot: str | None = None,
     ) -> Qcow2Image:
         """Open an image and its backing chain, with QEMU's locks.
 
@@ -137,16 +141,21 @@ class Qcow2Image(BlockNode):
             path: The image file.
             read_only: Not to be written; marks of damage or of a crash do not matter then.
             force_share: Read even while another program writes (read-only images).
-            backing_policy: Which backing files may be opened.
+            backing_policy: Which backing and data files may be opened.
+            snapshot: Id or name of an internal snapshot to read instead of the disk.
 
         Raises:
             OSError: A file cannot be opened or read.
+            StateError: There is no such snapshot.
+            UsageError: A snapshot is to be written.
             ImageLockedError: Another program uses the image or a file of its chain.
             UnsupportedImageError: The image needs what we do not have.
             ImageError: The image is damaged, or refers to what must not be opened.
         """
         file = FileNode.open(path, read_only=read_only, force_share=force_share)
-        return await cls.from_file(file, force_share=force_share, backing_policy=backing_policy)
+        return await cls.from_file(
+            file, force_share=force_share, backing_policy=backing_policy, snapshot=snapshot
+        )
 
     @classmethod
     async def from_file(
@@ -155,6 +164,7 @@ class Qcow2Image(BlockNode):
         *,
         force_share: bool = False,
         backing_policy: BackingPolicy = BackingPolicy.SAME_FOLDER,
+        snapshot: str | None = None,
         chain: frozenset[tuple[int, int]] = frozenset(),
     ) -> Qcow2Image:
         """The image in an open file, which is closed with it, also when this fails.
@@ -162,7 +172,8 @@ class Qcow2Image(BlockNode):
         Args:
             file: The image file; its ``read_only`` decides whether the image can be written.
             force_share: For the backing chain.
-            backing_policy: For the backing chain.
+            backing_policy: For the backing chain and the data file.
+            snapshot: Id or name of an internal snapshot to read instead of the disk.
             chain: The files above this one, for which it is the backing file.
 
         Raises:
@@ -174,17 +185,19 @@ class Qcow2Image(BlockNode):
             raw = await file.read(0, min(file.size, HEADER_BYTES_MAX))
             header = unpack_header(raw, file.path, file.size)
             check_supported(header, file)
-            l1 = np.frombuffer(
-                await file.read(header.l1_table_offset, header.l1_size * 8), dtype=">u8"
-            ).astype(np.uint64)
+            snapshots, snapshots_bytes = await read_snapshots(file, header)
+            disk = _choose_disk(file, header, snapshots, snapshot)
             data_file = _open_data_file(file, header, backing_policy, force_share)
             opened.push_async_callback(data_file.close)
             chain |= {file.identity, data_file.identity}
             backing = await _open_backing(file, header, backing_policy, force_share, chain)
             if backing is not None:
                 opened.push_async_callback(backing.close)
-            image = cls(file, data_file, header, l1, backing)
+            l1 = await file.read(disk.l1_table_offset, disk.l1_size * 8)
+            image = cls(file, data_file, header, _unpack_l1(l1), backing)
+            image.size, image.snapshots = disk.size, snapshots
             if not file.read_only:
+                image.metadata.add(header.snapshots_offset, snapshots_bytes)
                 await image._prepare_writing()
             opened.pop_all()
         return image
@@ -225,7 +238,7 @@ class Qcow2Image(BlockNode):
         known = int(Autoclear.BITMAPS | Autoclear.PRIVATE)
         if self.header.has_data_file:  # we keep a raw data file equal to the disk
             known |= Autoclear.DATA_FILE_RAW
-        if self.header.autoclear_features & ~known:
+        if self.header.autoclear_features & ~int(known):  # ~ of a flag knows its own bits only
             self.header.autoclear_features &= known
             bits = self.header.autoclear_features.to_bytes(8, "big")
             await self.file.write(AUTOCLEAR_FIELD, memoryview(bits))
@@ -236,8 +249,8 @@ class Qcow2Image(BlockNode):
         add(0, header.cluster_size)
         add(header.l1_table_offset, header.l1_size * 8)
         add(header.refcount_table_offset, header.refcount_table_clusters << self._cluster_bits)
-        if header.snapshot_count:
-            add(header.snapshots_offset, 1)
+        for snapshot in self.snapshots:
+            add(snapshot.l1_table_offset, snapshot.l1_size * 8)
         l2_tables: list[int] = (self.mapping.l1 & np.uint64(OFFSET_MASK)).tolist()
         for offset in l2_tables + blocks:
             if offset:
@@ -485,6 +498,29 @@ class Qcow2Image(BlockNode):
             await self.data_file.close()
             if self.backing is not None:
                 await self.backing.close()
+
+
+class _Disk(NamedTuple):
+    """The L1 table and size of the disk to show: the image's own or a snapshot's."""
+
+    l1_table_offset: int
+    l1_size: int
+    size: int
+
+
+def _choose_disk(
+    file: FileNode, header: Header, snapshots: list[InternalSnapshot], wanted: str | None
+) -> _Disk:
+    if wanted is None:
+        return _Disk(header.l1_table_offset, header.l1_size, header.size)
+    if not file.read_only:
+        raise UsageError(f"{file.path}: an internal snapshot can only be read")
+    found = find_snapshot(snapshots, wanted, file.path)
+    return _Disk(found.l1_table_offset, found.l1_size, found.disk_size)
+
+
+def _unpack_l1(raw: bytearray) -> Entries:
+    return np.frombuffer(raw, dtype=">u8").astype(np.uint64)
 
 
 def _open_data_file(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.block.node import DEPTH_SHIFT, BlockStatus
-from nbdfleece.errors import ImageError, UnsupportedImageError
+from nbdfleece.errors import ImageError, StateError, UnsupportedImageError, UsageError
 from nbdfleece.extents import Extents
 from nbdfleece.qcow2.backing import BackingPolicy
 from nbdfleece.qcow2.create import create_image
@@ -132,6 +132,47 @@ async def test_image_with_extended_l2_entries_reads_and_maps_alike(
     qemu_img("create", "-q", "-f", "qcow2", "-o", options, *backing, path, str(SIZE))
     qemu_io(path, work_of_qemu(rng, 40, SIZE, cluster_size // 32))
     await compare(path, rng, sees_holes_below=cluster_size == 2 * MIB)
+
+
+async def test_internal_snapshots_read_alike_by_id_and_name(folder: Path) -> None:
+    path = folder / "disk.qcow2"
+    rng = random.Random(3)
+    qemu_img("create", "-q", "-f", "qcow2", path, "3M")
+    states: dict[str, bytes] = {}
+    for name in ("first", "second", "third"):
+        qemu_io(path, work_of_qemu(rng, 20, 3 * MIB, 65536))
+        states[name] = qemu_content(path)
+        qemu_img("snapshot", "-c", name, path)
+    qemu_io(path, work_of_qemu(rng, 20, 3 * MIB, 65536))
+    for number, (name, state) in enumerate(states.items()):
+        for wanted in (name, str(number + 1)):
+            image = await Qcow2Image.open(path, read_only=True, snapshot=wanted)
+            assert await read_all(image, rng) == state
+            await image.close()
+    await compare(path, rng)
+
+
+async def test_internal_snapshot_that_is_not_there_or_to_be_written_is_refused(
+    folder: Path,
+) -> None:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "3M")
+    qemu_img("snapshot", "-c", "first", path)
+    with pytest.raises(StateError, match="no internal snapshot 'second'"):
+        await Qcow2Image.open(path, read_only=True, snapshot="second")
+    with pytest.raises(UsageError, match="only be read"):
+        await Qcow2Image.open(path, read_only=False, snapshot="first")
+
+
+async def test_internal_snapshot_of_a_disk_that_was_resized_has_its_size(folder: Path) -> None:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    qemu_io(path, ["write -P 5 0 1M"])
+    qemu_img("snapshot", "-c", "small", path)
+    qemu_img("resize", "-q", path, "3G")
+    image = await Qcow2Image.open(path, read_only=True, snapshot="small")
+    assert await read_all(image, random.Random(1)) == b"\5" * MIB
+    await image.close()
 
 
 @pytest.mark.parametrize("is_raw", ["off", "on"])
