@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ..bitmaps.bitmap import Bitmap
 from ..block.copy_before_write import CopyBeforeWrite, Layer, OnCbwError
 from ..block.guest import GuestNode
-from ..errors import StateError
+from ..errors import StateError, UsageError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
 from .chain import Chain, pack_chain, unpack_chain
 from .disk_state import DiskBitmap, DiskState
+
+
+GRANULARITY_RANGE: Final = (512, 1 << 20)
+"""Bytes: a sector, and what is copied at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +31,7 @@ class ScratchOptions:
 
     Attributes:
         directory: Where copies go. /var/tmp rather than /tmp, which may be memory.
-        granularity: Bytes that a first guest write copies at least.
+        granularity: Bytes that a first guest write copies at least; a power of two.
         quota: Bytes of copies per disk; None leaves the limit to the file system.
         on_error: What a failure to copy breaks.
         timeout_seconds: A copy that takes longer is a failure; None waits for ever.
@@ -38,6 +42,14 @@ class ScratchOptions:
     quota: int | None = None
     on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
     timeout_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        least, most = GRANULARITY_RANGE
+        size = self.granularity
+        if not least <= size <= most or size & (size - 1):
+            raise UsageError(
+                f"the scratch granularity is a power of two from {least} to {most}, not {size}"
+            )
 
 
 class Instant(NamedTuple):
