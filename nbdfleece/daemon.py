@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +130,7 @@ class Daemon:
 
     async def _start(self) -> None:
         self._listen()
+        _check_scratch(self.options.scratch.directory)
         for name, path in self.options.disks.items():
             await self.engine.open_disk(name, path)
         await self.engine.recover()
@@ -171,3 +173,12 @@ class Daemon:
         _log.info("%s %s", event, dict(data))
         if self._control is not None:
             self._control.send_event(event, data)
+
+
+def _check_scratch(directory: Path) -> None:
+    """Find out now whether snapshots can be kept there, and not at the first guest write.
+
+    Raises:
+        OSError: They cannot.
+    """
+    tempfile.TemporaryFile(dir=directory).close()

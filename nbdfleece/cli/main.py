@@ -31,6 +31,13 @@ SUBCOMMANDS: Final = {
     "export": "export:export",
     "bitmap": "bitmap:bitmap",
     "backup": "backup:backup",
+    "pull": "pull:pull",
+    "restore": "restore:restore",
+    "verify": "points:verify",
+    "list": "points:list_points",
+    "show": "points:show",
+    "prune": "points:prune",
+    "map": "map:map_export",
     "completion": "completion:completion",
 }
 
@@ -101,6 +108,8 @@ def _fail(error: Exception) -> ExitStatus:
 
 
 def _judge(error: Exception) -> tuple[ExitStatus, str]:
+    from ..backup.errors import ChecksumError, InterruptedPullError  # heavy with its package
+
     if isinstance(error, click.UsageError):
         where = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
         return ExitStatus.USAGE, error.format_message().removesuffix(".") + where
@@ -110,7 +119,9 @@ def _judge(error: Exception) -> tuple[ExitStatus, str]:
         return ExitStatus.USAGE, str(error)
     if isinstance(error, SnapshotError):
         return ExitStatus.SNAPSHOT_BROKEN, str(error)
-    if isinstance(error, ServerGoneError):
+    if isinstance(error, ChecksumError):
+        return ExitStatus.DIFFERS, str(error)
+    if isinstance(error, ServerGoneError | InterruptedPullError):
         return ExitStatus.TEMPORARY, str(error)
     if isinstance(error, NbdfleeceError):
         return ExitStatus.ERROR, str(error)

@@ -223,6 +223,9 @@ def _pid_file(path: Path | None) -> Iterator[None]:
 
 def _announce(daemon: Daemon, values: dict[str, Any]) -> None:
     """Say that clients can come."""
+    if values["ready_fd"] is not None:
+        with open(values["ready_fd"], "w") as stream:
+            stream.write("ready\n")
     exports = [
         {"name": export.name, "uris": daemon.export_uris(export.name)} for export in daemon.exports
     ]
@@ -236,6 +239,3 @@ def _announce(daemon: Daemon, values: dict[str, Any]) -> None:
     else:
         click.echo(f"nbdfleece: ready: {' '.join(uris)}")
     sys.stdout.flush()
-    if values["ready_fd"] is not None:
-        with open(values["ready_fd"], "w") as stream:
-            stream.write("ready\n")

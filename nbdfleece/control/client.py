@@ -47,8 +47,9 @@ class ControlClient:
             self._sock.connect(os.fspath(self._path))
         except OSError as error:
             self._sock.close()
+            reason = error.strerror or error
             raise ConnectError(
-                f"cannot reach a server at '{self._path}': {error.strerror or error}; is it running?"
+                f"cannot reach a server at '{self._path}': {reason}; is it running?"
             ) from error
         try:
             self._check_greeting(self._receive())
