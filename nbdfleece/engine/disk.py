@@ -20,7 +20,6 @@ from ..qcow2.image import Qcow2Image
 from .chain import Chain, pack_chain, unpack_chain
 from .disk_state import DiskBitmap, DiskState
 
-
 GRANULARITY_RANGE: Final = (512, 1 << 20)
 """Bytes: a sector, and what is copied at once."""
 
