@@ -238,6 +238,10 @@ class Connection:
         except ProtocolError as error:
             self._begin_closing(f"protocol error: {error}", level=logging.WARNING)
             has_more = False
+        except Exception:
+            # A bug of ours. The socket is still readable: going on would repeat it for ever.
+            logger.exception("%s: internal error", self.peer)
+            self.abort("internal error")
         if self.state is State.CLOSED:
             return
         self.flush()

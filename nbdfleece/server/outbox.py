@@ -71,10 +71,10 @@ class Outbox:
     __slots__ = (
         "_arena",
         "_fill",
-        "_is_closed",
         "_pool",
         "_segments",
         "_tail",
+        "is_closed",
         "queued_bytes",
         "sent_bytes",
     )
@@ -85,7 +85,8 @@ class Outbox:
         self._fill = 0
         self._segments: deque[Segment] = deque()
         self._tail: Segment | None = None
-        self._is_closed = False
+        self.is_closed = False
+        """Nothing is sent any more."""
         self.queued_bytes = 0
         """Committed and not yet sent."""
         self.sent_bytes = 0
@@ -118,7 +119,7 @@ class Outbox:
 
     def commit(self, buffer: Buffer, start: int, end: int) -> None:
         """Queue what was built in a reserved place; ``end`` may be before the place's end."""
-        if self._is_closed:
+        if self.is_closed:
             self.discard(buffer)
             return
         self.queued_bytes += end - start
@@ -133,7 +134,7 @@ class Outbox:
     def discard(self, buffer: Buffer) -> None:
         """Give a reserved place up."""
         buffer.release()
-        if self._is_closed:
+        if self.is_closed:
             self._give_back()
 
     def put(self, data: bytes | bytearray | memoryview) -> None:
@@ -185,7 +186,7 @@ class Outbox:
 
     def close(self) -> None:
         """Forget what is queued and what will be; reserved places stay valid until given up."""
-        self._is_closed = True
+        self.is_closed = True
         for segment in self._segments:
             segment.buffer.release(segment.places)
         self._segments.clear()

@@ -71,7 +71,6 @@ class NbdServer:
         self._loop = asyncio.get_running_loop()
         self._past: dict[str, Statistics] = {}
         self._watchers: list[asyncio.Event] = []
-        self._is_shutting_down = False
 
     # Listeners and connections.
 
@@ -112,7 +111,13 @@ class NbdServer:
             )
             sock.close()
             return
-        self.add_channel(SocketChannel(sock, peer))
+        try:
+            channel = SocketChannel(sock, peer)
+        except OSError as error:
+            logger.info("%s: connection lost: %s", peer, error)
+            sock.close()
+            return
+        self.add_channel(channel)
 
     def _pause_accepting(self, listener: Listener, error: OSError) -> None:
         """Out of descriptors: the listener would call us again at once, for ever."""
@@ -176,7 +181,10 @@ class NbdServer:
     # Statistics.
 
     def export_statistics(self, name: str) -> Statistics:
-        """What all connections to an export have done, those of the past too."""
+        """What all connections to an export have done, those of the past too.
+
+        Closing the export begins anew.
+        """
         total = Statistics()
         total.add(self._past.get(name, Statistics()))
         for connection in self.connections:
@@ -196,15 +204,17 @@ class NbdServer:
             hard: Close its clients at once; otherwise what they have in flight is finished.
             grace_seconds: How long that may take before they are closed all the same.
         """
-        export = self.exports.remove(name) if self.exports.find(name) else None
+        export = self.exports.find(name)
+        if export is not None and export.name == name:
+            self.exports.remove(name)
         clients = [
             connection
             for connection in self.connections
-            if connection.export is not None
-            and (connection.export is export or connection.export.name == name)
+            if connection.export is not None and connection.export.name == name
         ]
         reason = f"export '{name}' is no longer served"
         await self._end(clients, reason, 0.0 if hard else grace_seconds)
+        self._past.pop(name, None)
 
     async def shut_down(self, grace_seconds: float = 10.0) -> None:
         """Stop listening, let clients finish, close them all.
@@ -212,7 +222,6 @@ class NbdServer:
         Args:
             grace_seconds: How long what is in flight may take before it is cancelled.
         """
-        self._is_shutting_down = True
         for listener in self.listeners:
             self.remove_listener(listener)
         await self._end(list(self.connections), "the server is shutting down", grace_seconds)

@@ -44,6 +44,12 @@ from .statistics import Statistics
 BAD_BLOCKS_MAX: Final = 16
 """A READ that meets errors is given up after so many bad blocks: each may cost a disk seconds."""
 
+STATUS_EXTENTS_MAX: Final = 1 << 19
+"""Extents in one block status reply, all its contexts together: 4 MiB, 8 MiB extended."""
+
+_STATUS_COST: Final = 4 << 20
+"""What a block status in flight counts for, in bytes, whatever it will find."""
+
 _REQUEST_COST: Final = 4096
 """What a request counts for at least in its connection's turn, in bytes."""
 
@@ -51,6 +57,7 @@ _NO_PAYLOAD: Final = memoryview(b"")
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
 _DISC: Final = int(Command.DISC)
+_BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
 _FUA: Final = int(CommandFlag.FUA)
 _DF: Final = int(CommandFlag.DF)
 _NO_HOLE: Final = int(CommandFlag.NO_HOLE)
@@ -256,8 +263,13 @@ class Transmission:
             return
         task = start(self._handlers[request[2]](request, _NO_PAYLOAD))
         if task is not None:
-            cost = min(request.length, self._rules.payload_max) if request.command == _READ else 0
-            self._track(task, cost, None)
+            self._track(task, self._reply_cost(request), None)
+
+    def _reply_cost(self, request: Request) -> int:
+        """Bytes that the reply may hold while the request is in flight, about."""
+        if request.command == _READ:
+            return min(request.length, self._rules.payload_max)
+        return _STATUS_COST if request.command == _BLOCK_STATUS else 0
 
     def _begin_with_payload(self, request: Request, payload: memoryview, buffer: Buffer) -> None:
         """Start a request that was admitted; ``buffer`` is what its payload lies in."""
@@ -323,31 +335,20 @@ class Transmission:
     # READ.
 
     async def _read(self, request: Request, payload: memoryview) -> None:
-        offset, length = request[4], request[5]
+        length = request[5]
         single = not self._replies.chunked or request[1] & _DF
-        if length > self._chunk_max and not single:
-            await self._read_in_chunks(request)
-            return
-        outbox = self._outbox
-        header = self._replies.data(request, offset, length, done=True)
-        buffer, begin = outbox.reserve(len(header) + length)
-        data = begin + len(header)
-        end = data + length
-        try:
-            await self._node.read_into(offset, buffer.view[data:end])
-        except Exception as error:
-            outbox.discard(buffer)
-            if single or not isinstance(error, OSError):
-                self._fail(request, error)
-            else:
-                await self._read_in_chunks(request)
-            return
-        buffer.view[begin:data] = header
-        outbox.commit(buffer, begin, end)
-        self.statistics.read_bytes += length
+        if single or length <= self._chunk_max:
+            try:
+                await self._send_data(request, request[4], length, True)
+                return
+            except Exception as error:
+                if single or not isinstance(error, OSError):
+                    self._fail(request, error)
+                    return
+        await self._read_in_chunks(request)
 
-    async def _send_data(self, request: Request, offset: int, length: int, *, done: bool) -> None:
-        """Read into a place in the outbox and queue it as one chunk."""
+    async def _send_data(self, request: Request, offset: int, length: int, done: bool) -> None:
+        """Read into a place in the outbox and queue it as one chunk, or as a simple reply."""
         outbox = self._outbox
         header = self._replies.data(request, offset, length, done=done)
         buffer, begin = outbox.reserve(len(header) + length)
@@ -370,14 +371,14 @@ class Transmission:
         """
         parts = [(request.offset, request.offset + request.length)]
         bad_blocks = 0
-        while parts and bad_blocks < BAD_BLOCKS_MAX:
+        while parts and bad_blocks < BAD_BLOCKS_MAX and not self._outbox.is_closed:
             begin, end = parts.pop()
             if end - begin > self._chunk_max:
                 parts.append((begin + self._chunk_max, end))
                 end = begin + self._chunk_max
             done = not parts and not bad_blocks
             try:
-                await self._send_data(request, begin, end - begin, done=done)
+                await self._send_data(request, begin, end - begin, done)
             except OSError as error:
                 halves = _halve(begin, end, self._node.preferred_block_size)
                 if not halves:
@@ -457,7 +458,9 @@ class Transmission:
             self._outbox.put(self._replies.block_status(request, context_id, extents, done=done))
 
     async def _describe(self, request: Request, context_id: int, length: int) -> Extents:
-        extents_max = 1 if request.flags & _REQ_ONE else self._limits.wire.extents_max
+        extents_max = min(self._limits.wire.extents_max, STATUS_EXTENTS_MAX // len(self._contexts))
+        if request.flags & _REQ_ONE:
+            extents_max = 1
         context = self._contexts[context_id]
         extents = await context.extents(request.offset, length, extents_max=extents_max)
         return fit_extents(extents, request, length, extents_max=extents_max)

@@ -155,6 +155,36 @@ async def test_client_that_leaves_with_requests_in_flight_lets_them_finish(serve
     assert node.content[:4096] == b"w" * 4096
 
 
+async def test_long_read_ends_when_its_client_leaves(serve: Serve) -> None:
+    node = MemoryNode(32 * MIB)
+    served = serve(node, limits=Limits(queued_bytes_max=2 * MIB))
+    client = await served.open()
+    await client.request(Command.READ, 0, 32 * MIB)
+    await settled(100)
+    reads = []
+    node.pause = lambda operation: reads.append(operation)
+    client.close()
+    await served.server.wait_idle()
+    assert len(reads) <= 1
+
+
+async def test_bug_of_ours_ends_one_connection_and_no_other(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serve(MemoryNode(MIB))
+    client, other = await served.open(), await served.open()
+    connection, _ = served.server.connections
+
+    def surprise(inbox: object) -> bool:
+        raise KeyError("surprise")
+
+    connection._phase.handle = surprise
+    await client.request(Command.FLUSH)
+    assert await client.is_at_end()
+    assert "surprise" in caplog.text
+    assert await other.read(0, 512) == bytes(512)
+
+
 async def test_disconnect_lets_requests_finish_and_sends_their_replies(serve: Serve) -> None:
     """Requirement 112."""
     node = MemoryNode(MIB)
@@ -341,6 +371,9 @@ async def test_shutdown_cancels_what_outlives_the_grace_time(serve: Serve) -> No
     gate = asyncio.get_running_loop().create_future()
     node.pause = lambda operation: gate
     await client.request(Command.WRITE, 0, payload=b"k" * 512)
+    await client.request(Command.READ, 0, 512)
+    await client.request(Command.WRITE, 0, payload=b"k" * 700_000)
+    await client.request(Command.READ, 0, MIB)
     await settled()
     await served.server.shut_down(0.15)
     assert not served.server.connections
