@@ -17,6 +17,7 @@ from nbdfleece.qcow2.image import Qcow2Image
 from tests.qcow2.bitmap_image import create, listed_bitmaps, qemu_dirty_ranges, qemu_img
 from tests.qcow2.stored_bitmaps import (
     MIB,
+    NEW_BITS,
     check_clean,
     frozen,
     kept,
@@ -68,6 +69,20 @@ async def test_bitmaps_we_store_are_what_qemu_shows(
         assert qemu_dirty_ranges(path, name) == list(content.dirty_ranges()), name
     _, bits = await load_from(path)
     assert bits == wanted
+
+
+@pytest.mark.parametrize("raw", ["on", "off"])
+async def test_bitmaps_of_an_image_with_an_external_data_file(folder: Path, raw: str) -> None:
+    path = folder / "disk.qcow2"
+    create(path, 10 * MIB, data_file=folder / "disk.data", data_file_raw=raw)
+    await store_in(path, [frozen("a", NEW_BITS), recording("b", NEW_BITS, in_use=False)], b"r")
+    check_clean(path)
+    assert qemu_dirty_ranges(path, "a") == list(NEW_BITS.dirty_ranges())
+    qemu_io(path, "write 9M 64k")
+    store, bits = await load_from(path)
+    assert bits["a"] == NEW_BITS
+    assert bits["b"].is_set(9 * MIB)
+    assert store.record == (b"r", False)
 
 
 async def test_bits_have_the_digest_that_qemu_computes(path: Path) -> None:

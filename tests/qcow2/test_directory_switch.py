@@ -103,7 +103,12 @@ async def test_writer_that_keeps_no_promise_makes_the_record_stale(path: Path) -
     assert store.private_bit_was_set
 
 
-async def test_opening_for_writing_clears_foreign_autoclear_bits_only(path: Path) -> None:
+@pytest.mark.parametrize("has_data_file", [False, True])
+async def test_opening_for_writing_clears_foreign_autoclear_bits_only(
+    folder: Path, has_data_file: bool
+) -> None:
+    options = {"data_file": folder / "disk.data"} if has_data_file else {}
+    path = create(folder / "disk.qcow2", **options)
     await store_in(path, [frozen("a", NEW_BITS)], b"record")
     content = bytearray(path.read_bytes())
     content[93] |= 0x10
