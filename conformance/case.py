@@ -269,11 +269,11 @@ def still_serves(server: Server) -> None:
 
 
 @contextlib.contextmanager
-def draining(server: Server) -> Iterator[None]:
+def draining(server: Server) -> Iterator[Client]:
     """Tell the server to stop while a client has not read its replies yet.
 
     What is in flight holds the server between running and ended, where the protocol has rules;
-    a server with nothing to finish may go at once.
+    a server with nothing to finish may go at once. Gives that client: 15 replies are due.
     """
     require(server.process, "the suite did not start this server")
     assert server.process is not None
@@ -283,7 +283,7 @@ def draining(server: Server) -> Iterator[None]:
         busy.receive()
         server.process.terminate()
         time.sleep(0.3)
-        yield
+        yield busy
 
 
 def expect_error(reply: Reply, *wanted: int) -> str:

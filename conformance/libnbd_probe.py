@@ -98,13 +98,12 @@ def pipelined(handle: nbd.NBD) -> int:
     """How many of 64 asynchronous reads succeeded."""
     buffers = [nbd.Buffer(65536) for _ in range(64)]
     cookies = [handle.aio_pread(buffer, n * 32768) for n, buffer in enumerate(buffers)]
-    done = 0
     for _ in range(10_000):
-        done += sum(handle.aio_command_completed(cookie) for cookie in cookies[done : done + 1])
-        if done == len(cookies):
+        cookies = [cookie for cookie in cookies if not handle.aio_command_completed(cookie)]
+        if not cookies:
             break
         handle.poll(100)
-    return done
+    return len(buffers) - len(cookies)
 
 
 def past_the_end(handle: nbd.NBD) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from conformance.case import CASES, CONFIGURATIONS, Case, Server
+from conformance.case import CONFIGURATIONS, Case, Server
+from conformance.cases import CASES
 from conformance.certificates import make_certificates
 from conformance.content import make_images
 from conformance.errors import Finding, NotApplicable, Stalled

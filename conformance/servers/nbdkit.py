@@ -13,6 +13,7 @@ _NAMED = (
     "exportname=ex",
     "default-export=ex",
     "exportname-strict=true",
+    "exportname-list=explicit",
     "exportdesc=fixed:the disk of the suite",
 )
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import conformance.cases  # noqa: F401 - importing registers the cases
 from conformance import matrix
 from conformance.__main__ import server_of
 from conformance.broken_server import BrokenServer
-from conformance.case import CASES, READ_ONLY, WRITABLE, Case, Server
+from conformance.case import READ_ONLY, WRITABLE, Case, Server
+from conformance.cases import CASES
 from conformance.clients import ClientCase, Site, run_clients, run_site
 from conformance.content import SMALL_DISK_BYTES
 from conformance.programs import Programs
