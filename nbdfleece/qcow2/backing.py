@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Awaitable, Callable
 from enum import Enum
+from typing import Final
 
 from ..block.file import FileNode
+from ..block.node import BlockNode
 from ..errors import ImageError, UnsupportedImageError
 from .header import MAGIC, Header
 
 _PROTOCOL = re.compile(r"[A-Za-z0-9+.-]+:")
 """A name that begins so is a protocol's (``nbd://``, ``json:``) to QEMU, not a file's."""
+
+CHAIN_FILES_MAX: Final = 200
+"""Files in a backing chain: enough for any, and it ends."""
+
+Chain = frozenset[tuple[int, int]]
+"""Device and inode of the files from the top image down to the one at hand."""
+
+OpenBacking = Callable[[FileNode, Header, Chain], Awaitable[BlockNode | None]]
+"""Opens what is behind an image, given its file, its header and the chain down to it."""
 
 
 class BackingPolicy(Enum):
@@ -60,6 +72,25 @@ def resolve_name(image_path: str, name: str, policy: BackingPolicy) -> str:
                 f"refers to {name!r} outside its folder; allow it only if you trust the image",
             )
     return path
+
+
+def check_chain(image_path: str, path: str, chain: Chain) -> None:
+    """Insist that a chain of backing files ends.
+
+    Args:
+        image_path: The image, for messages.
+        path: Its backing file, not opened yet.
+        chain: The files from the top down to the image.
+
+    Raises:
+        ImageError: The backing file is one of them, or they are too many.
+        OSError: There is no such file.
+    """
+    info = os.stat(path)
+    if (info.st_dev, info.st_ino) in chain:
+        raise ImageError(image_path, f"the chain of backing files comes back to {path!r}")
+    if len(chain) >= CHAIN_FILES_MAX:
+        raise ImageError(image_path, f"there are {CHAIN_FILES_MAX} files above in the chain")
 
 
 async def backing_format(image_path: str, header: Header, below: FileNode) -> str:

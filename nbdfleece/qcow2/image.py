@@ -28,7 +28,14 @@ from ..block.node import BlockNode
 from ..block.range_lock import RangeLock
 from ..errors import ImageError, UsageError
 from ..extents import Extents
-from .backing import BackingPolicy, backing_format, resolve_name
+from .backing import (
+    BackingPolicy,
+    Chain,
+    OpenBacking,
+    backing_format,
+    check_chain,
+    resolve_name,
+)
 from .checks import check_refcount_table, check_supported
 from .compressed import compressed_range, inflate
 from .entries import (
@@ -62,9 +69,6 @@ from .status import describe
 from .subclusters import subcluster_runs
 from .tables import CACHE_BYTES, Mapping, MetadataMap
 from .write import Writer
-
-_CHAIN_FILES_MAX: Final = 200
-"""Files in a backing chain: enough for any, and it ends."""
 
 _INFLATE_INLINE_BYTES_MAX: Final = 64 << 10
 """Clusters up to this are inflated in the loop's thread: some 0.2 ms."""
@@ -165,7 +169,8 @@ class Qcow2Image(BlockNode):
         force_share: bool = False,
         backing_policy: BackingPolicy = BackingPolicy.SAME_FOLDER,
         snapshot: str | None = None,
-        chain: frozenset[tuple[int, int]] = frozenset(),
+        chain: Chain = frozenset(),
+        open_backing: OpenBacking | None = None,
     ) -> Qcow2Image:
         """The image in an open file, which is closed with it, also when this fails.
 
@@ -175,6 +180,7 @@ class Qcow2Image(BlockNode):
             backing_policy: For the backing chain and the data file.
             snapshot: Id or name of an internal snapshot to read instead of the disk.
             chain: The files above this one, for which it is the backing file.
+            open_backing: Opens what is to be behind the image, whatever its header names.
 
         Raises:
             OSError: A file cannot be opened or read.
@@ -190,7 +196,11 @@ class Qcow2Image(BlockNode):
             data_file = _open_data_file(file, header, backing_policy, force_share)
             opened.push_async_callback(data_file.close)
             chain |= {file.identity, data_file.identity}
-            backing = await _open_backing(file, header, backing_policy, force_share, chain)
+            if open_backing is None:
+                open_backing = partial(
+                    _open_backing, policy=backing_policy, force_share=force_share
+                )
+            backing = await open_backing(file, header, chain)
             if backing is not None:
                 opened.push_async_callback(backing.close)
             l1 = await file.read(disk.l1_table_offset, disk.l1_size * 8)
@@ -538,22 +548,14 @@ def _open_data_file(
 
 
 async def _open_backing(
-    file: FileNode,
-    header: Header,
-    policy: BackingPolicy,
-    force_share: bool,
-    chain: frozenset[tuple[int, int]],
+    file: FileNode, header: Header, chain: Chain, *, policy: BackingPolicy, force_share: bool
 ) -> BlockNode | None:
     """Open the backing file that a header names, and what is behind it."""
     if header.backing_file is None:
         return None
     name = os.fsdecode(header.backing_file)
     path = resolve_name(file.path, name, policy)
-    info = os.stat(path)
-    if (info.st_dev, info.st_ino) in chain:
-        raise ImageError(file.path, f"the chain of backing files comes back to {path!r}")
-    if len(chain) >= _CHAIN_FILES_MAX:
-        raise ImageError(file.path, f"there are {_CHAIN_FILES_MAX} files above in the chain")
+    check_chain(file.path, path, chain)
     below = FileNode.open(path, read_only=True, force_share=force_share)
     try:
         image_format = await backing_format(file.path, header, below)
