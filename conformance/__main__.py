@@ -13,6 +13,7 @@ from conformance import matrix
 from conformance.case import READ_ONLY, TLS_FORCED, WRITABLE, Case, Export, Server
 from conformance.clients import run_clients
 from conformance.content import SMALL_DISK_BYTES
+from conformance.errors import Finding
 from conformance.requirements import NOT_VISIBLE, REQUIREMENTS
 from conformance.runner import (
     FAIL,
@@ -51,14 +52,22 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run the command line; the exit status is 1 if a MUST or MUST NOT failed."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, 1 if a MUST or MUST NOT failed, 2 if the server is not there.
+    """
     options = arguments().parse_args()
     if options.command == "matrix":
         matrix.write()
         return 0
     if options.command == "list":
         return _list()
-    return _clients(options) if options.command == "clients" else _run(options)
+    try:
+        return _clients(options) if options.command == "clients" else _run(options)
+    except (Finding, FileNotFoundError) as error:
+        print(f"conformance: {options.server}: {error}", file=sys.stderr)
+        return 2
 
 
 def _clients(options: argparse.Namespace) -> int:
@@ -123,6 +132,9 @@ def _summary(version: str, outcomes: list[Outcome]) -> None:
 
 def _run_uri(uri: str, writable: bool, cases: list[Case]) -> Iterator[Outcome]:
     server = server_of(uri, writable)
+    with server.enter() as client:
+        if client.export.size < SMALL_DISK_BYTES:
+            raise SystemExit(f"{uri}: {client.export.size} bytes; cases need {SMALL_DISK_BYTES}")
     for case in cases:
         if case.configuration != server.configuration or case.private:
             reason = f"needs a server in the configuration {case.configuration}, of its own"

@@ -181,13 +181,17 @@ def _disconnect_with_reads_in_flight(server: Server) -> str:
 @requirement(112, 114)
 def outstanding_requests_are_finished_before_the_end(server: Server) -> str:
     """DISC behind eight reads: eight replies, no reply to DISC, then the end."""
-    return _disconnect_with_reads_in_flight(server)
+    for _ in range(4):  # what a server loses here depends on timing
+        said = _disconnect_with_reads_in_flight(server)
+    return said
 
 
 @requirement(112, 114, on=TCP)
 def outstanding_requests_are_finished_before_the_end_over_tcp(server: Server) -> str:
     """The same over TCP."""
-    return _disconnect_with_reads_in_flight(server)
+    for _ in range(4):  # what a server loses here depends on timing
+        said = _disconnect_with_reads_in_flight(server)
+    return said
 
 
 @requirement(112, 24, on=TLS_FORCED)
