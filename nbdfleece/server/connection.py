@@ -110,7 +110,11 @@ class Handshake:
         return None if self._has_more else self._negotiation.outcome
 
     def handle(self, inbox: Inbox) -> bool:
-        """Give what was received to the machine and take its replies."""
+        """Give what was received to the machine and take its replies.
+
+        Returns:
+            Whether there are more replies than may wait at one time.
+        """
         if len(inbox) and self._negotiation.outcome is None:
             data = inbox.peek(len(inbox))
             inbox.start = inbox.end
@@ -122,7 +126,7 @@ class Handshake:
                 self._has_more = False
                 break
             self._outbox.put(reply)
-        return False
+        return self._has_more
 
     def receive_eof(self) -> None:
         """The client has closed its side."""
@@ -427,7 +431,9 @@ class Connection:
         if self._has_moved() or self.requests_in_flight:
             self._set_timer(self._limits.idle_seconds, self._end_idle)
             return
-        self.abort(f"idle for {self._limits.idle_seconds:g} s, the limit")
+        reason = f"idle for {self._limits.idle_seconds:g} s, the limit"
+        self._begin_closing(reason, level=logging.WARNING)
+        self._settle()
 
     def _end_slow_closing(self) -> None:
         if self._has_moved() or self.requests_in_flight:

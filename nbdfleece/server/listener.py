@@ -86,10 +86,11 @@ def listen_unix(
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        _bind_unix(sock, path, mode)
+        _bind_unix(sock, path)
         if path.startswith("\0"):
             sock.listen(BACKLOG)
             return Listener(sock, path)
+        # Nobody can connect before listen(): the permissions are never wider than asked for.
         if uid != -1 or gid != -1:
             os.chown(path, uid, gid)
         if mode is not None:
@@ -104,20 +105,14 @@ def listen_unix(
         raise
 
 
-def _bind_unix(sock: socket.socket, path: str, mode: int | None) -> None:
-    """Bind, with permissions that are never wider than they will be."""
-    umask = None if mode is None else os.umask(0o777 & ~mode)
+def _bind_unix(sock: socket.socket, path: str) -> None:
     try:
-        try:
-            sock.bind(path)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            _remove_stale_socket(path)
-            sock.bind(path)
-    finally:
-        if umask is not None:
-            os.umask(umask)
+        sock.bind(path)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        _remove_stale_socket(path)
+        sock.bind(path)
 
 
 def _remove_stale_socket(path: str) -> None:

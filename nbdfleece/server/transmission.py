@@ -324,9 +324,10 @@ class Transmission:
     def _explain(self, request: Request, error: Exception) -> RequestError:
         """What the client is told of an error; the original goes to the log."""
         what = f"{Command(request.command).name} at {request.offset}, length {request.length}"
-        self._host.log_failure(f"export '{self.export.name}': {what}", error)
+        code = error_from_errno(getattr(error, "errno", None), request.flags)
+        if code != Error.ENOTSUP:  # the answer to FAST_ZERO where zeroes are slow: no failure
+            self._host.log_failure(f"export '{self.export.name}': {what}", error)
         if isinstance(error, OSError):
-            code = error_from_errno(error.errno, request.flags)
             return RequestError(code, f"{what}: {error.strerror or 'input/output error'}")
         if isinstance(error, SnapshotError):
             return RequestError(Error.EIO, f"{what}: {error}")

@@ -95,6 +95,18 @@ async def test_busy_client_does_not_starve_another(serve: Serve) -> None:
     assert turns < 200
 
 
+async def test_pipelined_options_are_all_answered(serve: Serve) -> None:
+    """More replies than may wait at one time, for a client that sent all its options at once."""
+    served = serve([export_of(MemoryNode(MIB), description="d" * 4000)])
+    client = await served.connect()
+    await client.receive(18)
+    count = 500
+    await client.send(HELLO + (b"IHAVEOPT" + struct.pack(">II", Option.LIST, 0)) * count)
+    for _ in range(count):
+        assert (await client.option_reply())[0] == OptionReply.SERVER
+        assert (await client.option_reply())[0] == OptionReply.ACK
+
+
 HELLO = struct.pack(">I", 3)
 GO = b"IHAVEOPT" + struct.pack(">III", Option.GO, 7, 1) + b"x\0\0"
 SESSION = HELLO + GO + pack_request(Command.WRITE, 0, 64) + b"p" * 64

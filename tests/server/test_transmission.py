@@ -151,7 +151,9 @@ async def test_fua_write_flushes_before_the_reply(serve: Serve) -> None:
         assert node.flushes == before + 1
 
 
-async def test_write_zeroes_passes_its_flags_on(serve: Serve) -> None:
+async def test_write_zeroes_passes_its_flags_on(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
     node = MemoryNode(MIB)
     seen: list[tuple[bool, bool]] = []
 
@@ -167,6 +169,7 @@ async def test_write_zeroes_passes_its_flags_on(serve: Serve) -> None:
     fast = CommandFlag.FAST_ZERO
     assert (await client.perform(Command.WRITE_ZEROES, 0, 512, flags=fast)).error == Error.ENOTSUP
     assert seen == [(True, False), (False, False), (True, True)]
+    assert "slow" not in caplog.text, "an answer that is no failure was logged as one"
 
 
 async def test_cache_and_flush_succeed(serve: Serve) -> None:
