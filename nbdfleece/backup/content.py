@@ -17,7 +17,7 @@ from ..errors import ImageError
 from ..extents import Extents
 from ..qcow2.image import Qcow2Image
 from .block_status import overlay
-from .blocks import ABSENT, DATA, Block, cut_blocks
+from .blocks import ABSENT, DATA, ZEROES, Block, cut_blocks
 from .directory import BackupDirectory
 from .errors import BackupError, ChecksumError
 from .manifest import BLOCK_BYTES, DiskEntry, Point, checksum
@@ -25,7 +25,7 @@ from .manifest import BLOCK_BYTES, DiskEntry, Point, checksum
 _HASH_INLINE_BYTES_MAX: Final = 128 << 10
 """Hashed in the loop's thread: 0.2 ms."""
 
-_PENDING: Final = (1 << 32) - 1
+PENDING: Final = (1 << 32) - 1
 """Not yet found in any layer."""
 
 
@@ -171,28 +171,44 @@ class DiskContent:
 
 
 def compose(layers: list[Extents], size: int) -> Extents:
-    """Where each byte of a chain's topmost disk is.
+    """Where each byte of a chain's topmost disk is, the lowest layer being a full one.
 
     Args:
         layers: What each layer says, newest first, with the statuses of a manifest.
         size: Bytes of the topmost disk.
 
     Returns:
-        Status 0 for zeroes, ``n + 1`` for data in layer ``n``. Past the end of a layer that is
-        shorter than the one above there are zeroes, whatever is below it, as in qcow2.
+        Status 0 for zeroes, ``n + 1`` for data in layer ``n``.
+    """
+    found = stack(layers, size)
+    return found.with_status(np.where(found.status == PENDING, 0, found.status))
+
+
+def stack(layers: list[Extents], size: int) -> Extents:
+    """What some layers one above another say together.
+
+    Past the end of a layer that is shorter than the one above there are zeroes, whatever is
+    below it, as in qcow2.
+
+    Args:
+        layers: What each layer says, newest first, with the statuses of a manifest.
+        size: Bytes of the topmost disk.
+
+    Returns:
+        Status 0 for zeroes, ``n + 1`` for data in layer ``n``, PENDING where none says anything.
     """
     if not size:
         return Extents.from_pairs([])
-    found = Extents.single(size, _PENDING)
+    found = Extents.single(size, PENDING)
     for number, layer in enumerate(layers):
-        inside = layer.clipped(size) if len(layer.lengths) else layer
+        inside = layer.clipped(size)
         if inside.total() < size:
-            inside = Extents.concatenate([inside, Extents.single(size - inside.total(), 3)])
+            inside = Extents.concatenate([inside, Extents.single(size - inside.total(), ZEROES)])
         found, said = overlay(found, inside)
-        is_new = (found.status == _PENDING) & (said.status != ABSENT)
+        is_new = (found.status == PENDING) & (said.status != ABSENT)
         value = np.where(said.status == DATA, number + 1, 0)
         found = found.with_status(np.where(is_new, value, found.status).astype(np.uint32))
-    return found.with_status(np.where(found.status == _PENDING, 0, found.status))
+    return found
 
 
 def _only_data(layer: Extents) -> Extents:

@@ -14,6 +14,11 @@ Everything lies in one folder, so that a copy of the folder is a copy of the bac
 **Who may do what at one time**: one pull or prune (``.lock``); any number of readers
 beside a pull, for a pull only adds; no reader beside a prune (a lock on the folder).
 The locks are flock(2)'s and vanish with the process.
+
+**Replacing files all at once.** A prune makes its new files beside the old ones, as
+``NAME.new``. Then it writes ``prune.journal``, which lists what is to be renamed and
+removed: from that moment the prune has happened. Whoever takes a lock next carries out
+what is left of a journal; without a journal the new files are nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +32,24 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+import msgspec
+
 from ..errors import StateError, UsageError
 from .errors import BackupError
-from .manifest import DiskEntry, Point, decode_manifest, encode_manifest, write_atomically
+from .manifest import (
+    DiskEntry,
+    Point,
+    decode_manifest,
+    encode_manifest,
+    sync_directory,
+    write_atomically,
+)
 
 MANIFEST_SUFFIX: Final = ".json"
 JOURNAL_SUFFIX: Final = ".journal"
 PARTIAL_SUFFIX: Final = ".partial"
 PRUNE_JOURNAL: Final = "prune.journal"
+NEW_SUFFIX: Final = ".new"
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
 _RESERVED: Final = ("prune",)
@@ -66,6 +81,18 @@ def disk_file_name(point: str, disk: str) -> str:
     if len(encoded) > _NAME_BYTES_MAX:
         raise UsageError(f"disk name {disk!r} is too long for a file name: give it a shorter one")
     return f"{point}.{encoded}.qcow2"
+
+
+class Replacement(msgspec.Struct):
+    """A prune that has been decided: names of files in the directory.
+
+    Attributes:
+        rename: What is there as ``NAME.new`` and becomes ``NAME``.
+        remove: What goes.
+    """
+
+    rename: list[str]
+    remove: list[str]
 
 
 class BackupDirectory:
@@ -191,6 +218,33 @@ class BackupDirectory:
         """Write a restore point's manifest: it is complete from now on."""
         write_atomically(self.manifest_path(point.name), encode_manifest(point))
 
+    def replace(self, replacement: Replacement) -> None:
+        """Carry out a prune, all or nothing; the new files are there and durable.
+
+        Whoever calls this holds :meth:`writing` and :meth:`replacing`.
+        """
+        data = msgspec.json.encode(replacement)
+        write_atomically(self.path / PRUNE_JOURNAL, data)
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        """Do what is left of a prune that was decided. May be done again and again."""
+        journal = self.path / PRUNE_JOURNAL
+        try:
+            replacement = msgspec.json.decode(journal.read_bytes(), type=Replacement)
+        except FileNotFoundError:
+            return
+        except msgspec.MsgspecError as error:
+            raise BackupError(f"{journal}: the journal of a prune is damaged: {error}") from None
+        for name in replacement.rename:
+            new = self.path / (name + NEW_SUFFIX)
+            if new.exists():  # else it was renamed before the prune was cut
+                new.rename(self.path / name)
+        for name in replacement.remove:
+            (self.path / name).unlink(missing_ok=True)
+        sync_directory(self.path)
+        journal.unlink()
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Keep other pulls and prunes out.
@@ -201,6 +255,9 @@ class BackupDirectory:
         self._check_exists()
         fd = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         with _locked(fd, fcntl.LOCK_EX, f"{self.path}: another pull or prune is under way"):
+            if self._has_decided_prune():
+                with self.replacing():
+                    self._carry_out()
             yield
 
     @contextmanager
@@ -210,6 +267,9 @@ class BackupDirectory:
         Raises:
             StateError: There is one.
         """
+        if self._has_decided_prune():
+            with self.replacing():
+                self._carry_out()
         with _locked(self._open(), fcntl.LOCK_SH, f"{self.path}: a prune is under way"):
             yield
 
@@ -222,6 +282,9 @@ class BackupDirectory:
         """
         with _locked(self._open(), fcntl.LOCK_EX, f"{self.path}: a restore point is in use"):
             yield
+
+    def _has_decided_prune(self) -> bool:
+        return (self.path / PRUNE_JOURNAL).exists()
 
     def _open(self) -> int:
         self._check_exists()

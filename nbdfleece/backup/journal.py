@@ -66,6 +66,7 @@ class Head(msgspec.Struct, kw_only=True):
     version: int = _VERSION
     point: str
     checkpoint: str | None
+    checkpoint_created: float | None
     started: datetime
     disks: list[DiskHead]
 

@@ -98,6 +98,8 @@ class Point(msgspec.Struct, kw_only=True, rename="kebab"):
         parent: The point that it builds on; None if every disk is full.
         checkpoint: The server's checkpoint that was made with the snapshot: the name to ask
             for changes from.
+        checkpoint_created: When the server made it, in seconds since the epoch, where that is
+            known: another checkpoint may get the same name later.
         started: When the pull began.
         finished: When it was complete.
         tool: Name and version of the program that made it.
@@ -107,6 +109,7 @@ class Point(msgspec.Struct, kw_only=True, rename="kebab"):
     name: str
     parent: str | None
     checkpoint: str | None
+    checkpoint_created: float | None
     started: datetime
     finished: datetime
     tool: str

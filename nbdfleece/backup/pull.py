@@ -34,7 +34,7 @@ from ..qcow2.create import create_image
 from ..qcow2.image import Qcow2Image
 from .blocks import ABSENT, DATA, ZEROES, Block, cut_blocks, layer_extents, ranges_of
 from .directory import PARTIAL_SUFFIX, BackupDirectory, check_point_name, disk_file_name
-from .errors import BackupError, InterruptedPullError, ServerError
+from .errors import InterruptedPullError, ServerError
 from .journal import DiskHead, DoneBlock, Head, Journal
 from .manifest import (
     BLOCK_BYTES,
@@ -183,6 +183,7 @@ async def pull(
     *,
     point: str,
     checkpoint: str | None = None,
+    checkpoint_created: float | None = None,
     options: PullOptions | None = None,
 ) -> Point:
     """Pull disks into a new restore point, or go on with a cut pull of it.
@@ -193,6 +194,7 @@ async def pull(
         point: What to call the restore point.
         checkpoint: The server's checkpoint made with the snapshot: the next increment asks
             for what changed since then.
+        checkpoint_created: When the server made it, in seconds since the epoch, if known.
         options: How.
 
     Returns:
@@ -222,7 +224,14 @@ async def pull(
                 )
                 for request in requests
             ]
-            journal = await _begin(directory, point, checkpoint, disks, options)
+            head = Head(
+                point=point,
+                checkpoint=checkpoint,
+                checkpoint_created=checkpoint_created,
+                started=datetime.now(UTC),
+                disks=[disk.head() for disk in disks],
+            )
+            journal = await _begin(directory, head, disks, options)
             stack.callback(journal.close)
             return await _run(directory, journal, disks, options)
 
@@ -248,20 +257,10 @@ async def _open_disk(
 
 
 async def _begin(
-    directory: BackupDirectory,
-    point: str,
-    checkpoint: str | None,
-    disks: list[_DiskPull],
-    options: PullOptions,
+    directory: BackupDirectory, head: Head, disks: list[_DiskPull], options: PullOptions
 ) -> Journal:
     """The journal of a cut pull that goes on, or a new one with new files."""
-    head = Head(
-        point=point,
-        checkpoint=checkpoint,
-        started=datetime.now(UTC),
-        disks=[disk.head() for disk in disks],
-    )
-    path = directory.journal_path(point)
+    path = directory.journal_path(head.point)
     if path.exists() and options.resume is not Resume.RESTART:
         journal = Journal.open(path)
         if journal.done:
@@ -272,14 +271,14 @@ async def _begin(
                 raise
             return journal
         journal.close()
-    discard(directory, point)
+    discard(directory, head.point)
     journal = Journal.create(path, head)
     try:
         for disk in disks:
             await _create_file(disk)
     except BaseException:
         journal.close()
-        discard(directory, point)
+        discard(directory, head.point)
         raise
     return journal
 
@@ -304,10 +303,15 @@ async def _create_file(disk: _DiskPull) -> None:
     backing = None if parent is None else parent.disk(disk.request.name).file
     await create_image(
         _partial(disk.path),
-        -(-disk.source.size // _SECTOR) * _SECTOR,
+        image_size(disk.source.size),
         backing_file=backing,
         backing_format=None if backing is None else "qcow2",
     )
+
+
+def image_size(size: int) -> int:
+    """Bytes of the image for a disk."""
+    return -(-size // _SECTOR) * _SECTOR
 
 
 def _partial(path: Path) -> Path:
@@ -378,6 +382,7 @@ async def _run(
             name=journal.head.point,
             parent=next((disk.parent for disk in entries if disk.parent is not None), None),
             checkpoint=journal.head.checkpoint,
+            checkpoint_created=journal.head.checkpoint_created,
             started=journal.head.started,
             finished=datetime.now(UTC),
             tool=f"nbdfleece {__version__}",
@@ -507,15 +512,3 @@ def _final_extents(disk: _DiskPull) -> list[tuple[int, int]]:
     if offset < disk.source.size:
         parts.append(Extents.single(disk.source.size - offset, ABSENT))
     return layer_pairs(parts)
-
-
-__all__ = [
-    "BackupError",
-    "DiskRequest",
-    "Estimate",
-    "PullOptions",
-    "Resume",
-    "discard",
-    "estimate",
-    "pull",
-]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,9 +16,8 @@ from typing import Any, Final
 import click
 
 from .. import __version__
-from ..control.client import ServerGoneError
 from ..control.errors import describe_os_error
-from ..errors import NbdfleeceError, SnapshotError, UsageError
+from ..errors import DiffersError, NbdfleeceError, SnapshotError, TemporaryError, UsageError
 from . import logs
 from .exit_status import ExitStatus, describe
 
@@ -88,12 +86,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         result: Any = cli.main(args, prog_name="nbdfleece", standalone_mode=False)
-        sys.stdout.flush()
         return int(result or ExitStatus.OK)
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain again when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except (click.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
     except Exception as error:
@@ -107,24 +100,28 @@ def _fail(error: Exception) -> ExitStatus:
     return status
 
 
-def _judge(error: Exception) -> tuple[ExitStatus, str]:
-    from ..backup.errors import ChecksumError, InterruptedPullError  # heavy with its package
+_STATUSES: Final[dict[type[NbdfleeceError], ExitStatus]] = {
+    UsageError: ExitStatus.USAGE,
+    DiffersError: ExitStatus.DIFFERS,
+    SnapshotError: ExitStatus.SNAPSHOT_BROKEN,
+    TemporaryError: ExitStatus.TEMPORARY,
+}
+"""The class of an error is its consequence; of every other one it is ERROR."""
 
+
+def _status_of(error: NbdfleeceError) -> ExitStatus:
+    found = [status for kind, status in _STATUSES.items() if isinstance(error, kind)]
+    return found[0] if found else ExitStatus.ERROR
+
+
+def _judge(error: Exception) -> tuple[ExitStatus, str]:
     if isinstance(error, click.UsageError):
         where = f"; see '{error.ctx.command_path} --help'" if error.ctx else ""
         return ExitStatus.USAGE, error.format_message().removesuffix(".") + where
     if isinstance(error, click.ClickException):
         return ExitStatus.ERROR, error.format_message()
-    if isinstance(error, UsageError):
-        return ExitStatus.USAGE, str(error)
-    if isinstance(error, SnapshotError):
-        return ExitStatus.SNAPSHOT_BROKEN, str(error)
-    if isinstance(error, ChecksumError):
-        return ExitStatus.DIFFERS, str(error)
-    if isinstance(error, ServerGoneError | InterruptedPullError):
-        return ExitStatus.TEMPORARY, str(error)
     if isinstance(error, NbdfleeceError):
-        return ExitStatus.ERROR, str(error)
+        return _status_of(error), str(error)
     if isinstance(error, OSError):
         return ExitStatus.ERROR, describe_os_error(error)
     _log.info("internal error", exc_info=error)

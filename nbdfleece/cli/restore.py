@@ -1,0 +1,89 @@
+"""``nbdfleece restore``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import UsageError
+from .output import print_json
+from .progress import progress_option, reporting
+from .sizes import parse_size
+
+if TYPE_CHECKING:
+    from ..backup import Point, Restored
+
+
+@click.command()
+@click.argument("backup", metavar="DIR[@POINT]")
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    metavar="URI|FILE|DEVICE",
+    help="A writable export, a new file, or a block device.",
+)
+@click.option("--disk", metavar="DISK", help="Which disk, if there are several.")
+@click.option(
+    "--format",
+    "image_format",
+    type=click.Choice(["raw", "qcow2"]),
+    help="Of a new file. Default: qcow2 if its name ends so, else raw.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
+@click.option("--connections", type=click.IntRange(1, 64), default=4, show_default=True)
+@click.option("--rate-limit", type=parse_size, default="0", metavar="SIZE", help="Bytes a second.")
+@progress_option
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def restore(backup: str, target: str, **values: Any) -> None:
+    """Write a disk as it was at a restore point (default: the newest), verified on the way."""
+    restored = asyncio.run(_restore(backup, target, values))
+    if values["as_json"]:
+        print_json(restored._asdict())
+        return
+    click.echo(
+        f"{restored.point}: {restored.disk}: wrote {restored.written_bytes} bytes of"
+        f" {restored.size}, zeroed {restored.zeroed_bytes}, {restored.skipped_bytes} were zero"
+    )
+
+
+async def _restore(backup: str, text: str, values: dict[str, Any]) -> Restored:
+    from ..backup import (
+        BackupDirectory,
+        RateLimit,
+        RestoreOptions,
+        open_target,
+        split_point,
+    )
+    from ..backup import restore as restore_disk
+
+    folder, name = split_point(backup)
+    directory = BackupDirectory(folder)
+    point = directory.newest() if name is None else directory.find(name)
+    disk = choose_disk(point, values["disk"])
+    target = await open_target(
+        text,
+        point.disk(disk).size,
+        image_format=values["image_format"],
+        overwrite=values["overwrite"],
+        connections=values["connections"],
+    )
+    with reporting(values["progress"]) as report:
+        options = RestoreOptions(limit=RateLimit(values["rate_limit"]), progress=report)
+        return await restore_disk(directory, point, disk, target, options=options)
+
+
+def choose_disk(point: Point, name: str | None) -> str:
+    """The disk that was named, or the only one.
+
+    Raises:
+        UsageError: There are several.
+    """
+    if name is not None:
+        return point.disk(name).name
+    if len(point.disks) != 1:
+        names = ", ".join(disk.name for disk in point.disks)
+        raise UsageError(f"restore point {point.name!r} has several disks ({names}): say --disk")
+    return point.disks[0].name

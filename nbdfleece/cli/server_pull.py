@@ -1,0 +1,149 @@
+"""Pulling from one of our own servers in one go: begin, pull, commit; abort on failure.
+
+The backup on the server has the restore point's name. A pull that was killed leaves it
+there; the same command finds it, knows its snapshot by the instant of its creation, and
+goes on. If pulling fails otherwise, the backup is aborted and what was pulled is removed,
+unless ``--keep`` was given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+
+from ..backup import BackupDirectory, DiskRequest, Point, discard
+from ..control.client import ControlClient
+from ..control.errors import QmpError
+from ..errors import NbdfleeceError, StateError
+from .client import connect
+from .exit_status import ExitStatus
+from .pull import point_name, pull_requests
+
+
+def pull_from_server(directory: BackupDirectory, values: dict[str, Any]) -> ExitStatus:
+    """Do the whole backup.
+
+    Args:
+        directory: Where to.
+        values: The options of ``pull``.
+    """
+    name = point_name(values)
+    values = {**values, "point": name, "checkpoint": values["checkpoint"] or name}
+    with connect(values["control"]) as client:
+        if directory.path.is_dir() and directory.has(name):
+            raise StateError(f"{directory.path}: restore point {name!r} exists already")
+        parent = _choose_parent(client, directory, values)
+        begun = _begin(client, values, parent)
+        try:
+            requests = _requests(begun, parent)
+            created = _checkpoints(client).get(begun["checkpoint"])
+            status = asyncio.run(
+                pull_requests(directory, requests, values, checkpoint_created=created)
+            )
+        except BaseException:
+            if not values["keep"] or values["dry_run"]:
+                _abort(client, directory, name)
+            raise
+        if values["dry_run"]:
+            client.execute("backup-abort", {"name": name})
+            return status
+        _commit(client, name)
+    return status
+
+
+def _choose_parent(
+    client: ControlClient, directory: BackupDirectory, values: dict[str, Any]
+) -> Point | None:
+    """The restore point to build on: as said, or the newest whose checkpoint is still there."""
+    if values["full"]:
+        return None
+    if values["since"] is not None:
+        return _check_parent(client, directory.find(values["since"]))
+    points = directory.points() if directory.path.is_dir() else []
+    created = _checkpoints(client)
+    for point in reversed(points):
+        if point.checkpoint in created and _is_same(point, created):
+            return point
+    return None
+
+
+def _checkpoints(client: ControlClient) -> dict[str | None, float]:
+    """When the server's checkpoints were made, by name."""
+    return {each["name"]: each["created"] for each in client.execute("query-checkpoints")}
+
+
+def _is_same(point: Point, created: dict[str | None, float]) -> bool:
+    """Whether the server's checkpoint is the one that the point was made with."""
+    return point.checkpoint_created is None or created[point.checkpoint] == point.checkpoint_created
+
+
+def _check_parent(client: ControlClient, point: Point) -> Point:
+    if point.checkpoint is None:
+        raise StateError(f"restore point {point.name!r} was made without a checkpoint")
+    created = _checkpoints(client)
+    if point.checkpoint in created and not _is_same(point, created):
+        raise StateError(
+            f"the server's checkpoint {point.checkpoint!r} is not the one that restore point"
+            f" {point.name!r} was made with: it was made at another time"
+        )
+    return point
+
+
+def _begin(client: ControlClient, values: dict[str, Any], parent: Point | None) -> Any:
+    """Begin a backup, or find the one that a pull that was killed has left."""
+    for each in client.execute("query-backups"):
+        if each["name"] == values["point"] and not values["restart"]:
+            return each
+    if values["restart"]:
+        _abort_if_there(client, values["point"])
+    arguments = {
+        "name": values["point"],
+        "disks": list(values["disks"]) or None,
+        "checkpoint": values["checkpoint"],
+        "since": None if parent is None else parent.checkpoint,
+    }
+    return client.execute("backup-begin", arguments)
+
+
+def _abort_if_there(client: ControlClient, name: str) -> None:
+    if any(each["name"] == name for each in client.execute("query-backups")):
+        client.execute("backup-abort", {"name": name})
+
+
+def _requests(begun: Any, parent: Point | None) -> list[DiskRequest]:
+    return [_request(begun, disk, parent) for disk in begun["disks"]]
+
+
+def _request(begun: Any, disk: Any, parent: Point | None) -> DiskRequest:
+    """What to pull of one disk: what the server offers, if the backup has what it builds on."""
+    identity = f"{begun['name']}@{begun['created']!r}"
+    name, uri = disk["disk"], disk["uris"][0]
+    has_base = parent is not None and any(entry.name == name for entry in parent.disks)
+    if disk["context"] is None or not has_base:
+        reason = disk["reason"]
+        if parent is not None and not has_base:
+            reason = f"restore point {parent.name!r} does not have this disk"
+        return DiskRequest(name=name, uri=uri, reason=reason, identity=identity)
+    return DiskRequest(name=name, uri=uri, bitmap=disk["context"], parent=parent, identity=identity)
+
+
+def _abort(client: ControlClient, directory: BackupDirectory, name: str) -> None:
+    """Undo what was begun; what cannot be undone is said, and does not hide what went wrong."""
+    try:
+        if directory.path.is_dir() and not directory.has(name):
+            discard(directory, name)
+        client.execute("backup-abort", {"name": name})
+    except (NbdfleeceError, OSError) as error:
+        click.echo(f"nbdfleece: the backup {name!r} could not be aborted: {error}", err=True)
+
+
+def _commit(client: ControlClient, name: str) -> None:
+    try:
+        client.execute("backup-commit", {"name": name})
+    except QmpError as error:
+        raise StateError(
+            f"restore point {name!r} is complete, but its checkpoint is not kept: {error};"
+            " the next pull will be in full"
+        ) from error
