@@ -207,7 +207,7 @@ class Refcounts:
         offset = cluster << self._cluster_bits
         block = RefcountBlock(offset, empty_counts(self._block_counts, self._header.refcount_bits))
         self.table[index] = offset
-        self.blocks[index] = block
+        self._add_block(index, block)
         self.dirty_table.add(index)
         block.mark_dirty(0, self._block_counts)
         self._metadata.add(offset, 1)
@@ -306,10 +306,14 @@ class Refcounts:
     async def _read_block(self, index: int) -> None:
         offset = self.table[index]
         raw = await self._file.read(offset, self._header.cluster_size)
+        counts = unpack_counts(raw, self._header.refcount_bits)
+        self._add_block(index, RefcountBlock(offset, counts))
+
+    def _add_block(self, index: int, block: RefcountBlock) -> None:
+        """Put a block into memory, and make room."""
         if len(self.blocks) >= self._blocks_max:
             self._evict()
-        counts = unpack_counts(raw, self._header.refcount_bits)
-        self.blocks[index] = RefcountBlock(offset, counts)
+        self.blocks[index] = block
 
     def _evict(self) -> None:
         """Give up clean blocks that were not used since the last time."""

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nbdfleece.qcow2 import epochs as epochs_module
+from nbdfleece.qcow2 import image as image_module
+from nbdfleece.qcow2 import refcounts as refcounts_module
 from nbdfleece.qcow2.create import create_image
 from nbdfleece.qcow2.image import Qcow2Image
 from tests.qcow2.fake_disk import FakeDisk
@@ -42,10 +45,27 @@ async def work(
             await image.flush()
 
 
+@pytest.fixture(params=["large caches", "small caches"])
+def caches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With small caches tables are given up and flushed in the background all the time."""
+    if request.param == "small caches":
+        monkeypatch.setattr(image_module, "CACHE_BYTES", 0)
+        monkeypatch.setattr(refcounts_module, "CACHE_BYTES", 0)
+        monkeypatch.setattr(epochs_module, "DIRTY_BYTES_MAX", 4096)
+
+
+@pytest.mark.usefixtures("caches")
 @pytest.mark.parametrize("piece", [300, 5000, 40_000])
 @pytest.mark.parametrize(
     ("kind", "cluster_size"),
-    [("new", 512), ("new", 4096), ("shared", 4096), ("compressed", 4096), ("extended", 16384)],
+    [
+        ("new", 512),
+        ("new", 4096),
+        ("shared", 512),
+        ("shared", 4096),
+        ("compressed", 4096),
+        ("extended", 16384),
+    ],
 )
 async def test_guests_that_share_clusters_do_not_disturb_one_another(
     folder: Path, kind: str, cluster_size: int, piece: int
@@ -64,7 +84,9 @@ async def test_guests_that_share_clusters_do_not_disturb_one_another(
         qemu_img("convert", "-c", "-O", "qcow2", "-o", options, folder / "raw", path)
     else:
         is_extended = kind == "extended"
-        await create_image(path, SIZE, cluster_size=cluster_size, extended_l2=is_extended)
+        await create_image(
+            path, SIZE, cluster_size=cluster_size, extended_l2=is_extended, refcount_bits=64
+        )
     rng = random.Random(piece)
     disk = FakeDisk(path.read_bytes(), rng=rng)
     image = await Qcow2Image.from_file(disk)
