@@ -73,5 +73,13 @@ class StateError(NbdfleeceError):
     """
 
 
+class DiffersError(NbdfleeceError):
+    """Data is not what it should be; it was looked at, not changed."""
+
+
+class TemporaryError(NbdfleeceError):
+    """It may well succeed later, or go on where it was; nothing is lost."""
+
+
 class UsageError(NbdfleeceError):
     """The user asked for something that cannot be meant: wrong argument, wrong configuration."""

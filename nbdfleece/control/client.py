@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import msgspec
 
-from ..errors import NbdfleeceError
+from ..errors import NbdfleeceError, TemporaryError
 from .errors import ErrorClass, QmpError
 
 _RECEIVE_BYTES = 1 << 16
@@ -20,7 +20,7 @@ class ConnectError(NbdfleeceError):
     """No server can be reached."""
 
 
-class ServerGoneError(NbdfleeceError):
+class ServerGoneError(TemporaryError):
     """The server hung up: it is ending, or has as many clients as it may; try again later."""
 
 
