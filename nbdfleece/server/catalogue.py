@@ -25,7 +25,7 @@ def describe_export(export: Export, limits: WireLimits) -> ServedExport:
     """Say to the wire what an export can do.
 
     All connections to an export share its one block node, and a flush of the node covers all
-    that was written to it: CAN_MULTI_CONN holds for every export.
+    that was written to it: CAN_MULTI_CONN would hold for every export.
     """
     node = export.node
     read_only = export.read_only or node.read_only
@@ -35,7 +35,7 @@ def describe_export(export: Export, limits: WireLimits) -> ServedExport:
         description=export.description,
         size=export.size,
         read_only=read_only,
-        can_multi_conn=True,
+        can_multi_conn=export.can_multi_conn,
         can_trim=export.can_trim,
         can_write_zeroes=not read_only,
         can_fast_zero=not read_only,

@@ -24,6 +24,8 @@ class Limits:
             0: no limit, since a kernel's block device may be idle for days.
         connections_max: Connections at a time, handshakes included. One costs about 10 KiB
             before its transmission phase, so 1000 cost 10 MiB. Above it: closed at once.
+        excess_waits: Connections above the maximum are not closed but wait in the kernel's
+            queue until one ends, as with qemu-nbd.
         closing_seconds: At the end of a connection, for a client that reads nothing of the
             replies that are left. 0: no limit.
         queued_bytes_max: Replies that wait for one client to read them before its requests
@@ -43,6 +45,7 @@ class Limits:
     handshake_seconds: float = 10.0
     idle_seconds: float = 0.0
     connections_max: int = 1000
+    excess_waits: bool = False
     closing_seconds: float = 5.0
     queued_bytes_max: int = 4 * MIB
     flush_bytes: int = 256 * KIB

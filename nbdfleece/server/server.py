@@ -20,7 +20,7 @@ from .connection import Connection
 from .limits import Limits
 from .listener import Listener
 from .statistics import Statistics
-from .tls import Authorization, TlsChannel, TlsSettings
+from .tls import Authorization, Authorizer, TlsChannel, TlsSettings
 
 logger = logging.getLogger("nbdfleece.server")
 
@@ -57,7 +57,7 @@ class NbdServer:
         *,
         limits: Limits | None = None,
         tls: TlsSettings | None = None,
-        authorization: Authorization | None = None,
+        authorization: Authorizer | None = None,
     ) -> None:
         self.exports = exports
         self.limits = limits or Limits()
@@ -71,6 +71,8 @@ class NbdServer:
         self._loop = asyncio.get_running_loop()
         self._past: dict[str, Statistics] = {}
         self._watchers: list[asyncio.Event] = []
+        self._is_holding_back = False
+        self._left = asyncio.Event()
 
     # Listeners and connections.
 
@@ -92,6 +94,9 @@ class NbdServer:
 
     def _accept(self, listener: Listener) -> None:
         for _ in range(_ACCEPTS_MAX):
+            if self.limits.excess_waits and len(self.connections) >= self.limits.connections_max:
+                self._hold_back()
+                return
             try:
                 sock, address = listener.sock.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -118,6 +123,12 @@ class NbdServer:
             sock.close()
             return
         self.add_channel(channel)
+
+    def _hold_back(self) -> None:
+        """Accept nobody until a connection ends."""
+        self._is_holding_back = True
+        for listener in self._listeners:
+            self._loop.remove_reader(listener.sock.fileno())
 
     def _pause_accepting(self, listener: Listener, error: OSError) -> None:
         """Out of descriptors: the listener would call us again at once, for ever."""
@@ -174,7 +185,13 @@ class NbdServer:
             connection.export.connections -= 1
             past = self._past.setdefault(connection.export.name, Statistics())
             past.add(connection.statistics)
+            if not self.connections:
+                self._left.set()
         logger.debug("%s: closed: %s", connection.peer, connection.statistics)
+        if self._is_holding_back:
+            self._is_holding_back = False
+            for listener in self._listeners:
+                self._accept_again(listener)
         for watcher in self._watchers:
             watcher.set()
 
@@ -260,6 +277,10 @@ class NbdServer:
             return
         finally:
             self._watchers.remove(changed)
+
+    async def wait_left(self) -> None:
+        """Wait until a client that had opened an export leaves as the last of all."""
+        await self._left.wait()
 
     async def wait_idle(self) -> None:
         """Wait until no client is connected."""

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from ..errors import UsageError
 from ..nbd.limits import KIB
@@ -53,6 +53,19 @@ _ATTRIBUTES: Final = {
     "userId": "UID",
 }
 """OpenSSL's names of attributes and those of RFC 4514, which GnuTLS and QEMU print."""
+
+
+class Authorizer(Protocol):
+    """Decides who may have which export."""
+
+    def refusal(self, export: str, identity: str | None) -> str | None:
+        """Why a client may not have an export, or None if it may.
+
+        Args:
+            export: Its name.
+            identity: A distinguished name as RFC 4514 writes it, the name of a pre-shared
+                key, or None for a client that has not authenticated.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

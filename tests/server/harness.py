@@ -45,9 +45,13 @@ class Served:
         """A client that has read the greeting."""
         sock = socket.socket(socket.AF_UNIX)
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, self.path)
         client = Client(sock)
         self.clients.append(client)
+        try:
+            await client.loop.sock_connect(sock, self.path)
+        except OSError:
+            client.close()
+            raise
         return client
 
     async def open(self, export: str = "x", **more: object) -> Client:

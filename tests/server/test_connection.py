@@ -80,6 +80,17 @@ async def test_client_that_reads_slowly_gets_a_large_reply_whole(serve: Serve) -
     assert total == 24 * MIB
 
 
+async def test_reply_that_waits_is_not_changed_by_a_later_write(serve: Serve) -> None:
+    """Rule 1: nothing is sent from memory that can be overwritten while it is in flight."""
+    served = serve(MemoryNode(b"old!" * (MIB // 4)))
+    slow, writer = await served.open(structured=False), await served.open()
+    await slow.send(pack_request(Command.READ, 0, MIB) * 3)
+    await settled(50)
+    await writer.perform(Command.WRITE, 0, payload=b"new!" * (MIB // 4))
+    for _ in range(3):
+        assert (await slow.reply(MIB)).payload == b"old!" * (MIB // 4)
+
+
 async def test_busy_client_does_not_starve_another(serve: Serve) -> None:
     """Work per wake-up is bounded: a full receive buffer does not keep the loop."""
     limits = Limits(wake_up_bytes_max=64 * KIB)

@@ -20,7 +20,7 @@ from nbdfleece.server.channel import PipeChannel, SocketChannel
 from nbdfleece.server.listener import listen_tcp
 from tests.memory_node import MemoryNode
 
-from .harness import Client, Serve, Served, export_of
+from .harness import Client, Serve, Served, export_of, pack_request
 
 MIB = 1 << 20
 nbd: Any = pytest.importorskip("nbd", reason="libnbd's Python binding is not installed")
@@ -198,6 +198,22 @@ def test_server_on_stdin_ends_with_its_client(loop: str) -> None:
     handle.connect_command([sys.executable, "-c", ON_STDIN, loop])
     assert handle.pread(4096, 0) == bytes(4096)
     handle.shutdown()
+
+
+async def test_client_that_is_gone_is_no_signal(tmp_path: Path) -> None:
+    """CVE-2017-10664: also where SIGPIPE has its default, as command lines like it."""
+    script = "import signal; signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n" + ON_STDIN
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, "auto", stdin=theirs, stdout=theirs
+    )
+    theirs.close()
+    client = Client(ours)
+    await client.negotiate()
+    await client.send(pack_request(Command.READ, 0, MIB) * 50)
+    client.close()
+    assert await process.wait() == 0
 
 
 async def use_by_hand(served: Served, sock: socket.socket) -> None:
