@@ -26,6 +26,7 @@ class Export:
         read_only: Writes are refused whatever the node can do.
         can_trim: Whether TRIM is offered; on a read-only export it means "I am done with
             this range" and reaches the node's ``trim`` (design rule 1 holds for the rest).
+        can_multi_conn: Whether clients are told that they may have several connections.
         contexts: The metadata contexts offered, in the order of LIST.
         minimum_block_size: Bytes, a power of two up to 64 KiB; smaller requests are refused.
         tls_only: Shown and served over TLS only.
@@ -38,6 +39,7 @@ class Export:
     description: str = ""
     read_only: bool = True
     can_trim: bool = False
+    can_multi_conn: bool = True
     contexts: tuple[MetadataContext, ...] = ()
     minimum_block_size: int = 1
     tls_only: bool = False
