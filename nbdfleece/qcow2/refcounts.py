@@ -8,8 +8,9 @@ in the file is a leak after a power cut, one that is too low would be corruption
 
 A part of the file that no block describes is free. When allocation reaches such a
 part, the new block takes the first cluster in reach for itself, so it describes
-itself. When the table is too short for a new block it grows in memory at once, and
-gets its new place in the file before the next flush.
+itself; a run of clusters longer than one block can describe gets several at once. When
+the table is too short for a new block it grows in memory at once, and gets its new
+place in the file before the next flush.
 """
 
 from __future__ import annotations
@@ -175,11 +176,10 @@ class Refcounts:
         first, count = cluster, 0
         while True:
             index = cluster // self._block_counts
-            if index >= len(self.table) or not self.table[index]:
+            if not self._has_block(index):
                 if count >= minimum:
                     return first, count
-                self._create_block(index, cluster)
-                cluster, count = cluster + 1, 0
+                cluster, count = cluster + self._create_blocks(index, cluster, minimum), 0
                 continue
             block = self.blocks.get(index)
             if block is None:
@@ -200,18 +200,44 @@ class Refcounts:
                 end, count = end + 1, 0
             cluster = base + end
 
+    def _create_blocks(self, index: int, cluster: int, minimum: int) -> int:
+        """Describe a new part of the file, long enough for ``minimum`` clusters in a row.
+
+        The new blocks take the clusters from ``cluster`` on. One block alone describes
+        itself. Several describe one another, so they must come into force together: the
+        table moves, and one write of the header switches to all of them.
+
+        Returns:
+            How many blocks there are.
+        """
+        count = 1
+        while cluster + count + minimum > (index + count) * self._block_counts:
+            following = index + count
+            if minimum < self._block_counts or self._has_block(following):
+                break
+            count += 1
+        if index + count > len(self.table):
+            self._extend_table(index + count - 1)
+        for number in range(count):
+            self._create_block(index + number, cluster + number)
+        self._set_allocated(cluster, count)
+        self.table_is_homeless |= count > 1
+        return count
+
+    def _has_block(self, index: int) -> bool:
+        return index < len(self.table) and bool(self.table[index])
+
     def _create_block(self, index: int, cluster: int) -> None:
-        """Describe a new part of the file; the block takes ``cluster`` for itself."""
-        if index >= len(self.table):
-            self._extend_table(index)
+        """Make an empty block that lies in ``cluster``."""
         offset = cluster << self._cluster_bits
         block = RefcountBlock(offset, empty_counts(self._block_counts, self._header.refcount_bits))
         self.table[index] = offset
-        self._add_block(index, block)
-        self.dirty_table.add(index)
         block.mark_dirty(0, self._block_counts)
+        self.dirty.add(index)
+        self.urgent.add(index)
+        self.dirty_table.add(index)
         self._metadata.add(offset, 1)
-        self._set_allocated(cluster, 1)
+        self._add_block(index, block)
 
     def _extend_table(self, index: int) -> None:
         """Make room in the table for a block, half as much again at least."""

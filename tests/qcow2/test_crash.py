@@ -163,6 +163,30 @@ async def test_power_cut_while_flush_and_writes_overlap_leaves_what_was_flushed(
     await image.close()
 
 
+async def test_power_cut_while_long_runs_of_clusters_are_allocated_leaks_at_most(
+    folder: Path,
+) -> None:
+    """A run longer than what one refcount block describes needs several blocks at once."""
+    start, content = await fresh_image(folder, "empty", 512)
+    rng = random.Random(3)
+    disk = CrashingDisk(start)
+    image = await Qcow2Image.from_file(disk)
+    guest = Guest(image, 512, rng)
+    guest.content[:] = content
+    guest.track()
+
+    async def question() -> None:
+        await examine(folder, disk, guest, rng)
+
+    disk.question = question  # type: ignore[method-assign]  # the test's own hook
+    for count in (100, 150, 300):
+        offset = await image.allocate_clusters(count)
+        await guest.write(*guest.pick_range(3000))
+        await guest.flush()
+        image.free_clusters(offset, count)
+    await image.close()
+
+
 @pytest.mark.parametrize("fail_after", [0, 1, 2, 3, 5, 8, 13, 21, 34, 55])
 async def test_failing_disk_leaves_a_sound_image_and_an_image_that_goes_on(
     folder: Path, fail_after: int
