@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Protocol
 
 from ..bitmaps.bitmap import Bitmap
 from ..extents import Extents
@@ -10,11 +11,22 @@ from .copy_before_write import CopyBeforeWrite
 from .node import BlockNode
 
 
+class ActivityLog(Protocol):
+    """What makes recording bitmaps survive a crash: see :mod:`nbdfleece.qcow2.activity_log`."""
+
+    def covers(self, offset: int, length: int) -> bool:
+        """Whether the range is marked, durably."""
+
+    async def mark(self, offset: int, length: int) -> None:
+        """Mark the range, durably, or raise OSError."""
+
+
 class GuestNode(BlockNode):
     """The top of a disk's nodes.
 
-    Every write, write of zeroes and discard marks the recording bitmaps, then lets
-    copy-before-write keep the old data, and only then reaches the disk (rules 1 and 2).
+    Every write, write of zeroes and discard marks the recording bitmaps and their logs,
+    then lets copy-before-write keep the old data, and only then reaches the disk (rules 1
+    and 2).
 
     Guest writes that are suspended are counted, so that a snapshot can be taken between
     them: :meth:`drain` holds new ones back until :meth:`resume`, and returns when none is
@@ -32,6 +44,8 @@ class GuestNode(BlockNode):
         self._gate = WriteGate()
         self.recording: tuple[Bitmap, ...] = ()
         """The bitmaps that guest writes mark; replaced whole, never changed in place."""
+        self.logs: tuple[ActivityLog, ...] = ()
+        """What must durably cover a guest write before it is issued; likewise."""
         self.size = image.size
         self.read_only = image.read_only
         self.preferred_block_size = image.preferred_block_size
@@ -96,6 +110,9 @@ class GuestNode(BlockNode):
         """What must have happened before the disk changes."""
         for bitmap in self.recording:
             bitmap.set_range(offset, length)
+        for log in self.logs:
+            if not log.covers(offset, length):
+                await log.mark(offset, length)
         if self._copies.has_layers:
             await self._copies.protect(offset, length)
 

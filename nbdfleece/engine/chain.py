@@ -79,11 +79,14 @@ class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw
     Attributes:
         disk_id: 16 hexadecimal digits by which other disks' records name this disk; ""
             as long as the image holds no record.
+        logged: Whether the stored bits of what records are kept a superset by activity
+            logs, so that they can be believed although they are in use.
     """
 
     version: int = 1
     disk_id: str = ""
     checkpoints: tuple[Checkpoint, ...] = ()
+    logged: bool = False
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -110,6 +113,10 @@ class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw
             if checkpoint.name == name:
                 return index
         raise StateError(f"there is no checkpoint '{name}'")
+
+    def with_logs(self, logged: bool) -> Chain:
+        """The chain of a disk whose recording bitmaps are logged, or not."""
+        return msgspec.structs.replace(self, logged=logged)
 
     def with_identity(self) -> Chain:
         """The chain of a disk that can be named by others."""

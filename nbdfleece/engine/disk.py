@@ -6,10 +6,11 @@ guest -> GuestNode (marks bitmaps, has old data copied) -> Qcow2Image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from ..bitmaps.bitmap import Bitmap
 from ..block.copy_before_write import CopyBeforeWrite, Layer, OnCbwError
@@ -17,11 +18,16 @@ from ..block.guest import GuestNode
 from ..errors import StateError, UsageError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
-from .chain import Chain, pack_chain, unpack_chain
+from .chain import Chain, Checkpoint, pack_chain, unpack_chain
 from .disk_state import DiskBitmap, DiskState
 
 GRANULARITY_RANGE: Final = (512, 1 << 20)
 """Bytes: a sector, and what is copied at once."""
+
+
+_log = logging.getLogger("nbdfleece.engine")
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,15 +146,29 @@ class Disk:
         return min(max(self.image.cluster_size, 4096), 65536)
 
     async def _load_state(self) -> None:
+        chain = self._load_chain()
+        record = self._store.record
+        is_logged = chain.logged and record is not None and record.matches_directory
         bitmaps = {}
         for entry in self._store.entries:
             bitmap = DiskBitmap(entry.name, entry.granularity, entry.recording, entry.inconsistent)
-            if bitmap.recording and not bitmap.inconsistent:
+            if bitmap.inconsistent and bitmap.recording and is_logged:
+                bitmap = bitmap._replace(inconsistent=False)
+                _log.warning(
+                    "disk '%s': bitmap '%s' was recovered by its log; it may report more"
+                    " than has changed",
+                    self.name,
+                    entry.name,
+                )
+            if bitmap.is_changing:
                 bitmap = bitmap._replace(bits=await self._store.load_bits(entry.name))
             bitmaps[entry.name] = bitmap
-        self.state = DiskState(bitmaps, self._load_chain())
-        await self._store.mark_in_use()
-        self.node.recording = self.state.recording
+        self.state = DiskState(bitmaps, chain)
+        if chain.disk_id:
+            await self.store(self.state)
+        else:
+            await self._store.mark_in_use()
+            self.node.recording = self.state.recording
 
     def _load_chain(self) -> Chain:
         record = self._store.record
@@ -200,22 +220,72 @@ class Disk:
             StateError: The chain does not fit into the image's header.
         """
         old = self.state
-        self.node.recording = _union(old.recording, state.recording)
+        self._record_in(old, state)
         try:
+            for name in state.unlogged():
+                state = await self._with_log(state, name)
             await self._write(state, closing=False)
         except BaseException:
-            self.node.recording = old.recording
+            self._record_in(old)
+            self._discard_logs(state, old)
             raise
         self.state = state.after_store()
-        self.node.recording = self.state.recording
+        self._record_in(self.state)
+
+    def _record_in(self, *states: DiskState) -> None:
+        """Let guest writes be recorded in the bitmaps and logs of all these states."""
+        self.node.recording = _union(*(state.recording for state in states))
+        self.node.logs = _union(*(state.logs for state in states))
+
+    async def _with_log(self, state: DiskState, name: str) -> DiskState:
+        """Give a log to a bitmap of a state in whose bits guest writes are recorded already.
+
+        Those that come while the log is filled are marked in it at the end.
+        """
+        bits = state.bitmaps[name].bits
+        assert bits is not None, "what records is in memory"
+        stored = bits.copy()
+        log = await self._store.prepare_log(bits.granularity, stored)
+        state = state.with_log(name, log)
+        self._record_in(self.state, state)
+        missed = bits.copy()
+        missed.subtract(stored)
+        try:
+            for offset, length in missed.dirty_ranges():
+                await log.mark(offset, length)
+        except BaseException:
+            self._store.discard_log(log)
+            raise
+        return state
+
+    def _discard_logs(self, state: DiskState, kept: DiskState) -> None:
+        """Give up the logs of a state that was not stored, apart from another state's."""
+        for log in state.logs:
+            if log not in kept.logs:
+                self._store.discard_log(log)
+
+    async def prepare_checkpoint(self, checkpoint: Checkpoint) -> DiskState:
+        """The state for :meth:`install` in which a new checkpoint's bitmap records.
+
+        Raises:
+            StateError: The name is taken.
+            OSError: There is no space for its bitmap.
+        """
+        granularity = self.default_granularity
+        state = self.state.with_checkpoint(checkpoint, granularity)
+        log = await self._store.prepare_log(granularity, Bitmap(self.size, granularity))
+        return state.with_log(checkpoint.bitmap_name, log)
 
     def install(self, state: DiskState) -> None:
         """Let guest writes be recorded by a new state from this instant on; not stored yet.
 
         Between :meth:`GuestNode.drain` and ``resume``, so that no write is in flight (rule 3).
+        As long as the image holds the old state, a crash falls back to it, so the old logs
+        are kept up too.
         """
-        self.state = state
+        old, self.state = self.state, state
         self.node.recording = state.recording
+        self.node.logs = _union(old.logs, state.logs)
 
     async def store_installed(self) -> None:
         """Put the installed state into the image.
@@ -225,6 +295,7 @@ class Disk:
         """
         await self._write(self.state, closing=False)
         self.state = self.state.after_store()
+        self._record_in(self.state)
 
     def uninstall(self, checkpoint: str) -> None:
         """Undo :meth:`install` of a new checkpoint that was not stored, as if it had not begun.
@@ -232,7 +303,13 @@ class Disk:
         Nothing is awaited, so no change is missed (rule 2); the image still holds the state
         from before.
         """
-        self.install(self.state.without_checkpoint(checkpoint))
+        new, self.state = self.state, self.state.without_checkpoint(checkpoint)
+        self._record_in(self.state)
+        self.discard(new)
+
+    def discard(self, state: DiskState) -> None:
+        """Give up a state of :meth:`prepare_checkpoint` that is not to be stored."""
+        self._discard_logs(state, self.state)
 
     async def remove_checkpoint(self, name: str) -> None:
         """Delete a checkpoint, merging its changes into the one before it.
@@ -289,9 +366,10 @@ class Disk:
     async def _write(self, state: DiskState, *, closing: bool) -> None:
         stored = [each.stored(closing=closing) for each in state.bitmaps.values()]
         if stored or state.chain.disk_id:
-            await self._store.replace(stored, pack_chain(state.chain))
+            chain = state.chain.with_logs(state.is_logged and not closing)
+            await self._store.replace(stored, pack_chain(chain))
 
 
-def _union(first: Sequence[Bitmap], second: Sequence[Bitmap]) -> tuple[Bitmap, ...]:
-    """The bitmaps of both, each once."""
-    return tuple({id(bitmap): bitmap for bitmap in (*first, *second)}.values())
+def _union(*parts: Iterable[_Item]) -> tuple[_Item, ...]:
+    """What is in any of the parts, each object once."""
+    return tuple({id(item): item for part in parts for item in part}.values())

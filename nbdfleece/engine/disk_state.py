@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..bitmaps.bitmap import Bitmap
 from ..errors import StateError
+from ..qcow2.activity_log import ActivityLog
 from ..qcow2.bitmap_store import StoredBitmap
 from .chain import Chain, Checkpoint, CheckpointState
 
@@ -26,6 +27,7 @@ class DiskBitmap(NamedTuple):
         inconsistent: It may miss changes; good only for being removed.
         bits: None while the bits are only in the image.
         in_image: The image's directory has it, so that its stored bits can be kept.
+        log: Keeps its stored bits a superset while it records.
     """
 
     name: str
@@ -34,19 +36,26 @@ class DiskBitmap(NamedTuple):
     inconsistent: bool = False
     bits: Bitmap | None = None
     in_image: bool = True
+    log: ActivityLog | None = None
+
+    @property
+    def is_changing(self) -> bool:
+        """Guest writes mark its bits."""
+        return self.recording and not self.inconsistent
 
     def stored(self, *, closing: bool) -> StoredBitmap:
         """What the image is to hold: a recording bitmap is in use until the disk is closed."""
-        keeps_changing = self.recording and not self.inconsistent
-        content = self.bits
-        if keeps_changing and self.in_image and not closing:
-            content = None
-        in_use = self.inconsistent or (keeps_changing and not closing)
-        return StoredBitmap(self.name, self.granularity, self.recording, in_use, content)
+        if not self.is_changing or closing:
+            in_use, content, log = self.inconsistent, self.bits, None
+        else:
+            in_use, content, log = True, None if self.in_image or self.log else self.bits, self.log
+        return StoredBitmap(self.name, self.granularity, self.recording, in_use, content, log)
 
     def after_store(self) -> DiskBitmap:
         """The bitmap once the image holds it: frozen bits need not stay in memory."""
-        return self._replace(in_image=True, bits=self.bits if self.recording else None)
+        if self.is_changing:
+            return self._replace(in_image=True)
+        return self._replace(in_image=True, bits=None, log=None)
 
 
 class DiskState(NamedTuple):
@@ -61,8 +70,29 @@ class DiskState(NamedTuple):
         return tuple(
             each.bits
             for each in self.bitmaps.values()
-            if each.recording and not each.inconsistent and each.bits is not None
+            if each.is_changing and each.bits is not None
         )
+
+    @property
+    def logs(self) -> tuple[ActivityLog, ...]:
+        """What must cover a guest write before it is issued."""
+        return tuple(
+            each.log for each in self.bitmaps.values() if each.is_changing and each.log is not None
+        )
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether every recording bitmap has a log, and there is a chain record to say so."""
+        return bool(self.chain.disk_id) and len(self.logs) == len(self.recording)
+
+    def unlogged(self) -> list[str]:
+        """The recording bitmaps that are to have a log and have none."""
+        changing = [each for each in self.bitmaps.values() if each.is_changing]
+        return [each.name for each in changing if self.chain.disk_id and each.log is None]
+
+    def with_log(self, name: str, log: ActivityLog) -> DiskState:
+        """The same state with a log for a recording bitmap."""
+        return self._replace(bitmaps={**self.bitmaps, name: self.bitmaps[name]._replace(log=log)})
 
     def newest_bitmap(self) -> DiskBitmap | None:
         """The bitmap of the newest checkpoint, if the disk has one and it is there."""
@@ -92,8 +122,15 @@ class DiskState(NamedTuple):
             if problem is not None:
                 raise StateError(f"the changes since checkpoint '{name}' are not known: {problem}")
 
-    def with_checkpoint(self, checkpoint: Checkpoint, granularity: int) -> DiskState:
+    def with_checkpoint(
+        self, checkpoint: Checkpoint, granularity: int, log: ActivityLog | None = None
+    ) -> DiskState:
         """The state in which the newest bitmap is frozen and one for ``checkpoint`` records.
+
+        Args:
+            checkpoint: The new checkpoint.
+            granularity: Bytes per bit of its bitmap.
+            log: Its bitmap's log.
 
         Raises:
             StateError: The name is taken.
@@ -108,7 +145,7 @@ class DiskState(NamedTuple):
         if frozen is not None:
             bitmaps[frozen.name] = frozen._replace(recording=False)
         fresh = Bitmap(checkpoint.size, granularity)
-        bitmaps[name] = DiskBitmap(name, granularity, True, bits=fresh, in_image=False)
+        bitmaps[name] = DiskBitmap(name, granularity, True, bits=fresh, in_image=False, log=log)
         return DiskState(bitmaps, self.chain.with_added(checkpoint))
 
     def with_identity(self) -> DiskState:
@@ -170,7 +207,10 @@ class DiskState(NamedTuple):
 
 
 def _merged(older: DiskBitmap, newer: DiskBitmap | None) -> DiskBitmap:
-    """The older bitmap with the newer one's changes; it records if the newer one did."""
+    """The older bitmap with the newer one's changes; it records if the newer one did.
+
+    It keeps the log that it has if the image was never told that it was frozen.
+    """
     assert newer is not None, "merge partners exist"
     assert older.bits is not None, "bits not loaded"
     assert newer.bits is not None, "bits not loaded"

@@ -213,19 +213,28 @@ class Engine:
         for disk in disks:
             await disk.ensure_identity()
         identity, now = new_identity(), time.time_ns()
-        states = {}
-        for disk in disks:
-            record = Checkpoint(
-                id=identity,
-                name=name,
-                created_ns=now,
-                size=disk.size,
-                owner=owner,
-                state=CheckpointState.PENDING,
-                disks=tuple(each.state.chain.disk_id for each in disks),
-            )
-            states[disk.name] = disk.state.with_checkpoint(record, disk.default_granularity)
+        states: dict[str, DiskState] = {}
+        try:
+            for disk in disks:
+                record = Checkpoint(
+                    id=identity,
+                    name=name,
+                    created_ns=now,
+                    size=disk.size,
+                    owner=owner,
+                    state=CheckpointState.PENDING,
+                    disks=tuple(each.state.chain.disk_id for each in disks),
+                )
+                states[disk.name] = await disk.prepare_checkpoint(record)
+        except BaseException:
+            self._discard(states)
+            raise
         return states
+
+    def _discard(self, states: dict[str, DiskState]) -> None:
+        """Give up states that were prepared and did not come to be."""
+        for name, state in states.items():
+            self.disks[name].discard(state)
 
     async def _instant(
         self, snapshot: Snapshot, disks: list[Disk], states: dict[str, DiskState] | None
@@ -238,6 +247,10 @@ class Engine:
                 layer = disk.copies.add_layer()
                 node = SnapshotAccess(disk.copies, layer, disk.size, disk.node.preferred_block_size)
                 snapshot.disks[disk.name] = SnapshotDisk(disk, node, instant)
+        except BaseException:
+            self._discard(states or {})
+            raise
+        else:
             for name, state in (states or {}).items():
                 self.disks[name].install(state)
         finally:

@@ -9,6 +9,7 @@ Spec: qcow2.txt, "Bitmap table", "Bitmap data".
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +66,12 @@ def pack_bits(bits: bytes, bit_count: int, cluster_size: int) -> PackedBits:
     return PackedBits(uniform, stored, parts[stored])
 
 
+def packed_elsewhere(table: Table, cluster_size: int) -> PackedBits:
+    """Bits that are in the clusters of ``table`` already: only the table is to be stored."""
+    nothing = np.zeros((0, cluster_size), dtype=np.uint8)
+    return PackedBits(table, np.zeros(len(table), dtype=np.bool_), nothing)
+
+
 def data_clusters(table: Table) -> Table:
     """The offsets of the clusters that a table points to, in its order."""
     return table[table > TABLE_ENTRY_ALL_ONES]
@@ -91,3 +98,23 @@ def contains_any(ordered: Table, values: Table) -> bool:
         return False
     nearest = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
     return bool((ordered[nearest] == values).any())
+
+
+def stored_runs(table: Table, cluster_size: int, needed: int) -> Iterator[tuple[int, int, int]]:
+    """What of a bitmap is not all zeroes, as few runs as possible.
+
+    Args:
+        table: Shape (n,).
+        cluster_size: Bytes of a cluster.
+        needed: Bytes of bits that there are.
+
+    Yields:
+        ``(offset, start, end)``: where in the file the bytes ``[start, end)`` of the bits
+        begin, or 1 if they are all ones.
+    """
+    goes_on = np.where(table > TABLE_ENTRY_ALL_ONES, table + np.uint64(cluster_size), table)
+    starts = np.flatnonzero(table[1:] != goes_on[:-1]) + 1
+    bounds = [0, *starts.tolist(), len(table)]
+    for first, end in pairwise(bounds):
+        if table[first]:
+            yield int(table[first]), first * cluster_size, min(end * cluster_size, needed)

@@ -131,6 +131,15 @@ def stored_bitmap_bytes(disk_size: int, granularity: int) -> int:
     return -(-bit_count // 64) * 8
 
 
+def size_fault(disk_size: int, granularity: int) -> str | None:
+    """Why no bitmap of such a disk can be stored, or None."""
+    if not disk_size:
+        return "cannot be stored: the disk has no bytes"
+    if stored_bitmap_bytes(disk_size, granularity) > BITMAP_BYTES_MAX:
+        return f"would take more than {BITMAP_BYTES_MAX} bytes; use a larger granularity"
+    return None
+
+
 def table_entries_needed(disk_size: int, granularity: int, cluster_size: int) -> int:
     """How many entries the table of a bitmap has, no more and no less."""
     return -(-stored_bitmap_bytes(disk_size, granularity) // cluster_size)

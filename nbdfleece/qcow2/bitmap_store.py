@@ -39,24 +39,25 @@ leaked on purpose: a damaged table may point to anything.
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Coroutine, Iterator, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from collections.abc import Coroutine, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from ..bitmaps.bitmap import Bitmap
 from ..errors import ImageError, StateError
+from .activity_log import ActivityLog
 from .bitmap_bits import (
     PackedBits,
     cluster_runs,
     contains_any,
     data_clusters,
     pack_bits,
+    packed_elsewhere,
     span_clusters,
+    stored_runs,
 )
 from .bitmap_directory import (
-    BITMAP_BYTES_MAX,
     BITMAPS_MAX,
     DIRECTORY_SIZE_MAX,
     ENTRY_FLAGS_POSITION,
@@ -72,16 +73,17 @@ from .bitmap_directory import (
     list_directory,
     pack_directory,
     pack_table,
+    size_fault,
     stored_bitmap_bytes,
+    table_entries_needed,
     unpack_table,
 )
 from .directory_switch import NO_DIRECTORY, BitmapImage, ChainRecord, DirectorySwitch
+from .uninterrupted import to_its_end
 
 TABLES_BYTES_MAX: Final = 32 << 20
 """What the tables of all bitmaps may take together, because every cluster they point to is
 remembered: two thousand bitmaps of 64 KiB granularity of a 64 TiB disk."""
-
-_Result = TypeVar("_Result")
 
 
 class BitmapDescriptor(NamedTuple):
@@ -106,7 +108,9 @@ class StoredBitmap(NamedTuple):
     in_use: bool
     """Marked as not to be trusted unless it is stored again; only for what is recording."""
     content: Bitmap | None = None
-    """Its bits; None keeps those that are stored under the name."""
+    """Its bits; None keeps those that are stored under the name, or are in ``log``."""
+    log: ActivityLog | None = None
+    """Where its bits are, if they are kept a superset while it records."""
 
 
 class RepairReport(NamedTuple):
@@ -209,7 +213,7 @@ class BitmapStore:
                 )
             needed = stored_bitmap_bytes(self._image.size, entry.granularity)
             bits = bytearray(needed)
-            for offset, start, end in _stored_runs(table, self._image.cluster_size, needed):
+            for offset, start, end in stored_runs(table, self._image.cluster_size, needed):
                 view = memoryview(bits)[start:end]
                 if offset == TABLE_ENTRY_ALL_ONES:
                     view[:] = b"\xff" * len(view)
@@ -313,7 +317,7 @@ class BitmapStore:
         Raises:
             OSError: It may not be durable: do not write to the disk.
         """
-        await _to_its_end(self._mark_in_use(keep_private_bit))
+        await to_its_end(self._mark_in_use(keep_private_bit))
 
     async def _mark_in_use(self, keep_private_bit: bool) -> None:
         async with self._lock:
@@ -342,6 +346,37 @@ class BitmapStore:
                     await self._write(place, (flags | BitmapFlags.IN_USE).to_bytes(4, "big"))
         await self._image.file.flush()
 
+    async def prepare_log(self, granularity: int, content: Bitmap) -> ActivityLog:
+        """Store bits with all their clusters, so that marks can be added to them in place.
+
+        Nothing leads to them until :meth:`replace` is given the log; :meth:`discard_log`
+        gives up one that it was not given.
+
+        Raises:
+            StateError: The bitmap would be too large.
+            OSError: There is no space, or the file could not be written.
+        """
+        size, cluster_size = self._image.size, self._image.cluster_size
+        if reason := size_fault(size, granularity):
+            raise StateError(f"{self._image.path}: a bitmap that records {reason}")
+        count = table_entries_needed(size, granularity, cluster_size)
+        data = bytes(content.data).ljust(count * cluster_size, b"\0")
+        offset = await self._image.allocate_clusters(count)
+        try:
+            await self._write(offset, data)
+        except BaseException:
+            self._image.free_clusters(offset, count)
+            raise
+        table = span_clusters(offset, len(data), cluster_size)
+        return ActivityLog(self._image.file, table, cluster_size, size, granularity)
+
+    def discard_log(self, log: ActivityLog) -> None:
+        """Give up the clusters of a log that the image's directory does not lead to."""
+        if self._switch is None or self._switch.is_uncertain:
+            return  # leaked: after a power cut the directory might lead to them
+        for offset, count in cluster_runs(log.table, self._image.cluster_size):
+            self._image.free_clusters(offset, count)
+
     def replace(
         self, entries: Sequence[StoredBitmap], private_payload: bytes | None
     ) -> Coroutine[Any, Any, None]:
@@ -365,7 +400,7 @@ class BitmapStore:
             _Wanted(bitmap, None if bitmap.content is None else bytes(bitmap.content.data))
             for bitmap in entries
         ]
-        return _to_its_end(self._replace_locked(wanted, private_payload))
+        return to_its_end(self._replace_locked(wanted, private_payload))
 
     async def _replace_locked(self, wanted: list[_Wanted], payload: bytes | None) -> None:
         async with self._lock:
@@ -383,7 +418,7 @@ class BitmapStore:
 
     async def repair(self) -> RepairReport:
         """Drop what is damaged from the directory and keep the rest; errors as :meth:`replace`."""
-        return await _to_its_end(self._repair())
+        return await to_its_end(self._repair())
 
     async def _repair(self) -> RepairReport:
         async with self._lock:
@@ -440,7 +475,7 @@ class BitmapStore:
 
     def _fault(self, item: _Wanted) -> str | None:
         """Why a bitmap cannot be stored, or None."""
-        name, granularity, recording, in_use, content = item.bitmap
+        name, granularity, recording, in_use, content, log = item.bitmap
         try:
             is_name = 1 <= len(name.encode()) <= NAME_BYTES_MAX and "\0" not in name
         except UnicodeEncodeError:
@@ -449,15 +484,13 @@ class BitmapStore:
             return f"needs a name of 1 to {NAME_BYTES_MAX} bytes of UTF-8"
         if in_use and not recording and content is not None:
             return "is not recording, so it cannot be in use"
+        if log is not None:
+            return None if in_use else "is logged, so it is in use"
         if content is None:
             return self._keeping_fault(name, granularity, in_use)
         if content.size != self._image.size or content.granularity != granularity:
             return f"does not fit a disk of {self._image.size} bytes at granularity {granularity}"
-        if not content.size:
-            return "cannot be stored: the disk has no bytes"
-        if stored_bitmap_bytes(content.size, granularity) > BITMAP_BYTES_MAX:
-            return f"would take more than {BITMAP_BYTES_MAX} bytes; use a larger granularity"
-        return None
+        return size_fault(content.size, granularity)
 
     def _keeping_fault(self, name: str, granularity: int, in_use: bool) -> str | None:
         """Why a bitmap cannot be kept as it is stored, or None."""
@@ -472,10 +505,18 @@ class BitmapStore:
 
     def _pack(self, item: _Wanted) -> PackedBits | None:
         """The bits of a bitmap that is to be stored anew."""
+        log = item.bitmap.log
+        if log is not None and not self._is_held(item.bitmap.name, log):
+            return packed_elsewhere(log.table, self._image.cluster_size)
         if item.bits is None:
             return None
         bit_count = -(-self._image.size // item.bitmap.granularity)
         return pack_bits(item.bits, bit_count, self._image.cluster_size)
+
+    def _is_held(self, name: str, log: ActivityLog) -> bool:
+        """Whether the directory leads to the log's clusters already."""
+        held = self._held.get(name)
+        return held is not None and held.table is not None and np.array_equal(held.table, log.table)
 
     def _clusters_needed(self, wanted: list[_Wanted], packed: list[PackedBits | None]) -> int:
         """How many clusters the directory, the new tables and the new bits take."""
@@ -556,37 +597,3 @@ def _kept(held: _Held) -> StoredBitmap:
     """A bitmap as it is stored."""
     entry = held.entry
     return StoredBitmap(entry.name, entry.granularity, entry.auto, entry.in_use)
-
-
-def _stored_runs(table: Table, cluster_size: int, needed: int) -> Iterator[tuple[int, int, int]]:
-    """What of a bitmap is not all zeroes, as few runs as possible.
-
-    Args:
-        table: Shape (n,).
-        cluster_size: Bytes of a cluster.
-        needed: Bytes of bits that there are.
-
-    Yields:
-        ``(offset, start, end)``: where in the file the bytes ``[start, end)`` of the bits
-        begin, or 1 if they are all ones.
-    """
-    goes_on = np.where(table > TABLE_ENTRY_ALL_ONES, table + np.uint64(cluster_size), table)
-    starts = np.flatnonzero(table[1:] != goes_on[:-1]) + 1
-    bounds = [0, *starts.tolist(), len(table)]
-    for first, end in itertools.pairwise(bounds):
-        if table[first]:
-            yield int(table[first]), first * cluster_size, min(end * cluster_size, needed)
-
-
-async def _to_its_end(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Run ``work`` to its end even if the caller is cancelled meanwhile."""
-    task = asyncio.create_task(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled from task.exception()
-    return task.result()

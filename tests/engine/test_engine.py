@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbdfleece.block.file import FileNode
 from nbdfleece.engine.chain import CheckpointState
 from nbdfleece.engine.engine import Engine
 from nbdfleece.errors import ImageLockedError, StateError
+from nbdfleece.qcow2.activity_log import REGION_BYTES
 from tests.engine.rig import (
     CLUSTER,
     SIZE,
@@ -158,26 +161,126 @@ async def test_disk_without_the_checkpoint_is_read_in_full_with_the_reason(
     await engine.close()
 
 
-async def test_kill_makes_what_recorded_inconsistent_and_says_so(
+# Kills
+
+
+async def test_kill_loses_no_change_of_the_recording_bitmap(
     tmp_path: Path, images: list[Path]
 ) -> None:
-    """Rule 2: what cannot be proven complete is never exported as if it were good."""
+    """Rule 2, where others need a full backup: whole regions are reported, none too few."""
+    big = make_image(tmp_path / "big.qcow2", 1 << 30)
+    engine = await open_engine(tmp_path, *images, big)
+    await backup(engine, "monday")
+    await write(engine, "big", 5 * REGION_BYTES, b"x")
+    await backup(engine, "tuesday")
+    await write(engine, "big", 3 * REGION_BYTES - 1, b"xy")
+    await engine.disk("big").node.trim(9 * REGION_BYTES, CLUSTER)
+    left = await killed(engine, tmp_path)
+    await engine.close()
+    assert stored_bitmaps(left[2], after_kill=True) == {"monday": [], "tuesday": ["in-use", "auto"]}
+    for _ in range(2):
+        engine = await open_engine(tmp_path, *left)
+        told = await engine.begin_backup("job", since="tuesday")
+        assert [each.reason for each in told] == [None] * 3
+        dirty = await dirty_clusters(engine, "job/big", "tuesday")
+        assert {cluster * CLUSTER // REGION_BYTES for cluster in dirty} == {2, 3, 9}
+        await engine.add_export("job", "big", name="monday", since={"monday": "m"})
+        dirty = await dirty_clusters(engine, "monday", "m")
+        assert {cluster * CLUSTER // REGION_BYTES for cluster in dirty} == {2, 3, 5, 9}
+        await engine.close()
+
+
+async def test_kill_before_commit_leaves_the_chain_as_if_not_begun(
+    tmp_path: Path, images: list[Path]
+) -> None:
+    """A crash before commit: the next incremental loses nothing."""
+    big = make_image(tmp_path / "big.qcow2", 1 << 30)
+    engine = await open_engine(tmp_path, big)
+    await backup(engine, "monday")
+    await write(engine, "big", 0, b"x")
+    await engine.begin_backup("job", checkpoint="tuesday", since="monday")
+    await write(engine, "big", 4 * REGION_BYTES, b"x")
+    left = await killed(engine, tmp_path)
+    await engine.close()
+    engine = await open_engine(tmp_path, *left)
+    assert [each.name for each in engine.disk("big").state.chain.checkpoints] == ["monday"]
+    await engine.begin_backup("job", checkpoint="tuesday", since="monday")
+    dirty = await dirty_clusters(engine, "job/big", "monday")
+    assert {cluster * CLUSTER // REGION_BYTES for cluster in dirty} == {0, 4}
+    await engine.close()
+
+
+async def test_write_by_another_program_after_a_kill_voids_the_log(
+    tmp_path: Path, images: list[Path]
+) -> None:
+    """Rule 2: recovery is allowed only if nobody else wrote in between; the reason is told."""
+    engine = await open_engine(tmp_path, *images)
+    await backup(engine, "monday")
+    left = await killed(engine, tmp_path)
+    await engine.close()
+    qemu_io = ["qemu-io", "-f", "qcow2", "-c", "write 0 64k", str(left[0])]
+    await asyncio.to_thread(subprocess.run, qemu_io, check=True, capture_output=True)
+    engine = await open_engine(tmp_path, *left)
+    told = await engine.begin_backup("job", checkpoint="tuesday", since="monday")
+    assert "'monday' is inconsistent" in (told[0].reason or "")
+    assert told[1].reason is None
+    await engine.commit_backup("job")
+    await write(engine, "vda", 2 * CLUSTER, b"x")
+    await engine.begin_backup("next", since="tuesday")
+    assert await dirty_clusters(engine, "next/vda", "tuesday") == {2}
+    await engine.close()
+
+
+OPERATIONS = {
+    "begin": lambda engine: engine.begin_backup("job", checkpoint="wednesday", since="tuesday"),
+    "snapshot": lambda engine: engine.create_snapshot("snap", checkpoint="wednesday"),
+    "delete-oldest": lambda engine: engine.delete_checkpoint("monday"),
+    "delete-newest": lambda engine: engine.delete_checkpoint("tuesday"),
+}
+AFTER = {
+    "begin": [["monday", "tuesday"]],
+    "snapshot": [["monday", "tuesday"], ["monday", "tuesday", "wednesday"]],
+    "delete-oldest": [["monday", "tuesday"], ["tuesday"]],
+    "delete-newest": [["monday", "tuesday"], ["monday"]],
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+async def test_kill_at_every_file_write_leaves_all_or_nothing_and_no_change_missing(
+    tmp_path: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Rules 2 and 6: killed before each write to an image while an operation runs."""
     engine = await open_engine(tmp_path, *images)
     await backup(engine, "monday")
     await write(engine, "vda", 0, b"x")
     await backup(engine, "tuesday")
     await write(engine, "vda", CLUSTER, b"x")
-    left = await killed(engine, tmp_path)
+    real_write, points = FileNode.write, []
+
+    async def write_or_die(self: FileNode, offset: int, data: memoryview) -> None:
+        points.append(await killed(engine, tmp_path, len(points)))
+        await real_write(self, offset, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileNode, "write", write_or_die)
+        await OPERATIONS[operation](engine)
     await engine.close()
-    assert stored_bitmaps(left[0], after_kill=True) == {"monday": [], "tuesday": ["in-use", "auto"]}
-    engine = await open_engine(tmp_path, *left)
-    told = await engine.begin_backup("job", checkpoint="wednesday", since="tuesday")
-    assert all("'tuesday' is inconsistent" in (each.reason or "") for each in told)
-    await engine.commit_backup("job")
-    await write(engine, "vda", 2 * CLUSTER, b"x")
-    await engine.begin_backup("next", since="wednesday")
-    assert await dirty_clusters(engine, "next/vda", "wednesday") == {2}
-    await engine.close()
+    assert len(points) > 8
+    for left in points:
+        engine = await open_engine(tmp_path, *left)
+        chains = [
+            [each.name for each in disk.state.chain.checkpoints] for disk in engine.disks.values()
+        ]
+        assert chains[0] == chains[1]
+        assert chains[0] in AFTER[operation]
+        for name, changed in (("monday", {0, 1}), ("tuesday", {1})):
+            if name in chains[0]:
+                told = await engine.begin_backup(name, since=name)
+                assert [each.reason for each in told] == [None, None]
+                assert await dirty_clusters(engine, f"{name}/vda", name) >= changed
+        await engine.close()
+        for image in left:
+            stored_bitmaps(image, after_kill=True)
 
 
 # Several disks: rule 6
