@@ -262,8 +262,6 @@ class Connection:
     def _receive_eof(self) -> None:
         if isinstance(self._phase, Handshake):
             self._phase.receive_eof()
-        elif len(self._inbox):
-            self._begin_closing("the client left in the middle of a request")
         else:
             self._begin_closing("the client left without a DISC")
         self._settle()
@@ -282,6 +280,8 @@ class Connection:
             self._loop.add_writer(self._channel.writer_fd, self._on_writable)
         except OSError as error:
             self._lose(error)
+        if self._drain_waiters:
+            self._wake_drain_waiters()
 
     def _on_writable(self) -> None:
         try:

@@ -80,6 +80,19 @@ async def test_client_that_reads_slowly_gets_a_large_reply_whole(serve: Serve) -
     assert total == 24 * MIB
 
 
+async def test_long_reads_side_by_side_all_end(serve: Serve) -> None:
+    """Whoever waits for room is told of it, whichever way it came about."""
+    limits = Limits(queued_bytes_max=64 * KIB, read_chunk_bytes_max=32 * KIB)
+    client = await serve(MemoryNode(b"l" * MIB), limits=limits).open()
+    for cookie in range(8):
+        await client.request(Command.READ, 0, MIB, cookie=cookie)
+    received = dict.fromkeys(range(8), 0)
+    while any(count < MIB for count in received.values()):
+        chunk = await client.reply()
+        received[chunk.cookie] += len(chunk.payload)
+    assert set(received.values()) == {MIB}
+
+
 async def test_reply_that_waits_is_not_changed_by_a_later_write(serve: Serve) -> None:
     """Rule 1: nothing is sent from memory that can be overwritten while it is in flight."""
     served = serve(MemoryNode(b"old!" * (MIB // 4)))
