@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from conformance.runner import (
     report,
     run_case,
     run_server,
+    write_report,
 )
 from conformance.servers import ADAPTERS
 from conformance.stream import Endpoint
@@ -104,8 +104,8 @@ def _run(options: argparse.Namespace) -> int:
 def _finish(options: argparse.Namespace, version: str, outcomes: list[Outcome]) -> int:
     _summary(version, outcomes)
     if options.json:
-        data = report(options.server, version, outcomes)
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
+        data = report(options.server, version, outcomes, tree=options.tree is not None)
+        write_report(options.json, data)
     return int(any(outcome.is_failure for outcome in outcomes))
 
 

@@ -115,7 +115,6 @@ class ClientCase:
     run: Check
     name: str
     configuration: str
-    question: str
 
 
 CLIENT_CASES: list[ClientCase] = []
@@ -125,8 +124,7 @@ def client(name: str, on: str = READ_ONLY) -> Callable[[Check], Check]:
     """Register a check under the command line's gist."""
 
     def register(run: Check) -> Check:
-        question = (run.__doc__ or "").strip().partition("\n")[0]
-        CLIENT_CASES.append(ClientCase(run, name, on, question))
+        CLIENT_CASES.append(ClientCase(run, name, on))
         return run
 
     return register
@@ -180,7 +178,6 @@ def _outcome(case: ClientCase, outcome: str, evidence: str, seconds: float) -> O
         "client",
         "M",
         case.configuration,
-        case.question,
         outcome,
         " ".join(evidence.split())[:600],
         round(seconds, 3),

@@ -34,7 +34,8 @@ A server that runs already is only read, unless `--writable` says that its expor
 overwritten. `scripts/trixie-tree DIR` makes a tree with the programs of Debian 13.
 
 **FAIL** is against a MUST or MUST NOT, *fail* against a SHOULD or SHOULD NOT; a dot means not
-applicable. Two cases are sent to nbdfleece only, because they send what no client may.
+applicable; "(tree)" marks servers and clients of a Debian 13 tree. Two cases are sent to
+nbdfleece only, because they send what no client may.
 """
 
 
@@ -43,12 +44,14 @@ class Column(NamedTuple):
     version: str
     date: str
     outcomes: list[Outcome]
+    tree: bool = False
 
     @property
     def title(self) -> str:
         """The name, with the version's number behind the name of a peer."""
         words = [word for word in self.version.split() if word[:1].isdigit()]
-        return f"{self.name} {words[0]}" if words else self.name
+        suffix = " (tree)" if self.tree else ""
+        return (f"{self.name} {words[0]}" if words else self.name) + suffix
 
 
 def load(prefix: str = "") -> list[Column]:
@@ -62,12 +65,12 @@ def load(prefix: str = "") -> list[Column]:
 
 
 def _column(head: dict[str, Any], outcomes: list[Outcome]) -> Column:
-    return Column(head["server"], head["version"], head["date"], outcomes)
+    return Column(head["server"], head["version"], head["date"], outcomes, head["tree"])
 
 
-def _place(column: Column) -> tuple[int, str]:
+def _place(column: Column) -> tuple[int, bool, str]:
     known = ORDER.index(column.name) if column.name in ORDER else len(ORDER)
-    return known, column.version
+    return known, column.tree, column.title
 
 
 def symbol(outcome: Outcome | None) -> str:

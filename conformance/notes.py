@@ -56,8 +56,8 @@ NOTES = [
     Note(
         "qemu",
         "112/outstanding-requests",
-        "DISC shuts the socket down at once: replies that are not yet sent are lost, one even "
-        "in the midst of its payload. How many depends on timing.",
+        "The socket is closed on DISC: replies that are not yet sent are lost, one even in the "
+        "midst of its payload. How many depends on timing.",
     ),
     Note(
         "qemu",

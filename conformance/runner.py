@@ -40,7 +40,6 @@ class Outcome:
     source: str
     level: str
     configuration: str
-    question: str
     outcome: str
     evidence: str
     seconds: float
@@ -101,7 +100,6 @@ def outcome_of(case: Case, outcome: str, evidence: str, seconds: float) -> Outco
         case.source,
         case.level,
         case.configuration,
-        case.question,
         outcome,
         " ".join(evidence.split())[:600],
         round(seconds, 3),
@@ -156,14 +154,24 @@ def place(tree: Path | None = None, size: int | None = None) -> Iterator[Place]:
         shutil.rmtree(folder)
 
 
-def report(name: str, version: str, outcomes: list[Outcome]) -> dict[str, Any]:
-    """The run as it is written to a file."""
+def report(
+    name: str, version: str, outcomes: list[Outcome], *, tree: bool = False
+) -> dict[str, Any]:
+    """The run as it is written to a file; ``tree`` says that programs of a tree were used."""
     return {
         "server": name,
         "version": version,
+        "tree": tree,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
     }
+
+
+def write_report(path: Path, data: dict[str, Any]) -> None:
+    """Write a report with one outcome per line, so that two runs can be compared by lines."""
+    head = {key: value for key, value in data.items() if key != "outcomes"}
+    rows = ",\n".join(json.dumps(row) for row in data["outcomes"])
+    path.write_text(f'{json.dumps(head)[:-1]}, "outcomes": [\n{rows}\n]}}\n')
 
 
 def load_report(path: Path) -> tuple[dict[str, Any], list[Outcome]]:

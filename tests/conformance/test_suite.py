@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,17 @@ from conformance.clients import ClientCase, Site, run_clients, run_site
 from conformance.content import SMALL_DISK_BYTES
 from conformance.programs import Programs
 from conformance.requirements import NOT_VISIBLE, REQUIREMENTS
-from conformance.runner import FAIL, PASS, Outcome, chosen, place, report, run_case, run_server
+from conformance.runner import (
+    FAIL,
+    PASS,
+    Outcome,
+    chosen,
+    place,
+    report,
+    run_case,
+    run_server,
+    write_report,
+)
 from conformance.servers import ADAPTERS, Place
 
 SLOW = ("slow-handshake", "client-that-waits", "huge-options")
@@ -221,14 +230,14 @@ def test_client_with_wrong_result_fails(right: dict[str, Server], where: Place) 
 
     if not where.programs.has("nbdinfo"):
         pytest.skip("nbdinfo is not installed")
-    case = ClientCase(lies, "lies", READ_ONLY, "")
+    case = ClientCase(lies, "lies", READ_ONLY)
     (outcome,) = run_site(Site(where, right[READ_ONLY]), [case])
     assert outcome.outcome == FAIL
     assert outcome.evidence.startswith("nbdinfo: status ")
 
 
 def outcome_with(case: str, outcome: str, level: str) -> Outcome:
-    return Outcome(case, (7,), "", level, READ_ONLY, "?", outcome, "what was | seen", 0.1)
+    return Outcome(case, (7,), "", level, READ_ONLY, outcome, "what was | seen", 0.1)
 
 
 def test_matrix_of_a_run_tells_must_from_should(
@@ -241,7 +250,7 @@ def test_matrix_of_a_run_tells_must_from_should(
         outcome_with("9/c", PASS, "M"),
     ]
     data = report("nbd-server", "nbd-server 3.24", outcomes)
-    (tmp_path / "results" / "nbd-server.json").write_text(json.dumps(data))
+    write_report(tmp_path / "results" / "nbd-server.json", data)
     monkeypatch.setattr(matrix, "FOLDER", tmp_path)
     matrix.write(tmp_path / "README.md")
     page = (tmp_path / "README.md").read_text()
