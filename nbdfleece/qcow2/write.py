@@ -98,7 +98,8 @@ class Writer:
             await self._space.write((run.entry & OFFSET_MASK) + skip, data)
         elif run.kind is Kind.ZERO_ALLOC and run.entry & COPIED:
             index = self._index(offset)
-            await self._fill(run.entry & OFFSET_MASK, offset, data, False, False)
+            host, size = run.entry & OFFSET_MASK, self._cluster_size
+            await self._fill(host, offset, data, size, lambda _: False, False)
             self._set(part, index, run.clusters, run.entry & ~ZERO, self._cluster_size)
         elif run.kind is Kind.INVALID:
             raise OSError(errno.EIO, "damaged L2 entry", self._image.path)
@@ -149,15 +150,13 @@ class Writer:
     ) -> None:
         """Write data, and the rest of the first and last subcluster where it is not there yet."""
         size = self._subcluster_size
-        within, end = offset & self._cluster_size - 1, offset + len(data)
-        edges = [(offset - offset % size, offset % size), (end, -end % size)]
-        for start, length in edges:
-            position = host + start - offset + within
-            kind = kind_of_subcluster(bitmap, (start - offset + within) // size) if length else None
-            if kind is not None and kind is not Kind.NORMAL:
-                has_old = not self._reads_as_zeroes(kind)
-                await self._fill_edge(position, start, length, has_old, is_fresh)
-        await self._space.write(host + within, data)
+        within = offset & self._cluster_size - 1
+
+        def old_at(position: int) -> bool | None:
+            kind = kind_of_subcluster(bitmap, (position & self._cluster_size - 1) // size)
+            return None if kind is Kind.NORMAL else not self._reads_as_zeroes(kind)
+
+        await self._fill(host + within - within % size, offset, data, size, old_at, is_fresh)
 
     async def _write_new(self, part: _Part, run: Run, offset: int, data: memoryview) -> None:
         """Write data into new host clusters, with what was around them copied along."""
@@ -168,7 +167,14 @@ class Writer:
             new = await self._space.take(start, wanted)
             length = min(len(data), start + (new.clusters << self._cluster_bits) - offset)
             try:
-                await self._fill(new.offset, offset, data[:length], has_old, new.is_fresh)
+                await self._fill(
+                    new.offset,
+                    offset,
+                    data[:length],
+                    self._cluster_size,
+                    lambda _: has_old,
+                    new.is_fresh,
+                )
             except BaseException:
                 await self._space.give_back(new)
                 raise
@@ -177,37 +183,67 @@ class Writer:
             data = data[length:]
 
     async def _fill(
-        self, host: int, offset: int, data: memoryview, has_old: bool, is_fresh: bool
+        self,
+        host: int,
+        offset: int,
+        data: memoryview,
+        unit: int,
+        old_at: Callable[[int], bool | None],
+        is_fresh: bool,
     ) -> None:
-        """Write data and the rest of the first and last cluster around them.
+        """Write data and the rest of the first and last unit around them.
 
         Args:
-            host: Host offset of the cluster that holds guest offset ``offset``.
+            host: Host offset of the unit that holds guest offset ``offset``.
             offset: Guest offset of the data.
             data: What to write.
-            has_old: The clusters read as something but zeroes at present.
+            unit: Bytes of a cluster or subcluster.
+            old_at: What a unit, by a guest offset in it, reads as at present: True data,
+                False zeroes, None data that are at this host offset already.
             is_fresh: Zeroes need not be written.
         """
-        skip = offset & self._cluster_size - 1
-        end = offset + len(data)
-        tail = -end & self._cluster_size - 1
+        skip = offset % unit
         if skip:
-            await self._fill_edge(host, offset - skip, skip, has_old, is_fresh)
-        if tail:
-            await self._fill_edge(host + skip + len(data), end, tail, has_old, is_fresh)
-        await self._space.write(host + skip, data)
+            length = min(len(data), unit - skip)
+            await self._fill_unit(host, offset, data[:length], unit, old_at(offset), is_fresh)
+            host, offset, data = host + unit, offset + length, data[length:]
+        whole = len(data) // unit * unit
+        if whole:
+            await self._space.write(host, data[:whole])
+        if whole < len(data):
+            host, offset = host + whole, offset + whole
+            await self._fill_unit(host, offset, data[whole:], unit, old_at(offset), is_fresh)
 
-    async def _fill_edge(
-        self, host: int, offset: int, length: int, has_old: bool, is_fresh: bool
+    async def _fill_unit(
+        self,
+        host: int,
+        offset: int,
+        data: memoryview,
+        unit: int,
+        old: bool | None,
+        is_fresh: bool,
     ) -> None:
-        """Copy what the guest reads at ``offset`` at present to a host offset."""
-        content = bytearray(length)
-        readable = min(length, self._image.size - offset)
-        if has_old and readable > 0:
-            await self._image.read_into(offset, memoryview(content)[:readable])
-        elif is_fresh:
+        """Write data and the rest of their one unit, in one piece.
+
+        In pieces, a sector of the file could have a part of the old content, which may
+        still be what is durable, and a part of the new.
+        """
+        skip = offset % unit
+        if old is None or (is_fresh and not old):
+            await self._space.write(host + skip, data)
             return
-        await self._space.write(host, memoryview(content))
+        content = memoryview(bytearray(unit))
+        if old:
+            await self._read_old(offset - skip, content[:skip])
+            await self._read_old(offset + len(data), content[skip + len(data) :])
+        content[skip : skip + len(data)] = data
+        await self._space.write(host, content)
+
+    async def _read_old(self, offset: int, view: memoryview) -> None:
+        """What the guest reads at present; zeroes stay where the disk has ended."""
+        readable = min(len(view), self._image.size - offset)
+        if readable > 0:
+            await self._image.read_into(offset, view[:readable])
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
         """Make a range read as zeroes; whole clusters by their entries alone."""

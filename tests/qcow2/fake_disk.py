@@ -127,7 +127,10 @@ class FakeDisk(FileNode):
         self.content.extend(bytes(max(0, end - len(self.content))))
         self.content[offset:end] = data
         self.size = len(self.content)
-        self.log.records.append(Record(offset, bytes(data)))
+        # The page cache writes whole sectors: what was in them before goes along.
+        first = offset // SECTOR * SECTOR
+        last = -(-end // SECTOR) * SECTOR
+        self.log.records.append(Record(first, bytes(self.content[first:last])))
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
