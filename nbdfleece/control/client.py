@@ -6,14 +6,18 @@ import os
 import socket
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import msgspec
 
 from ..errors import NbdfleeceError, TemporaryError
 from .errors import ErrorClass, QmpError
 
-_RECEIVE_BYTES = 1 << 16
+GREETING_SECONDS: Final = 10.0
+"""A server that does not even greet in that time is no server that one could wait for; commands
+may take as long as they take."""
+
+_RECEIVE_BYTES: Final = 1 << 16
 
 
 class ConnectError(NbdfleeceError):
@@ -52,8 +56,10 @@ class ControlClient:
                 f"cannot reach a server at '{self._path}': {reason}; is it running?"
             ) from error
         try:
+            self._sock.settimeout(GREETING_SECONDS)
             self._check_greeting(self._receive())
             self.execute("qmp_capabilities")
+            self._sock.settimeout(None)
         except BaseException:
             self._sock.close()
             raise
@@ -103,6 +109,8 @@ class ControlClient:
             if not data:
                 raise self._gone()
             self._received += data
+            if not self._received.startswith(b"{"):
+                raise ConnectError(f"'{self._path}' is no control socket")
         line = bytes(self._received[:end])
         del self._received[: end + 1]
         try:

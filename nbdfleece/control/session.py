@@ -70,6 +70,7 @@ class Session:
         except OSError as error:
             _log.debug("%s: %s", self._peer, error)
         finally:
+            self._end()
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
             self._sock.close()
@@ -132,10 +133,14 @@ class Session:
         except TimeoutError:
             _log.warning("%s: closed: it does not read its answers", self._peer)
 
-    def _hang_up(self) -> None:
-        """Have the receiving side find the end of the stream, and wait for nothing."""
+    def _end(self) -> None:
+        """Take nothing more to send, and let nobody wait for it."""
         self._is_over = True
         self._drained.set()
+
+    def _hang_up(self) -> None:
+        """Have the receiving side find the end of the stream."""
+        self._end()
         try:
             self._sock.shutdown(socket.SHUT_RDWR)
         except OSError as error:

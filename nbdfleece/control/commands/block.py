@@ -1,0 +1,164 @@
+"""QEMU's own queries: our disks, snapshots and exports as block nodes.
+
+A disk is the node and the device of its name; a snapshot of a disk is the node
+``SNAPSHOT/DISK``. The shapes are QEMU's; of what is optional there, what we have is given.
+
+Spec: QEMU qapi/block-core.json, qapi/block-export.json.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+import msgspec
+
+from ...engine.disk import Disk
+from ...engine.engine import Engine
+from ...engine.info import BitmapInfo, disk_info
+from ...engine.snapshot import Snapshot
+from ..command import Command
+from ..controlled import Controlled
+
+_STAT_BLOCK_BYTES: Final = 512
+
+_UNUSED: Final = {
+    "backing_file_depth": 0,
+    "encrypted": False,
+    "detect_zeroes": "off",
+    "bps": 0,
+    "bps_rd": 0,
+    "bps_wr": 0,
+    "iops": 0,
+    "iops_rd": 0,
+    "iops_wr": 0,
+    "write_threshold": 0,
+    "cache": {"writeback": True, "direct": False, "no-flush": False},
+}
+"""What QEMU's schema demands and what can be set for its nodes, but not for ours."""
+
+
+class BlockExportInfo(msgspec.Struct, kw_only=True, rename="kebab"):
+    """An export in QEMU's shape; ``id`` is its name."""
+
+    id: str
+    type: str
+    node_name: str
+    shutting_down: bool
+
+
+class QueryBlockExports(Command):
+    """List all exports in QEMU's shape."""
+
+    async def run(self, server: Controlled) -> list[BlockExportInfo]:
+        """Carry it out."""
+        names = _node_names(server.engine)
+        return [
+            BlockExportInfo(
+                id=export.name,
+                type="nbd",
+                node_name=names[id(export.node)],
+                shutting_down=False,
+            )
+            for export in server.engine.exports
+        ]
+
+
+class QueryNamedBlockNodes(Command):
+    """Describe all disks and snapshots as block nodes, in QEMU's shape.
+
+    ``flat`` leaves backing images out in QEMU; ours are never listed.
+    """
+
+    flat: bool = False
+
+    async def run(self, server: Controlled) -> list[dict[str, Any]]:
+        """Carry it out."""
+        engine = server.engine
+        nodes = [await _disk_node(disk) for disk in engine.disks.values()]
+        for snapshot in engine.snapshots.values():
+            nodes += [_snapshot_node(snapshot, disk) for disk in snapshot.disks]
+        return nodes
+
+
+class QueryBlock(Command):
+    """Describe all disks as block devices, in QEMU's shape."""
+
+    async def run(self, server: Controlled) -> list[dict[str, Any]]:
+        """Carry it out."""
+        return [
+            {
+                "device": disk.name,
+                "type": "unknown",
+                "removable": False,
+                "locked": False,
+                "inserted": await _disk_node(disk),
+            }
+            for disk in server.engine.disks.values()
+        ]
+
+
+def snapshot_node_name(snapshot: str, disk: str) -> str:
+    """The name of the node that shows a disk of a snapshot."""
+    return f"{snapshot}/{disk}"
+
+
+def _node_names(engine: Engine) -> dict[int, str]:
+    """Names of nodes by the nodes' identity."""
+    names = {id(disk.node): disk.name for disk in engine.disks.values()}
+    for snapshot in engine.snapshots.values():
+        for disk, part in snapshot.disks.items():
+            names[id(part.node)] = snapshot_node_name(snapshot.name, disk)
+    return names
+
+
+async def _disk_node(disk: Disk) -> dict[str, Any]:
+    """BlockDeviceInfo of a disk."""
+    info = await disk_info(disk)
+    image = {
+        "filename": info.file,
+        "format": "qcow2",
+        "virtual-size": info.size,
+        "actual-size": os.stat(info.file).st_blocks * _STAT_BLOCK_BYTES,
+        "cluster-size": info.cluster_size,
+        "dirty-flag": False,
+    }
+    return {
+        **_UNUSED,
+        "node-name": disk.name,
+        "drv": "qcow2",
+        "ro": False,
+        "file": info.file,
+        "image": image,
+        "dirty-bitmaps": [_dirty_bitmap(bitmap) for bitmap in info.bitmaps],
+    }
+
+
+def _dirty_bitmap(bitmap: BitmapInfo) -> dict[str, Any]:
+    """BlockDirtyInfo; of an inconsistent bitmap QEMU tells no count either."""
+    found = {
+        "name": bitmap.name,
+        "count": bitmap.count or 0,
+        "granularity": bitmap.granularity,
+        "recording": bitmap.recording,
+        "busy": bitmap.busy,
+        "persistent": bitmap.persistent,
+    }
+    return {**found, "inconsistent": True} if bitmap.inconsistent else found
+
+
+def _snapshot_node(snapshot: Snapshot, disk: str) -> dict[str, Any]:
+    """BlockDeviceInfo of a disk as of a snapshot."""
+    part = snapshot.disks[disk]
+    file = str(part.disk.image.path)
+    return {
+        **_UNUSED,
+        "node-name": snapshot_node_name(snapshot.name, disk),
+        "drv": "snapshot-access",
+        "ro": True,
+        "file": file,
+        "image": {"filename": file, "format": "snapshot-access", "virtual-size": part.node.size},
+    }
+
+
+COMMANDS: Final = (QueryBlockExports, QueryNamedBlockNodes, QueryBlock)
