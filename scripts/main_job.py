@@ -44,7 +44,7 @@ def run(*command: str | Path, quiet: bool = False) -> str:
     words = [str(word) for word in command]
     if not quiet:
         print(f"$ {shlex.join([Path(words[0]).name, *words[1:]])}", flush=True)
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         fail(f"exit status {done.returncode}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
