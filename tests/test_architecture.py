@@ -31,8 +31,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"bitmaps", "block", "qcow2", "export"},
     "control": {"engine", "export", "nbd"},
     "backup": {"bitmaps", "block", "qcow2", "nbd"},
+    "standalone": {"bitmaps", "block", "qcow2", "export", "server", "nbd"},
     "daemon": {"server", "engine", "control", "export", "nbd", "block"},
-    "cli": {"daemon", "control", "backup", "engine", "qcow2", "nbd", "server", "block", "export"},
+    "cli": {"daemon", "control", "backup", "engine", "qcow2", "nbd", "server", "block", "export"}
+    | {"standalone"},
 }
 
 NO_SOCKETS = {"bitmaps", "nbd", "block", "qcow2", "export", "engine"}

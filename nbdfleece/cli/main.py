@@ -23,6 +23,7 @@ from .exit_status import ExitStatus, describe
 
 SUBCOMMANDS: Final = {
     "serve": "serve:serve",
+    "nbd": "nbd_command:nbd",
     "info": "info:info",
     "snapshot": "snapshot:snapshot",
     "checkpoint": "checkpoint:checkpoint",

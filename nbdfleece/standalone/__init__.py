@@ -1,0 +1,1 @@
+"""Serving one image without an engine, as qemu-nbd does."""

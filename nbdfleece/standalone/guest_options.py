@@ -1,0 +1,105 @@
+"""What an operator may say about a guest's writes: discards, zeroes, and how durable they are."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import numpy as np
+
+from ..block.node import BlockNode
+from ..extents import Extents
+
+
+class DetectZeroes(Enum):
+    """What becomes of a write whose data are all zeroes."""
+
+    OFF = "off"
+    """It is written as any other."""
+    ON = "on"
+    """It becomes a write of zeroes that keeps the space."""
+    UNMAP = "unmap"
+    """It becomes a write of zeroes that may give the space up."""
+
+
+class GuestOptions(BlockNode):
+    """Another node, written as its operator says.
+
+    Args:
+        below: The other node; closed with this one.
+        discard: Whether trims have an effect, and zeroes may give up space.
+        detect_zeroes: What becomes of zeroes that are written as data.
+        writethrough: Whether every write is durable when it is answered.
+    """
+
+    def __init__(
+        self,
+        below: BlockNode,
+        *,
+        discard: bool,
+        detect_zeroes: DetectZeroes = DetectZeroes.OFF,
+        writethrough: bool = False,
+    ) -> None:
+        self._below = below
+        self._discard = discard
+        self._detects = detect_zeroes is not DetectZeroes.OFF
+        self._unmaps = detect_zeroes is DetectZeroes.UNMAP and discard
+        self._writethrough = writethrough
+        self.size = below.size
+        self.read_only = below.read_only
+        self.preferred_block_size = below.preferred_block_size
+
+    async def read_into(self, offset: int, view: memoryview) -> None:
+        """Read the node below."""
+        await self._below.read_into(offset, view)
+
+    async def block_status(
+        self, offset: int, length: int, *, extents_max: int = 1 << 20
+    ) -> Extents:
+        """Describe the node below."""
+        return await self._below.block_status(offset, length, extents_max=extents_max)
+
+    def uniform_status(self, offset: int, length: int) -> int | None:
+        """As the node below knows it."""
+        return self._below.uniform_status(offset, length)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write, or write zeroes if that is what the data are."""
+        if self._detects and is_zero(data):
+            await self._below.write_zeroes(offset, len(data), unmap=self._unmaps)
+        else:
+            await self._below.write(offset, data)
+        if self._writethrough:
+            await self._below.flush()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        """Write zeroes; without discards the space is kept."""
+        await self._below.write_zeroes(offset, length, unmap=unmap and self._discard, fast=fast)
+        if self._writethrough:
+            await self._below.flush()
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Discard, or without discards do nothing, which a trim allows."""
+        if not self._discard:
+            return
+        await self._below.trim(offset, length)
+        if self._writethrough:
+            await self._below.flush()
+
+    async def flush(self) -> None:
+        """Flush the node below."""
+        await self._below.flush()
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Hint that the range will be read soon."""
+        await self._below.cache(offset, length)
+
+    async def close(self) -> None:
+        """Close the node below."""
+        await self._below.close()
+
+
+def is_zero(data: memoryview) -> bool:
+    """Whether all bytes are zero; the first ones tell it of most data that are not."""
+    return not any(data[:16]) and not np.frombuffer(data, dtype=np.uint8).any()
