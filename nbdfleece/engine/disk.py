@@ -364,8 +364,9 @@ class Disk:
             await self.image.close()
 
     async def _write(self, state: DiskState, *, closing: bool) -> None:
-        stored = [each.stored(closing=closing) for each in state.bitmaps.values()]
-        if stored or state.chain.disk_id:
+        persistent = [each for each in state.bitmaps.values() if each.persistent]
+        stored = [each.stored(closing=closing) for each in persistent]
+        if stored or self._store.entries or state.chain.disk_id:
             chain = state.chain.with_logs(state.is_logged and not closing)
             await self._store.replace(stored, pack_chain(chain))
 

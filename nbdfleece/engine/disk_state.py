@@ -28,6 +28,7 @@ class DiskBitmap(NamedTuple):
         bits: None while the bits are only in the image.
         in_image: The image's directory has it, so that its stored bits can be kept.
         log: Keeps its stored bits a superset while it records.
+        persistent: The image is to hold it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class DiskBitmap(NamedTuple):
     bits: Bitmap | None = None
     in_image: bool = True
     log: ActivityLog | None = None
+    persistent: bool = True
 
     @property
     def is_changing(self) -> bool:
@@ -53,6 +55,8 @@ class DiskBitmap(NamedTuple):
 
     def after_store(self) -> DiskBitmap:
         """The bitmap once the image holds it: frozen bits need not stay in memory."""
+        if not self.persistent:
+            return self
         if self.is_changing:
             return self._replace(in_image=True)
         return self._replace(in_image=True, bits=None, log=None)
@@ -82,12 +86,12 @@ class DiskState(NamedTuple):
 
     @property
     def is_logged(self) -> bool:
-        """Whether every recording bitmap has a log, and there is a chain record to say so."""
-        return bool(self.chain.disk_id) and len(self.logs) == len(self.recording)
+        """Whether all that records and persists has a log, and a chain record can say so."""
+        return bool(self.chain.disk_id) and not self.unlogged()
 
     def unlogged(self) -> list[str]:
         """The recording bitmaps that are to have a log and have none."""
-        changing = [each for each in self.bitmaps.values() if each.is_changing]
+        changing = [each for each in self.bitmaps.values() if each.is_changing and each.persistent]
         return [each.name for each in changing if self.chain.disk_id and each.log is None]
 
     def with_log(self, name: str, log: ActivityLog) -> DiskState:

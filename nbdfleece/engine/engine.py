@@ -483,6 +483,24 @@ class Engine:
                     raise StateError(f"checkpoint '{name}' belongs to backup '{snapshot.name}'")
             await checkpoints.delete(self.disks.values(), name)
 
+    # -- bitmaps ------------------------------------------------------------------
+
+    async def change_bitmaps(
+        self, disk: Disk, change: Callable[[Disk], Awaitable[DiskState]]
+    ) -> None:
+        """Change bitmaps of a disk that belong to no checkpoint.
+
+        Args:
+            disk: The disk.
+            change: Gives the state to come; one of :mod:`nbdfleece.engine.bitmaps`.
+
+        Raises:
+            StateError: What ``change`` raises.
+            OSError: The image could not be written; nothing was changed.
+        """
+        async with self._changing:
+            await disk.store(await change(disk))
+
     async def recover(self) -> None:
         """Settle what a crash left open; called once all disks are opened.
 

@@ -90,7 +90,7 @@ async def disk_info(disk: Disk) -> DiskInfo:
             granularity=each.granularity,
             recording=each.recording,
             busy=False,
-            persistent=True,
+            persistent=each.persistent,
             inconsistent=each.inconsistent,
             count=await disk.dirty_bytes(each.name),
         )
