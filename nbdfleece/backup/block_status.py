@@ -56,6 +56,8 @@ async def walk(
     Raises:
         ServerError: The server fails, or says what cannot be true.
     """
+    if not contexts:
+        return {}
     parts: dict[str, list[Extents]] = {context: [] for context in contexts}
     offset = 0
     while offset < size:

@@ -234,7 +234,7 @@ class BackupDirectory:
             replacement = msgspec.json.decode(journal.read_bytes(), type=Replacement)
         except FileNotFoundError:
             return
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise BackupError(f"{journal}: the journal of a prune is damaged: {error}") from None
         for name in replacement.rename:
             new = self.path / (name + NEW_SUFFIX)

@@ -161,5 +161,5 @@ def _unpack_line(line: bytes, kind: type[_Record]) -> _Record | None:
         return None
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return None

@@ -163,7 +163,7 @@ def decode_manifest(data: bytes, path: str | os.PathLike[str]) -> Point:
                 f" only {VERSION}: use the program that wrote it"
             )
         point = msgspec.json.decode(envelope.point, type=Point)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BackupError(f"{name}: the manifest is damaged: {error}") from None
     if checksum([bytes(envelope.point)]) != envelope.blake2b or encode_manifest(point) != data:
         raise BackupError(f"{name}: the manifest is damaged: its checksum does not fit")

@@ -83,6 +83,8 @@ def format_totals(context: str, extents: Extents, *, as_json: bool = False) -> s
         total = int(extents.lengths[extents.status == status].sum())
         row = _json_total if as_json else _text_total
         rows.append(row(total, 100 * total / size, status, describe(context, status)))
+    if not rows and as_json:
+        return "[]\n"  # nbdinfo: here, and only here
     return _json_list(rows) if as_json else "".join(rows)
 
 

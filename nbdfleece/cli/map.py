@@ -67,15 +67,14 @@ def map_export(
 
 async def _merged(uri: str, changes: str | None) -> Extents:
     """Dirty and zero in one; without a bitmap nothing is dirty."""
-    import numpy as np
-
-    from ..backup.block_status import ALLOCATION, DIRTY, DIRTY_PREFIX, merge
+    from ..backup.block_status import ALLOCATION, DIRTY_PREFIX, merge
     from ..backup.map import read_contexts
+    from ..extents import Extents
 
     if changes is None:
         allocation = (await read_contexts(uri, [ALLOCATION]))[ALLOCATION]
-        merged = merge(allocation, allocation)
-        return merged.with_status(merged.status & np.uint32(~DIRTY & 3))
+        clean = Extents.from_pairs([(allocation.total(), 0)] if allocation.total() else [])
+        return merge(allocation, clean)
     bitmap = changes if changes.startswith(DIRTY_PREFIX) else DIRTY_PREFIX + changes
     found = await read_contexts(uri, [ALLOCATION, bitmap])
     return merge(found[ALLOCATION], found[bitmap])
