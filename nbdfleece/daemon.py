@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -67,6 +68,7 @@ class Daemon:
         engine: Its disks, snapshots and checkpoints.
         server: The NBD side.
         commands: What the control socket can be told.
+        control: Its sessions; None without a socket, and before the start.
     """
 
     def __init__(self, options: DaemonOptions) -> None:
@@ -82,7 +84,7 @@ class Daemon:
         self.commands = all_commands()
         self._listeners: list[Listener] = []
         self._control_listener: Listener | None = None
-        self._control: ControlServer | None = None
+        self.control: ControlServer | None = None
         self._stop_requested = asyncio.Event()
         self._stop_reason = "host-signal"
 
@@ -109,8 +111,9 @@ class Daemon:
         await self._stop()
 
     def export_uris(self, export: str) -> list[str]:
-        """How clients name an export: one NBD URI per listener."""
-        return [str(listener.uri(export)) for listener in self.server.listeners]
+        """How clients name an export, from any directory: one NBD URI per listener."""
+        uris = [listener.uri(export) for listener in self.server.listeners]
+        return [str(_with_absolute_path(uri)) for uri in uris]
 
     def request_stop(self, reason: str) -> None:
         """Have :meth:`wait_stop_requested` return; the first reason counts.
@@ -137,7 +140,7 @@ class Daemon:
         while self._listeners:
             self.server.add_listener(self._listeners.pop(0))
         if self._control_listener is not None:
-            self._control = ControlServer(self._control_listener.sock, Dispatcher(self))
+            self.control = ControlServer(self._control_listener.sock, Dispatcher(self))
 
     def _listen(self) -> None:
         try:
@@ -152,8 +155,8 @@ class Daemon:
             raise StateError(str(error)) from error
 
     async def _stop(self) -> None:
-        if self._control is not None:
-            await self._control.finish_commands()
+        if self.control is not None:
+            await self.control.finish_commands()
         self._tell("SHUTDOWN", {"guest": False, "reason": self._stop_reason})
         await self.server.shut_down(self.options.grace_seconds)
         try:
@@ -162,8 +165,8 @@ class Daemon:
             await self._close_sockets()
 
     async def _close_sockets(self) -> None:
-        if self._control is not None:
-            await self._control.close()
+        if self.control is not None:
+            await self.control.close()
         if self._control_listener is not None:
             self._control_listener.close()
         for listener in self._listeners:
@@ -171,8 +174,15 @@ class Daemon:
 
     def _tell(self, event: str, data: Mapping[str, Any]) -> None:
         _log.info("%s %s", event, dict(data))
-        if self._control is not None:
-            self._control.send_event(event, data)
+        if self.control is not None:
+            self.control.send_event(event, data)
+
+
+def _with_absolute_path(uri: NbdUri) -> NbdUri:
+    """The URI as it is good for clients that run elsewhere; abstract sockets have no path."""
+    if uri.transport != "unix" or uri.socket.startswith("\0"):
+        return uri
+    return replace(uri, socket=os.path.abspath(uri.socket))
 
 
 def _check_scratch(directory: Path) -> None:

@@ -119,6 +119,7 @@ class ControlServer:
 
     def _ended(self, session: Session, task: asyncio.Task[None]) -> None:
         del self._sessions[session]
+        session.close()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a control session failed", exc_info=error)
 

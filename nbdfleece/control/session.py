@@ -29,10 +29,10 @@ _log = logging.getLogger("nbdfleece.control")
 
 
 class Session:
-    """A connected client; ends when :meth:`run` does.
+    """A connected client.
 
     Args:
-        sock: Connected, non-blocking; the session's own from now on.
+        sock: Connected, non-blocking; :meth:`close` closes it.
         peer: Who that is, for the log.
         dispatcher: Carries out the commands.
     """
@@ -73,7 +73,10 @@ class Session:
             self._end()
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
-            self._sock.close()
+
+    def close(self) -> None:
+        """Close the connection; after :meth:`run`, also if that was cancelled before it began."""
+        self._sock.close()
 
     async def finish(self) -> None:
         """Let the client read what is left for it."""

@@ -20,12 +20,17 @@ def image(tmp_path: Path) -> Path:
     return make_image(tmp_path / "a.qcow2")
 
 
+def uri(folder: Path) -> str:
+    """Of the disk on the socket that the server was told by its name only."""
+    return f"nbd+unix:///vda?socket={folder}/n"
+
+
 def test_ready_line_has_the_uris_of_every_disk_on_every_listener(
     tmp_path: Path, image: Path, start: Start
 ) -> None:
     server = start("--disk", f"vda={image}", "--listen", "unix:n", "--listen", "tcp:127.0.0.1:0")
     words = server.ready.split()
-    assert words[:3] == ["nbdfleece:", "ready:", "nbd+unix:///vda?socket=n"]
+    assert words[:3] == ["nbdfleece:", "ready:", uri(tmp_path)]
     assert words[3].startswith("nbd://127.0.0.1:")
     assert words[3].endswith("/vda")
 
@@ -36,24 +41,24 @@ def test_usual_places_are_under_the_runtime_directory(tmp_path: Path, server: Se
     assert {path.name for path in folder.iterdir()} == {"nbd.sock", "control.sock"}
 
 
-def test_print_uri_prints_uris_only(image: Path, start: Start) -> None:
+def test_print_uri_prints_uris_only(tmp_path: Path, image: Path, start: Start) -> None:
     server = start("--disk", f"vda={image}", "--listen", "unix:n", "--print-uri")
-    assert server.ready == "nbd+unix:///vda?socket=n\n"
+    assert server.ready == uri(tmp_path) + "\n"
     assert server.end().output == server.ready
 
 
-def test_json_prints_one_object(image: Path, start: Start) -> None:
+def test_json_prints_one_object(tmp_path: Path, image: Path, start: Start) -> None:
     server = start("--disk", f"vda={image}", "--listen", "unix:n", "--control", "c", "--json")
     assert json.loads(server.ready) == {
         "pid": server.process.pid,
         "control": "c",
-        "exports": [{"name": "vda", "uris": ["nbd+unix:///vda?socket=n"]}],
+        "exports": [{"name": "vda", "uris": [uri(tmp_path)]}],
     }
 
 
-def test_listen_takes_nbd_uris(image: Path, start: Start) -> None:
+def test_listen_takes_nbd_uris(tmp_path: Path, image: Path, start: Start) -> None:
     server = start("--disk", f"vda={image}", "--listen", "nbd+unix:///?socket=n", "--print-uri")
-    assert server.ready == "nbd+unix:///vda?socket=n\n"
+    assert server.ready == uri(tmp_path) + "\n"
 
 
 def test_control_none_makes_no_control_socket(tmp_path: Path, image: Path, start: Start) -> None:
