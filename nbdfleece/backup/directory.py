@@ -37,6 +37,7 @@ import msgspec
 from ..errors import StateError, UsageError
 from .errors import BackupError
 from .manifest import (
+    TEMPORARY_SUFFIX,
     DiskEntry,
     Point,
     decode_manifest,
@@ -258,7 +259,14 @@ class BackupDirectory:
             if self._has_decided_prune():
                 with self.replacing():
                     self._carry_out()
+            self._remove_leftovers()
             yield
+
+    def _remove_leftovers(self) -> None:
+        """Remove what was being written by one who is gone, and was never put in place."""
+        for suffix in (NEW_SUFFIX, TEMPORARY_SUFFIX):
+            for path in self.path.glob("*" + suffix):
+                path.unlink()
 
     @contextmanager
     def reading(self) -> Iterator[None]:

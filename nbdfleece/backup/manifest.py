@@ -35,6 +35,9 @@ VERSION: Final = 1
 BLOCK_BYTES: Final = 4 << 20
 """Bytes of the disk that one checksum covers: the unit of pulling, resuming and verifying."""
 
+TEMPORARY_SUFFIX: Final = ".tmp"
+"""Of a file that is being written and has not got its name yet."""
+
 _HASH_BYTES: Final = 32
 _FILE_CHUNK_BYTES: Final = 4 << 20
 
@@ -210,7 +213,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: It cannot be written; the old content, or none, is there.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

@@ -60,7 +60,6 @@ async def prune(directory: BackupDirectory, names: Sequence[str]) -> None:
         OSError: There is no room for the new files; nothing was changed.
     """
     with directory.writing(), directory.replacing():
-        _remove_leftovers(directory)
         points = {point.name: point for point in directory.points()}
         doomed = {name: directory.point(name) for name in names}
         if doomed and len(doomed) == len(points):
@@ -71,12 +70,6 @@ async def prune(directory: BackupDirectory, names: Sequence[str]) -> None:
             if point.name not in doomed and any(disk.parent in doomed for disk in point.disks)
         ]
         directory.replace(_replacement(directory, changed, doomed))
-
-
-def _remove_leftovers(directory: BackupDirectory) -> None:
-    """Remove what a prune that was cut before it was decided has left."""
-    for path in directory.path.glob("*" + NEW_SUFFIX):
-        path.unlink()
 
 
 def _replacement(

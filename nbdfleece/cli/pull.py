@@ -64,6 +64,14 @@ _DEFAULT_NAME: Final = "disk"
     metavar="FILE",
     help="A file with the rate limit in it, looked at every second while pulling.",
 )
+@click.option(
+    "--save-every",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How often what is done is made durable: what a cut pull does again at most.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be read, and read nothing.")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Which of our server's disks.")
 @click.option(
@@ -209,6 +217,7 @@ def make_options(values: dict[str, Any], report: Any) -> PullOptions:
         resume=Resume.RESTART if values["restart"] else resume,
         limit=RateLimit(values["rate_limit"], values["rate_file"]),
         progress=report,
+        journal_seconds=values["save_every"],
     )
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 
 import pytest
 
 from nbdfleece.backup.tasks import Budget, Crew, gather
+
+Work = Callable[[], Coroutine[object, object, None]]
 
 
 async def test_budget_lends_no_more_than_there_is_and_in_order() -> None:
@@ -54,6 +57,12 @@ async def test_gather_raises_the_first_error_when_all_have_ended() -> None:
     assert ended == [0, 1, 2]
 
 
+async def run_crew(bytes_max: int, cost: int, works: list[Work]) -> None:
+    async with Crew(bytes_max, 1) as crew:
+        for work in works:
+            await crew.start(cost, work)
+
+
 async def test_crew_waits_for_all_and_raises_the_first_error() -> None:
     ended = []
 
@@ -65,10 +74,7 @@ async def test_crew_waits_for_all_and_raises_the_first_error() -> None:
         raise OSError("no")
 
     with pytest.raises(OSError, match="no"):
-        async with Crew(100, 1) as crew:
-            await crew.start(10, good)
-            await crew.start(10, bad)
-            await crew.start(10, good)
+        await run_crew(100, 10, [good, bad, good])
     assert ended == [1, 1]
 
 
@@ -80,9 +86,7 @@ async def test_crew_starts_nothing_after_an_error() -> None:
         raise AssertionError
 
     with pytest.raises(OSError, match="no"):
-        async with Crew(1, 1) as crew:
-            await crew.start(1, bad)
-            await crew.start(1, never)
+        await run_crew(1, 1, [bad, never])
 
 
 async def test_crew_that_is_cancelled_cancels_its_tasks() -> None:

@@ -1,0 +1,73 @@
+"""A small backup of several points, for tests of what is done with backups."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from nbdfleece.backup import BackupDirectory, DiskRequest, pull
+from nbdfleece.backup.manifest import BLOCK_BYTES
+
+from .fake_server import BITMAP, Script, serving, truthful
+from .programs import qemu_io
+
+BLOCK = 4096
+SIZE = 2 * BLOCK_BYTES + 3 * BLOCK
+"""Three blocks of checksums, the last one a short one."""
+
+
+class History:
+    """Restore points ``p0`` (full) to ``pN``, and what each contains."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        self.directory = BackupDirectory(folder / "backup")
+        self.contents: dict[str, bytes] = {}
+        self._folder = folder
+        self._random = random.Random(seed)
+
+    async def build(self, count: int, writes: int = 20) -> None:
+        """Pull a full point and increments on one another."""
+        content = bytearray(SIZE)
+        parent = None
+        for number in range(count):
+            dirty = self._change(content, writes if number else 40)
+            zero = {
+                block
+                for block in range(SIZE // BLOCK)
+                if not any(content[block * BLOCK : (block + 1) * BLOCK])
+            }
+            script = Script(content, truthful(dirty, zero, SIZE, BLOCK))
+            async with serving(script, self._folder) as uri:
+                request = DiskRequest(
+                    name="vda", uri=uri, bitmap=BITMAP if parent else None, parent=parent
+                )
+                parent = await pull([request], self.directory, point=f"p{number}")
+            self.contents[parent.name] = bytes(content)
+
+    def damage(self, name: str, after: int = 0) -> int:
+        """Overwrite some data of a point, within a sound image.
+
+        Returns:
+            Where; the first data from ``after`` on.
+        """
+        entry = self.directory.point(name).disks[0]
+        offset = 0
+        for length, status in entry.extents:
+            if status == 1 and offset >= after:
+                qemu_io(self.directory.file_path(entry), f"write -q -P 99 {offset} 512")
+                return offset
+            offset += length
+        raise AssertionError("no data there")
+
+    def _change(self, content: bytearray, writes: int) -> set[int]:
+        """Write and zero here and there; which blocks were touched."""
+        dirty: set[int] = set()
+        for _ in range(writes):
+            first = self._random.randrange(SIZE // BLOCK)
+            count = min(self._random.choice([1, 1, 3, 40]), SIZE // BLOCK - first)
+            new = self._random.randbytes(BLOCK) * count
+            if self._random.random() < 0.3:
+                new = bytes(len(new))
+            content[first * BLOCK : (first + count) * BLOCK] = new
+            dirty.update(range(first, first + count))
+        return dirty

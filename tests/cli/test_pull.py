@@ -1,0 +1,391 @@
+"""``pull``, ``restore``, ``verify``, ``list``, ``show``, ``prune`` and ``map``, as they are run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.backup.conftest import tmp_path as in_memory
+from tests.backup.programs import content_of, nbdkit, qemu_io, qemu_nbd
+
+from .conftest import PROGRAM, SIZE, Run, Server, Start, environment, make_image
+
+tmp_path = in_memory
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = make_image(tmp_path / "a.qcow2")
+    qemu_io(path, "write -q -P 1 0 5M", "write -q -P 2 9M 64k")
+    return path
+
+
+@pytest.fixture
+def server(tmp_path: Path, image: Path, start: Start) -> Server:
+    return start(
+        "--disk", f"vda={image}", "--listen", f"unix:{tmp_path}/n", "--control", tmp_path / "c"
+    )
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> str:
+    return f"nbd+unix:///vda?socket={tmp_path}/n"
+
+
+def pull(run: Run, tmp_path: Path, *words: str | Path) -> Any:
+    return run("pull", "--to", tmp_path / "backup", "--control", tmp_path / "c", *words)
+
+
+def test_whole_backups_from_our_own_server(
+    tmp_path: Path, server: Server, run: Run, live: str
+) -> None:
+    first = pull(run, tmp_path, "--point", "monday")
+    assert first.status == 0
+    share = 5 * (1 << 20) + 65536
+    assert f"monday: vda: full: read {share} bytes of {SIZE}" in first.output
+    qemu_io(live, "write -q -P 3 1M 64k", "write -q -z 9M 64k", image_format="raw")
+    second = pull(run, tmp_path, "--point", "tuesday", "--json").json
+    disk = second["disks"][0]
+    assert (disk["parent"], disk["read-bytes"], disk["changed-bytes"]) == ("monday", 65536, 131072)
+    third = pull(run, tmp_path, "--point", "wednesday", "--since", "monday")
+    assert "since monday: read 65536 bytes" in third.output
+    checkpoints = run("checkpoint", "list", "--control", tmp_path / "c", "--json").json
+    assert [each["name"] for each in checkpoints] == ["monday", "tuesday", "wednesday"]
+    assert run("backup", "list", "--control", tmp_path / "c", "--json").json == []
+    restored = tmp_path / "restored.raw"
+    assert run("restore", f"{tmp_path}/backup@tuesday", "--to", restored).status == 0
+    assert run("verify", f"{tmp_path}/backup@tuesday", "--against", live).status == 0
+    assert restored.read_bytes() == content_of(tmp_path / "backup" / "wednesday.vda.qcow2")
+
+
+def test_checkpoint_of_another_time_is_not_built_on(
+    tmp_path: Path, server: Server, run: Run
+) -> None:
+    pull(run, tmp_path, "--point", "monday")
+    run("checkpoint", "delete", "monday", "--control", tmp_path / "c")
+    run("checkpoint", "create", "monday", "--control", tmp_path / "c")
+    failed = pull(run, tmp_path, "--point", "tuesday", "--since", "monday")
+    assert "was made at another time" in failed.complaint
+    automatic = pull(run, tmp_path, "--point", "tuesday", "--json").json
+    assert automatic["disks"][0]["kind"] == "full"
+
+
+def test_increment_that_the_server_cannot_give_is_full_and_says_so(
+    tmp_path: Path, server: Server, run: Run
+) -> None:
+    pull(run, tmp_path, "--point", "monday")
+    run("checkpoint", "delete", "monday", "--control", tmp_path / "c")
+    done = pull(run, tmp_path, "--point", "tuesday", "--since", "monday")
+    if done.status == 1:  # a checkpoint that is not there is an error to the server
+        assert "monday" in done.complaint
+    else:
+        assert done.status == 4
+
+
+def test_dry_run_leaves_nothing(tmp_path: Path, server: Server, run: Run) -> None:
+    done = pull(run, tmp_path, "--point", "monday", "--dry-run", "--json").json
+    assert done[0]["read_bytes"] == 5 * (1 << 20) + 65536
+    assert not (tmp_path / "backup").exists()
+    assert run("backup", "list", "--control", tmp_path / "c", "--json").json == []
+    assert run("checkpoint", "list", "--control", tmp_path / "c", "--json").json == []
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Iterator[tuple[str, bytes]]:
+    """A slow server with much to pull, and what."""
+    content = random.Random(3).randbytes(1 << 20) * 48
+    raw = tmp_path / "large.raw"
+    raw.write_bytes(content)
+    with nbdkit(tmp_path, "file", str(raw)) as uri:
+        yield uri, content
+
+
+def test_pull_killed_again_and_again_goes_on_to_the_end(
+    tmp_path: Path, run: Run, large: tuple[str, bytes]
+) -> None:
+    """SIGKILL once something is in the journal; nothing is taken for a restore point meanwhile."""
+    uri, content = large
+    backup = tmp_path / "backup"
+    words = [
+        "pull",
+        uri,
+        "--to",
+        backup,
+        "--point",
+        "p",
+        "--save-every",
+        "0.05",
+        "--progress",
+        "json",
+    ]
+    sizes = []
+    for number in range(4):
+        process = subprocess.Popen(
+            [*PROGRAM, *map(str, words), "--rate-limit", "16M", *(["--resume"] if number else [])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(tmp_path),
+        )
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        for line in process.stdout:
+            if json.loads(line)["transferred"] >= first["transferred"] + (8 << 20):
+                break
+        process.kill()
+        process.communicate(timeout=20)
+        sizes.append((backup / "p.journal").stat().st_size)
+        assert not (backup / "p.json").exists()
+        assert not (backup / "p.disk.qcow2").exists()
+        listed = run("list", backup)
+        assert "p: incomplete" in listed.output
+    assert sizes == sorted(set(sizes))
+    refused = run(*words[:-2])
+    assert refused.status == 1
+    assert "--resume" in refused.complaint
+    done = run(*words[:-2], "--resume")
+    assert done.status == 0
+    assert content_of(backup / "p.disk.qcow2") == content
+    assert run("verify", backup).status == 0
+    assert sorted(path.name for path in backup.iterdir()) == [".lock", "p.disk.qcow2", "p.json"]
+
+
+def test_pull_from_our_server_killed_goes_on_with_its_snapshot(
+    tmp_path: Path, server: Server, run: Run, live: str
+) -> None:
+    qemu_io(live, "write -q -P 9 0 16M", image_format="raw")
+    process = subprocess.Popen(
+        [
+            *PROGRAM, "pull", "--to", tmp_path / "backup", "--control", tmp_path / "c",
+            "--point", "p", "--rate-limit", "4M", "--save-every", "0.05", "--progress", "json",
+        ],
+        stdout=subprocess.PIPE,
+        env=environment(tmp_path),
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["transferred"] >= 8 << 20:
+            break
+    process.kill()
+    process.communicate(timeout=20)
+    assert (tmp_path / "backup" / "p.journal").exists()
+    qemu_io(live, "write -q -P 10 0 16M", image_format="raw")
+    done = pull(run, tmp_path, "--point", "p")
+    assert done.status == 0, done.errors
+    assert set(content_of(tmp_path / "backup" / "p.vda.qcow2")) == {9}
+
+
+def test_failed_pull_from_our_server_is_undone(
+    tmp_path: Path, server: Server, run: Run, live: str
+) -> None:
+    """A file size limit stands for a full disk."""
+    qemu_io(live, "write -q -P 9 0 16M", image_format="raw")
+    words = ["pull", "--to", str(tmp_path / "backup"), "--control", str(tmp_path / "c")]
+    for keep in (False, True):
+        done = subprocess.run(
+            ["prlimit", "--fsize=6000000", *PROGRAM, *words, "--point", "p"]
+            + (["--keep"] if keep else []),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env=environment(tmp_path),
+        )
+        assert done.returncode == 75
+        assert "was cut and can go on" in done.stderr
+        backups = run("backup", "list", "--control", tmp_path / "c", "--json").json
+        assert len(backups) == keep
+        assert (tmp_path / "backup" / "p.journal").exists() == keep
+    assert pull(run, tmp_path, "--point", "p").status == 0
+    assert run("verify", tmp_path / "backup").status == 0
+
+
+def test_full_disk_cuts_the_pull_and_room_lets_it_go_on(
+    tmp_path: Path, run: Run, large: tuple[str, bytes]
+) -> None:
+    uri, content = large
+    words = ["pull", uri, "--to", str(tmp_path / "backup"), "--point", "p"]
+    done = subprocess.run(
+        ["prlimit", "--fsize=20000000", *PROGRAM, *words],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=environment(tmp_path),
+    )
+    assert done.returncode == 75, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert run(*words, "--resume").status == 0
+    assert content_of(tmp_path / "backup" / "p.disk.qcow2") == content
+
+
+def test_interrupted_pull_ends_with_the_signals_status(
+    tmp_path: Path, large: tuple[str, bytes]
+) -> None:
+    uri, _ = large
+    process = subprocess.Popen(
+        [*PROGRAM, "pull", uri, "--to", tmp_path / "backup", "--rate-limit", "8M",
+         "--progress", "json"],
+        stdout=subprocess.PIPE,
+        env=environment(tmp_path),
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_rate_file_changes_the_rate_while_pulling(tmp_path: Path, large: tuple[str, bytes]) -> None:
+    uri, content = large
+    rate = tmp_path / "rate"
+    rate.write_text("1M\n")
+    process = subprocess.Popen(
+        [*PROGRAM, "pull", uri, "--to", tmp_path / "backup", "--rate-file", rate,
+         "--progress", "json"],
+        stdout=subprocess.PIPE,
+        env=environment(tmp_path),
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    rate.write_text("0\n")
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    last = json.loads(out.splitlines()[-2])
+    assert last["transferred"] == len(content)
+
+
+def test_foreign_server_with_bitmaps(tmp_path: Path, run: Run, image: Path) -> None:
+    backup = tmp_path / "backup"
+    subprocess.run(["qemu-img", "bitmap", "--add", image, "monday"], check=True)
+    with qemu_nbd(image, "-r") as uri:
+        words = ("pull", f"vda={uri}", "--to", backup, "--checkpoint", "monday")
+        assert run(*words).status == 0
+    qemu_io(image, "write -q -P 8 2M 1M")
+    with qemu_nbd(image, "-r", "-B", "monday") as uri:
+        done = run("pull", f"vda={uri}", "--to", backup, "--point", "tuesday", "--since", "monday")
+        assert f"tuesday: vda: since monday: read 1048576 bytes of {SIZE} (6.2%)" in done.output
+        again = run("pull", f"vda={uri}", "--to", backup, "--point", "wednesday", "--json").json
+        assert again["disks"][0]["parent"] == "monday"
+        unknown = run("pull", f"vda={uri}", "--to", backup, "--point", "x", "--since", "friday")
+        assert "no restore point or checkpoint 'friday'" in unknown.complaint
+        difference = run("verify", f"{backup}@monday", "--against", uri)
+        assert difference.status == 3
+        assert "differs between 2097152 and 3145728" in difference.output
+    with qemu_nbd(image, "-r") as uri:
+        lost = run("pull", f"vda={uri}", "--to", backup, "--point", "thursday")
+        assert lost.status == 4
+        assert "offers no dirty bitmap" in lost.output
+    listed = run("list", backup, "--json").json
+    assert [each["name"] for each in listed] == ["monday", "tuesday", "wednesday", "thursday"]
+    table = run("list", backup).output.splitlines()
+    assert table[0].split()[:3] == ["POINT", "CREATED", "PARENT"]
+    shown = run("show", f"{backup}@tuesday").output
+    assert "tuesday.vda.qcow2 <- monday.vda.qcow2" in shown
+    assert run("prune", backup, "--keep", "2", "--dry-run", "--json").json["removed"] == [
+        "monday",
+        "tuesday",
+    ]
+    assert run("prune", backup, "--keep", "2").status == 0
+    assert run("verify", backup).output.endswith("no problems\n")
+
+
+def test_damage_is_found_and_has_its_own_status(tmp_path: Path, run: Run, image: Path) -> None:
+    backup = tmp_path / "backup"
+    with qemu_nbd(image, "-r") as uri:
+        run("pull", f"vda={uri}", "--to", backup, "--point", "p")
+    qemu_io(backup / "p.vda.qcow2", "write -q -P 7 1M 512")
+    found = run("verify", backup)
+    assert found.status == 3
+    assert "not what was pulled" in found.output
+    failed = run("restore", backup, "--to", tmp_path / "out.raw")
+    assert failed.status == 3
+    assert "not what was pulled" in failed.complaint
+    assert not (tmp_path / "out.raw").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--totals"], ["--totals", "--json"]])
+def test_map_is_that_of_nbdinfo(tmp_path: Path, run: Run, image: Path, options: list[str]) -> None:
+    subprocess.run(["qemu-img", "bitmap", "--add", image, "b"], check=True)
+    qemu_io(image, "write -q 2M 64k", "discard -q 3M 1M")
+    with qemu_nbd(image, "-r", "-A", "-B", "b") as uri, nbdkit(tmp_path, "null", "0") as empty:
+        for context in ("base:allocation", "qemu:dirty-bitmap:b", "qemu:allocation-depth"):
+            theirs = subprocess.run(
+                ["nbdinfo", f"--map={context}", *options, uri], capture_output=True, text=True
+            )
+            assert run("map", uri, "--context", context, *options).output == theirs.stdout
+        theirs = subprocess.run(
+            ["nbdinfo", "--map", *options, empty], capture_output=True, text=True
+        )
+        assert run("map", empty, *options).output == theirs.stdout
+        missing = run("map", uri, "--context", "foo:bar")
+        assert 'server does not support metadata context "foo:bar"' in missing.complaint
+
+
+def test_map_draws_and_merges(tmp_path: Path, run: Run, image: Path) -> None:
+    subprocess.run(["qemu-img", "bitmap", "--add", image, "b"], check=True)
+    qemu_io(image, "write -q 2M 64k", "discard -q 3M 1M")
+    with qemu_nbd(image, "-r", "-B", "b") as uri:
+        merged = run("map", uri, "--changes", "b", "--json").json
+        assert {each["description"] for each in merged} == {"clean", "dirty", "zero", "dirty,zero"}
+        blocks = run("map", uri, "--changes", "b", "--blocks").output
+        assert {"█", "▒", "○", "·"} <= set(blocks)
+        drawn = run("map", uri, "--changes", "b", "--svg", tmp_path / "x.svg")
+        assert (drawn.status, drawn.output) == (0, "")
+        assert (tmp_path / "x.svg").read_text().startswith("<svg ")
+        plain = run("map", uri, "--blocks").output
+        assert "█ changed data: 0 bytes" in plain
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "complaint"),
+    [
+        (["pull", "http://x", "--to", "b"], 2, "not an NBD URI"),
+        (["pull", "nbd+unix:///?socket=none", "--to", "b"], 1, "No such file"),
+        (["pull", "nbd://x", "--to", "b", "--full", "--auto"], 2, "exclude"),
+        (["pull", "nbd://x", "--to", "b", "--resume", "--restart"], 2, "exclude"),
+        (["pull", "nbd://x", "--to", "b", "--bitmap", "y"], 2, "--since"),
+        (["pull", "nbd://x", "--to", "b", "--keep"], 2, "our own server"),
+        (["pull", "--to", "b", "--control", "none.sock"], 1, "cannot reach a server"),
+        (["pull", "nbd://x", "--to", "b", "--since", "y"], 1, "no such backup directory"),
+        (["list", "nowhere"], 1, "no such backup directory"),
+        (["show", "nowhere"], 1, "no such backup directory"),
+        (["verify", "nowhere"], 1, "no such backup directory"),
+        (["verify", "nowhere", "--disk", "x"], 2, "--against"),
+        (["prune", "nowhere"], 2, "--keep N or --point"),
+        (["prune", "nowhere", "--keep", "1"], 1, "no such backup directory"),
+        (["restore", "nowhere", "--to", "x"], 1, "no such backup directory"),
+        (["map", "nbd://x", "--context", "a", "--blocks"], 2, "--context"),
+        (["map", "nbd://x", "--json", "--blocks"], 2, "print text"),
+    ],
+)
+def test_mistake_is_one_line_and_a_status(
+    run: Run, words: list[str], status: int, complaint: str
+) -> None:
+    done = run(*words)
+    assert complaint in done.complaint
+    assert done.status == status
+
+
+def test_missing_libnbd_is_one_line_that_names_the_package(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "nbd.py").write_text("raise ImportError('no')\n")
+    done = subprocess.run(
+        [*PROGRAM, "map", "nbd://localhost"],
+        capture_output=True,
+        text=True,
+        env={**environment(tmp_path), "PYTHONPATH": str(tmp_path)},
+        cwd="/",
+    )
+    assert done.returncode == 2
+    assert "python3-libnbd" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    (tmp_path / "nbd.py").write_text("def diff(): pass\n")
+    other = subprocess.run(done.args, capture_output=True, text=True, cwd="/", env={
+        **os.environ, "PYTHONPATH": str(tmp_path)
+    })  # fmt: skip
+    assert "is not libnbd's" in other.stderr
