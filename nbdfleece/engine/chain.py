@@ -131,6 +131,10 @@ class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw
         kept = tuple(each for each in self.checkpoints if each.name != name)
         return msgspec.structs.replace(self, checkpoints=kept)
 
+    def without_checkpoints(self) -> Chain:
+        """The chain of a disk that has none any more."""
+        return msgspec.structs.replace(self, checkpoints=())
+
     def with_state(self, name: str, state: CheckpointState) -> Chain:
         """The chain with one checkpoint in another state."""
         changed = tuple(

@@ -19,6 +19,7 @@ It stays pending while one of its disks is not there to be asked.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection
 
 from ..errors import StateError
@@ -110,6 +111,27 @@ async def delete(disks: Collection[Disk], name: str) -> None:
     if len(found) > 1:
         await _decide_deletion(found, name)
     await remove(found, name)
+
+
+def prunable(
+    disks: Collection[Disk],
+    keep: int | None,
+    older_than_seconds: float | None,
+    owner: str | None,
+) -> list[str]:
+    """The committed checkpoints of an owner that are neither among the newest nor young."""
+    found = {
+        record.name: record.created_ns
+        for disk in disks
+        for record in disk.state.chain.checkpoints
+        if record.state is CheckpointState.COMMITTED and owner in (None, record.owner)
+    }
+    names = sorted(found, key=found.__getitem__)
+    names = names[: max(0, len(names) - (keep or 0))]
+    if older_than_seconds is None:
+        return names
+    oldest_ns = time.time_ns() - int(older_than_seconds * 1e9)
+    return [name for name in names if found[name] < oldest_ns]
 
 
 async def _decide_deletion(disks: Collection[Disk], name: str) -> None:

@@ -340,6 +340,18 @@ class Disk:
                 merged.merge(await self.bits(link.bitmap_name))
         return merged
 
+    async def changes_between(self, first: str, last: str) -> Bitmap:
+        """The changes from a checkpoint to a later one, as one new bitmap.
+
+        Raises:
+            StateError: As :meth:`DiskState.links_between`.
+        """
+        links = self.state.links_between(first, last)
+        merged = (await self.bits(links[0].bitmap_name)).copy()
+        for link in links[1:]:
+            merged.merge(await self.bits(link.bitmap_name))
+        return merged
+
     def instant(self, *, freezing: bool) -> Instant:
         """What must be remembered of this instant to tell later what had changed until it.
 

@@ -8,6 +8,7 @@ share the :class:`~nbdfleece.bitmaps.bitmap.Bitmap` objects that they both have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..bitmaps.bitmap import Bitmap
@@ -121,10 +122,27 @@ class DiskState(NamedTuple):
             StateError: There is no such checkpoint, or the chain is broken after it; the
                 text says where and why.
         """
-        for checkpoint in self.chain.checkpoints[self.chain.index(name) :]:
+        self._check_links(self.chain.checkpoints[self.chain.index(name) :])
+
+    def links_between(self, first: str, last: str) -> tuple[Checkpoint, ...]:
+        """The checkpoints whose bitmaps together hold the changes from one to a later one.
+
+        Raises:
+            StateError: One is unknown, they are not in this order, or the changes are not known.
+        """
+        links = self.chain.checkpoints[self.chain.index(first) : self.chain.index(last)]
+        if not links:
+            raise StateError(f"checkpoint '{last}' is not newer than '{first}'")
+        self._check_links(links)
+        return links
+
+    def _check_links(self, links: Sequence[Checkpoint]) -> None:
+        for checkpoint in links:
             problem = self.problem(checkpoint)
             if problem is not None:
-                raise StateError(f"the changes since checkpoint '{name}' are not known: {problem}")
+                raise StateError(
+                    f"the changes since checkpoint '{links[0].name}' are not known: {problem}"
+                )
 
     def with_checkpoint(
         self, checkpoint: Checkpoint, granularity: int, log: ActivityLog | None = None

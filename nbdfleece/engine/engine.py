@@ -282,6 +282,7 @@ class Engine:
         *,
         name: str | None = None,
         since: Mapping[str, str] | None = None,
+        between: Mapping[str, tuple[str, str]] | None = None,
         allocation_depth: bool = True,
     ) -> Export:
         """Export one disk of a snapshot, read-only.
@@ -292,6 +293,7 @@ class Engine:
             name: What to call the export; ``SNAPSHOT/DISK`` if not given.
             since: Checkpoints whose changes up to the snapshot are offered, each under the
                 bitmap name that it maps to (``qemu:dirty-bitmap:NAME``).
+            between: Bitmap names, each for the changes from one checkpoint to a later one.
             allocation_depth: Offer ``qemu:allocation-depth`` too.
 
         Raises:
@@ -302,13 +304,18 @@ class Engine:
             if disk not in found.disks:
                 raise StateError(f"snapshot '{snapshot}' has no disk '{disk}'")
             part = found.disks[disk]
-            since = since or {}
-            if len(set(since.values())) < len(since):
+            since, between = since or {}, between or {}
+            names = [*since.values(), *between]
+            if len(set(names)) < len(names):
                 raise StateError("two bitmaps of an export cannot have the same name")
-            bitmaps = {}
-            for checkpoint, leaf in since.items():
+            for leaf in names:
                 check_name(leaf, "bitmap")
-                bitmaps[leaf] = await part.disk.changes_since(checkpoint, part.instant)
+            bitmaps = {
+                leaf: await part.disk.changes_since(checkpoint, part.instant)
+                for checkpoint, leaf in since.items()
+            }
+            for leaf, (first, last) in between.items():
+                bitmaps[leaf] = await part.disk.changes_between(first, last)
             return self._export(found, disk, name, bitmaps, allocation_depth)
 
     def _export(
@@ -482,6 +489,35 @@ class Engine:
                 if snapshot.is_pending and snapshot.checkpoint == name:
                     raise StateError(f"checkpoint '{name}' belongs to backup '{snapshot.name}'")
             await checkpoints.delete(self.disks.values(), name)
+
+    async def prune_checkpoints(
+        self,
+        *,
+        keep: int | None = None,
+        older_than_seconds: float | None = None,
+        owner: str | None = None,
+    ) -> list[str]:
+        """Delete checkpoints that are not needed any more, oldest first.
+
+        Args:
+            keep: The newest so many stay.
+            older_than_seconds: Younger ones stay.
+            owner: Only this owner's go; None for anybody's.
+
+        Returns:
+            The names of those that were deleted; each deletion is one of its own.
+
+        Raises:
+            StateError: Neither ``keep`` nor ``older_than_seconds`` was given.
+            OSError: As :meth:`delete_checkpoint`.
+        """
+        if keep is None and older_than_seconds is None:
+            raise StateError("say how many checkpoints to keep, or how old one may be")
+        async with self._changing:
+            names = checkpoints.prunable(self.disks.values(), keep, older_than_seconds, owner)
+            for name in names:
+                await checkpoints.delete(self.disks.values(), name)
+            return names
 
     # -- bitmaps ------------------------------------------------------------------
 

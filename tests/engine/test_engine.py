@@ -148,6 +148,58 @@ async def test_any_checkpoint_can_be_deleted(
     await engine.close()
 
 
+async def test_any_past_interval_can_be_asked_for(tmp_path: Path, images: list[Path]) -> None:
+    """The changes from K to N are the union of the bitmaps of K to N-1, for any two."""
+    engine = await open_engine(tmp_path, *images)
+    names = ["one", "two", "three", "four"]
+    for number, name in enumerate(names):
+        await backup(engine, name)
+        await write(engine, "vda", number * CLUSTER, b"x")
+    await engine.begin_backup("job")
+    between = {
+        f"{first}-{last}": (first, last)
+        for index, first in enumerate(names)
+        for last in names[index + 1 :]
+    }
+    await engine.add_export("job", "vda", name="all", since={"one": "now"}, between=between)
+    for leaf, (first, last) in between.items():
+        expected = set(range(names.index(first), names.index(last)))
+        assert await dirty_clusters(engine, "all", leaf) == expected
+    assert await dirty_clusters(engine, "all", "now") == {0, 1, 2, 3}
+    for first, last in (("two", "one"), ("one", "one")):
+        with pytest.raises(StateError, match="not newer"):
+            await engine.add_export("job", "vda", name="bad", between={"x": (first, last)})
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"keep": 2}, ["c", "d"]),
+        ({"keep": 1, "owner": "night"}, ["b", "c", "d"]),
+        ({"keep": 0, "owner": "night"}, ["b", "d"]),
+        ({"keep": 9}, ["a", "b", "c", "d"]),
+        ({"older_than_seconds": 0}, []),
+        ({"older_than_seconds": 3600}, ["a", "b", "c", "d"]),
+        ({"keep": 3, "older_than_seconds": 0}, ["b", "c", "d"]),
+    ],
+)
+async def test_prune_by_count_age_and_owner(
+    tmp_path: Path, images: list[Path], options: dict[str, Any], left: list[str]
+) -> None:
+    """Several owners with independent needs on one disk: each prunes its own."""
+    engine = await open_engine(tmp_path, images[0])
+    for name, owner in (("a", "night"), ("b", "week"), ("c", "night"), ("d", "week")):
+        await engine.create_checkpoint(name, owner=owner)
+        await write(engine, "vda", 0, name.encode())
+    gone = await engine.prune_checkpoints(**options)
+    assert [each.name for each in engine.disk("vda").state.chain.checkpoints] == left
+    assert sorted([*gone, *left]) == ["a", "b", "c", "d"]
+    with pytest.raises(StateError, match="how many"):
+        await engine.prune_checkpoints(owner="night")
+    await engine.close()
+
+
 async def test_disk_without_the_checkpoint_is_read_in_full_with_the_reason(
     tmp_path: Path, images: list[Path]
 ) -> None:
