@@ -17,6 +17,9 @@ SOCKET_BUFFER_BYTES: Final = 4 << 20
 """Asked of the kernel for sending; it grants what net.core.wmem_max allows. With more room a
 client finds the next replies waiting when it comes back."""
 
+_discarded = memoryview(bytearray(64 << 10))
+"""Where bytes are received that nobody will look at."""
+
 
 class Channel(Protocol):
     """Both directions of one connection."""
@@ -56,7 +59,20 @@ class Channel(Protocol):
         """
 
     def finish(self) -> None:
-        """Say that nothing more will be sent; queues it for :meth:`send_own` if need be."""
+        """Say that nothing more will be sent.
+
+        Raises:
+            BlockingIOError: There is no room for it now.
+            OSError: The connection is broken.
+        """
+
+    def discard(self) -> bool:
+        """Receive what is there and throw it away; whether it was the end.
+
+        Raises:
+            BlockingIOError: Nothing is there now.
+            OSError: The connection is broken.
+        """
 
     def close(self) -> None:
         """Give the descriptors up."""
@@ -109,6 +125,10 @@ class SocketChannel(PlainChannel):
             # The peer closed first: there is nobody left to tell.
             return
 
+    def discard(self) -> bool:
+        """Throw away what is there."""
+        return not self.recv_into(_discarded)
+
     def close(self) -> None:
         """Close the socket."""
         self._sock.close()
@@ -140,6 +160,10 @@ class PipeChannel(PlainChannel):
 
     def finish(self) -> None:
         """Nothing to do: the peer sees the end when the pipe is closed."""
+
+    def discard(self) -> bool:
+        """Throw away what is there."""
+        return not self.recv_into(_discarded)
 
     def close(self) -> None:
         """Close both pipes."""

@@ -15,6 +15,9 @@ TRANSMISSION   :meth:`_begin_transmission`; the phase is a :class:`Transmission`
 CLOSING        :meth:`_begin_closing`, after DISC, ABORT, the end of the stream, or a
                broken rule: nothing is received any more; requests in flight finish
                and all replies are sent, then the channel is closed
+LINGERING      :meth:`_close_channel`, if the end is ours to begin: the client is told that
+               no more comes, and what it still sends is thrown away until it closes too.
+               A socket that is closed with bytes unread takes sent replies with it
 CLOSED         :meth:`_release`; from any state when the channel breaks. Descriptors
                and buffers are given up at once; requests in flight still finish, and
                their replies are thrown away
@@ -50,6 +53,9 @@ from .transmission import Transmission
 
 logger = logging.getLogger("nbdfleece.server")
 
+LINGER_SECONDS: Final = 1.0
+"""How long a client may take to notice that the server has ended its connection."""
+
 FAILURES_LOGGED_MAX: Final = 10
 """Failed requests that are logged for each connection and minute; a broken disk fails thousands."""
 
@@ -60,6 +66,7 @@ class State(Enum):
     HANDSHAKE = "handshake"
     TRANSMISSION = "transmission"
     CLOSING = "closing"
+    LINGERING = "lingering"
     CLOSED = "closed"
 
 
@@ -79,6 +86,9 @@ class Host(Protocol):
 
     def open_export(self, connection: Connection, export: Export) -> str | None:
         """The connection's transmission phase begins; says why not, if it must not."""
+
+    def drained(self, connection: Connection) -> None:
+        """What was asked before :meth:`Connection.shut_down` is answered."""
 
     def closed(self, connection: Connection) -> None:
         """The connection is over and nothing of it is left."""
@@ -149,12 +159,15 @@ class Connection:
         state: How far it is.
         export: What it has open, in its transmission phase.
         statistics: What it has done.
+        is_draining: It is shutting down, and not all is answered that was asked before.
     """
 
     def __init__(self, host: Host, channel: Channel) -> None:
         self.state = State.HANDSHAKE
         self.export: Export | None = None
         self.statistics = Statistics()
+        self.is_draining = False
+        self._is_shutting_down = False
         self.outbox = Outbox(host.pool)
         self.peer = channel.peer
         self._host = host
@@ -171,6 +184,7 @@ class Connection:
         self._drain_waiters: list[asyncio.Future[None]] = []
         self._progress = (0, 0)
         self._failures = FailureLog(self.peer)
+        self._ends_first = False
         self._is_released = False
 
     def start(self) -> None:
@@ -183,12 +197,23 @@ class Connection:
     def shut_down(self, reason: str) -> None:
         """Refuse what is asked from now on; see :meth:`finish` for what ends the connection."""
         logger.debug("%s: shutting down: %s", self.peer, reason)
+        self._is_shutting_down = self.is_draining = True
         self._phase.shut_down()
+        if self.state is State.TRANSMISSION:
+            self._set_timer(self._limits.closing_seconds, self._end_slow_closing)
+        self._check_drained()
+
+    def _check_drained(self) -> None:
+        if self.is_draining and self.is_idle:
+            self.is_draining = False
+            if self.state is State.TRANSMISSION:
+                self._set_timer(0, self._end_slow_closing)
+            self._host.drained(self)
 
     def finish(self, reason: str) -> None:
         """Finish what is in flight, send all replies, close."""
         if self.state in (State.HANDSHAKE, State.TRANSMISSION):
-            self._begin_closing(reason)
+            self._begin_our_end(reason)
             self._settle()
 
     def abort(self, reason: str) -> None:
@@ -210,9 +235,16 @@ class Connection:
         return self._phase.requests_in_flight if isinstance(self._phase, Transmission) else 0
 
     @property
+    def _is_special(self) -> bool:
+        """Whether a turn may have changed more than what was received and what is to be sent."""
+        return self.state is not State.TRANSMISSION or self.is_draining
+
+    @property
     def is_idle(self) -> bool:
-        """Whether nothing is in flight, half received, or on its way out."""
-        return not (self.requests_in_flight or self.outbox.queued_bytes or self._turn)
+        """Whether nothing is in flight, waiting to be handled, or on its way out."""
+        return not (
+            self.requests_in_flight or self.outbox.queued_bytes or self._is_writing or self._turn
+        )
 
     # Receiving.
 
@@ -249,7 +281,7 @@ class Connection:
         if self.state is State.CLOSED:
             return
         self.flush()
-        if has_more or self.state is not State.TRANSMISSION or not self._is_reading:
+        if has_more or not self._is_reading or self._is_special:
             if has_more and self._can_receive():
                 self._turn = self._loop.call_soon(self._take_turn)
             self._settle()
@@ -338,6 +370,7 @@ class Connection:
 
     def _settle(self) -> None:
         """After anything happened: next phase, reading or pausing, the end."""
+        self._check_drained()
         if self.state is State.HANDSHAKE:
             self._leave_handshake()
         elif isinstance(self._phase, Transmission) and self._phase.disconnected:
@@ -346,7 +379,7 @@ class Connection:
             self._close_channel()
         elif self.state is State.CLOSED:
             self._report_if_over()
-        else:
+        elif self.state is not State.LINGERING:
             self._watch_reader()
 
     def _watch_reader(self) -> None:
@@ -381,6 +414,8 @@ class Connection:
             after=after,
             may_access=self._host.may_access(self),
         )
+        if self._is_shutting_down:
+            negotiation.shut_down()
         return Handshake(negotiation, self.outbox, self._limits)
 
     def _begin_tls(self, outcome: StartTls) -> None:
@@ -432,7 +467,7 @@ class Connection:
             self._set_timer(self._limits.idle_seconds, self._end_idle)
             return
         reason = f"idle for {self._limits.idle_seconds:g} s, the limit"
-        self._begin_closing(reason, level=logging.WARNING)
+        self._begin_our_end(reason, level=logging.WARNING)
         self._settle()
 
     def _end_slow_closing(self) -> None:
@@ -443,8 +478,13 @@ class Connection:
 
     # The end.
 
+    def _begin_our_end(self, reason: str, *, level: int = logging.INFO) -> None:
+        """Close a connection whose client has done nothing wrong and expects no end."""
+        self._ends_first = True
+        self._begin_closing(reason, level=level)
+
     def _begin_closing(self, reason: str, *, level: int = logging.INFO) -> None:
-        if self.state in (State.CLOSING, State.CLOSED):
+        if self.state not in (State.HANDSHAKE, State.TRANSMISSION):
             return
         logger.log(level, "%s: closing: %s", self.peer, reason)
         self.state = State.CLOSING
@@ -461,12 +501,32 @@ class Connection:
         """All replies are sent: say goodbye and close."""
         try:
             self._channel.finish()
-            self._channel.send_own()
         except BlockingIOError:
             logger.debug("%s: no room for the end of TLS", self.peer)
         except OSError as error:
             logger.debug("%s: %s", self.peer, error)
-        self._release()
+            self._ends_first = False
+        if self._ends_first:
+            self._linger()
+        else:
+            self._release()
+
+    def _linger(self) -> None:
+        """Wait for the client's end, and look at nothing that comes before it."""
+        self.state = State.LINGERING
+        self._is_reading = True
+        self._loop.add_reader(self._channel.reader_fd, self._discard)
+        self._set_timer(LINGER_SECONDS, self._release)
+
+    def _discard(self) -> None:
+        try:
+            if self._channel.discard():
+                self._release()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            logger.debug("%s: %s", self.peer, error)
+            self._release()
 
     def _lose(self, error: OSError) -> None:
         """The channel is broken."""

@@ -7,6 +7,7 @@ import errno
 import logging
 import socket
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from ..export.export import Export, ExportTable
@@ -25,7 +26,8 @@ from .tls import Authorization, Authorizer, TlsChannel, TlsSettings
 logger = logging.getLogger("nbdfleece.server")
 
 LINGER_SECONDS: Final = 0.1
-"""On shutting down, how long requests that are on their way are still answered (with ESHUTDOWN)."""
+"""On shutting down, once all that was asked before is answered: how long what is on its way is
+still answered (with ESHUTDOWN or ERR_SHUTDOWN)."""
 
 CANCEL_SECONDS: Final = 5.0
 """How long cancelled requests may take to end before they are left behind."""
@@ -178,6 +180,10 @@ class NbdServer:
         export.connections += 1
         return None
 
+    def drained(self, connection: Connection) -> None:
+        """Note that a connection has nothing left to finish."""
+        self._wake_watchers()
+
     def closed(self, connection: Connection) -> None:
         """Note that a connection is over."""
         del self.connections[connection]
@@ -192,6 +198,9 @@ class NbdServer:
             self._is_holding_back = False
             for listener in self._listeners:
                 self._accept_again(listener)
+        self._wake_watchers()
+
+    def _wake_watchers(self) -> None:
         for watcher in self._watchers:
             watcher.set()
 
@@ -244,15 +253,12 @@ class NbdServer:
         await self._end(list(self.connections), "the server is shutting down", grace_seconds)
 
     async def _end(self, clients: list[Connection], reason: str, grace_seconds: float) -> None:
-        """End connections: refuse, finish, and in the end cancel."""
-        deadline = self._loop.time() + grace_seconds
-        for connection in clients:
-            connection.shut_down(reason)
-        await self._wait_closed(clients, min(LINGER_SECONDS, grace_seconds))
-        for connection in self._still_open(clients):
-            if grace_seconds > 0:
-                connection.finish(reason)
-        await self._wait_closed(clients, deadline - self._loop.time())
+        """End connections: refuse what is new and finish what is not, and in the end cancel.
+
+        None is closed before all have finished: as long as it takes, each is told why (rule 8).
+        """
+        if grace_seconds > 0:
+            await self._finish(clients, reason, self._loop.time() + grace_seconds)
         for connection in self._still_open(clients):
             connection.abort(f"{reason}, and {grace_seconds:g} s of grace are over")
         await self._wait_closed(clients, CANCEL_SECONDS)
@@ -261,16 +267,32 @@ class NbdServer:
                 "%s: %d requests do not end", connection.peer, connection.requests_in_flight
             )
 
+    async def _finish(self, clients: list[Connection], reason: str, deadline: float) -> None:
+        for connection in clients:
+            connection.shut_down(reason)
+        await self._wait_until(
+            lambda: not any(connection.is_draining for connection in self._still_open(clients)),
+            deadline - self._loop.time(),
+        )
+        await self._wait_closed(clients, min(LINGER_SECONDS, deadline - self._loop.time()))
+        for connection in self._still_open(clients):
+            connection.finish(reason)
+        await self._wait_closed(clients, deadline - self._loop.time())
+
     def _still_open(self, clients: list[Connection]) -> list[Connection]:
         return [connection for connection in clients if connection in self.connections]
 
     async def _wait_closed(self, clients: list[Connection], seconds: float) -> None:
         """Wait until all of the clients are closed, or the time is over."""
+        await self._wait_until(lambda: not self._still_open(clients), seconds)
+
+    async def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait until something has become true of the connections, or the time is over."""
         changed = asyncio.Event()
         self._watchers.append(changed)
         try:
             async with asyncio.timeout(max(seconds, 0)):
-                while self._still_open(clients):
+                while not condition():
                     changed.clear()
                     await changed.wait()
         except TimeoutError:

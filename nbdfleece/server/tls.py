@@ -349,13 +349,16 @@ class TlsChannel:
         return not self._is_drained
 
     def finish(self) -> None:
-        """Queue the close_notify alert; it is not waited for the client's."""
-        if self._is_handshaking:
-            return
-        try:
-            self._ssl.unwrap()
-        except ssl.SSLError:
-            return  # the client's is not here yet, or it is gone
+        """Send the close_notify alert; it is not waited for the client's."""
+        if not self._is_handshaking:
+            with contextlib.suppress(ssl.SSLError):  # the client's is not here yet, or it is gone
+                self._ssl.unwrap()
+        self.send_own()
+        self._inner.finish()
+
+    def discard(self) -> bool:
+        """Throw away what is there."""
+        return self._inner.discard()
 
     def close(self) -> None:
         """Close the channel inside."""

@@ -17,7 +17,7 @@ from nbdfleece.server.connection import FAILURES_LOGGED_MAX
 from nbdfleece.server.limits import Limits
 from tests.memory_node import MemoryNode
 
-from .harness import Client, Serve, Served, export_of, pack_request, settled
+from .harness import Client, Serve, export_of, pack_request, settled
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -362,101 +362,3 @@ async def test_failing_disk_does_not_flood_the_log(
     await served.server.wait_idle()
     assert caplog.text.count("dead disk") == FAILURES_LOGGED_MAX
     assert "90 more requests failed" in caplog.text
-
-
-# Shutting down.
-
-
-async def test_shutdown_refuses_options_and_requests_with_reasons(serve: Serve) -> None:
-    """Requirements 23 and 113."""
-    served = serve(MemoryNode(MIB))
-    haggling, working = await served.connect(), await served.open()
-    await haggling.receive(18)
-    await haggling.send(HELLO)
-    ending = asyncio.ensure_future(served.server.shut_down(2))
-    await settled()
-    await haggling.option(Option.LIST)
-    assert (await haggling.option_reply())[0] == OptionReply.ERR_SHUTDOWN
-    reply = await working.perform(Command.READ, 0, 512)
-    assert reply.error == 108
-    assert "shutting down" in reply.text
-    await ending
-    assert await haggling.is_at_end()
-    assert await working.is_at_end()
-
-
-async def test_shutdown_waits_for_what_is_in_flight(serve: Serve) -> None:
-    node = MemoryNode(MIB)
-    served = serve(node)
-    client = await served.open()
-    gate = asyncio.get_running_loop().create_future()
-    node.pause = lambda operation: gate
-    await client.request(Command.WRITE, 0, payload=b"k" * 512)
-    await settled()
-    ending = asyncio.ensure_future(served.server.shut_down(10))
-    asyncio.get_running_loop().call_later(0.2, gate.set_result, None)
-    assert (await client.reply()).error == 0
-    await ending
-    assert node.content[:512] == b"k" * 512
-
-
-async def test_shutdown_cancels_what_outlives_the_grace_time(serve: Serve) -> None:
-    node = MemoryNode(MIB)
-    served = serve(node)
-    client = await served.open()
-    gate = asyncio.get_running_loop().create_future()
-    node.pause = lambda operation: gate
-    await client.request(Command.WRITE, 0, payload=b"k" * 512)
-    await client.request(Command.READ, 0, 512)
-    await client.request(Command.WRITE, 0, payload=b"k" * 700_000)
-    await client.request(Command.READ, 0, MIB)
-    await settled()
-    await served.server.shut_down(0.15)
-    assert not served.server.connections
-    assert gate.cancelled()
-
-
-async def test_shutdown_under_load_ends_in_time(serve: Serve) -> None:
-    served = serve(MemoryNode(4 * MIB))
-
-    async def work(client: Client) -> None:
-        while (await client.perform(Command.WRITE, 0, payload=bytes(64 * KIB))).error == 0:
-            pass
-
-    workers = [asyncio.ensure_future(work(await served.open())) for _ in range(4)]
-    hog = await served.open()
-    await flood(hog, 1000, 64 * KIB)
-    started = asyncio.get_running_loop().time()
-    await served.server.shut_down(1)
-    assert asyncio.get_running_loop().time() - started < 2
-    for ended in await asyncio.gather(*workers, return_exceptions=True):
-        assert ended is None or isinstance(ended, (EOFError, ConnectionError))
-
-
-@pytest.mark.parametrize("hard", [False, True])
-async def test_closed_export_loses_its_clients_and_no_others(serve: Serve, hard: bool) -> None:
-    node = MemoryNode(MIB)
-    served = serve([export_of(node), export_of(MemoryNode(b"y" * MIB), "y")])
-    client, other = await served.open("x"), await served.open("y")
-    gate = asyncio.get_running_loop().create_future()
-    node.pause = lambda operation: gate
-    await client.request(Command.FLUSH)
-    await settled()
-    if not hard:
-        asyncio.get_running_loop().call_later(0.2, gate.set_result, None)
-    await served.server.close_export("x", hard=hard)
-    assert served.server.exports.find("x") is None
-    if not hard:
-        assert (await client.reply()).error == 0
-    assert await client.is_at_end()
-    assert await other.read(0, 512) == b"y" * 512
-
-
-async def test_closing_ends_although_the_client_reads_nothing(serve: Serve) -> None:
-    served: Served = serve(MemoryNode(4 * MIB), limits=Limits(closing_seconds=0.2))
-    client = await served.open()
-    await flood(client, 200, 64 * KIB)
-    client.sock.shutdown(socket.SHUT_WR)
-    (connection,) = served.server.connections
-    connection.finish("test")
-    await served.server.wait_idle()

@@ -1,0 +1,218 @@
+"""How connections end when the server wants it: what is finished, what is refused, what is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from nbdfleece.nbd.constants import Command, Option, OptionReply
+from nbdfleece.server import connection as connection_module
+from nbdfleece.server.channel import SocketChannel
+from nbdfleece.server.limits import Limits
+from tests.memory_node import MemoryNode
+
+from .harness import Client, Serve, Served, export_of, pack_request, settled
+from .test_connection import HELLO, flood, tcp_pair
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+async def test_shutdown_refuses_options_and_requests_with_reasons(serve: Serve) -> None:
+    """Requirements 23 and 113."""
+    served = serve(MemoryNode(MIB))
+    haggling, working = await served.connect(), await served.open()
+    await haggling.receive(18)
+    await haggling.send(HELLO)
+    ending = asyncio.ensure_future(served.server.shut_down(2))
+    await settled()
+    await haggling.option(Option.LIST)
+    assert (await haggling.option_reply())[0] == OptionReply.ERR_SHUTDOWN
+    reply = await working.perform(Command.READ, 0, 512)
+    assert reply.error == 108
+    assert "shutting down" in reply.text
+    await ending
+    assert await haggling.is_at_end()
+    assert await working.is_at_end()
+
+
+async def test_shutdown_waits_for_what_is_in_flight(serve: Serve) -> None:
+    node = MemoryNode(MIB)
+    served = serve(node)
+    client = await served.open()
+    gate = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: gate
+    await client.request(Command.WRITE, 0, payload=b"k" * 512)
+    await settled()
+    ending = asyncio.ensure_future(served.server.shut_down(10))
+    asyncio.get_running_loop().call_later(0.2, gate.set_result, None)
+    assert (await client.reply()).error == 0
+    await ending
+    assert node.content[:512] == b"k" * 512
+
+
+async def test_shutdown_cancels_what_outlives_the_grace_time(serve: Serve) -> None:
+    node = MemoryNode(MIB)
+    served = serve(node)
+    client = await served.open()
+    gate = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: gate
+    await client.request(Command.WRITE, 0, payload=b"k" * 512)
+    await client.request(Command.READ, 0, 512)
+    await client.request(Command.WRITE, 0, payload=b"k" * 700_000)
+    await client.request(Command.READ, 0, MIB)
+    await settled()
+    await served.server.shut_down(0.15)
+    assert not served.server.connections
+    assert gate.cancelled()
+
+
+async def test_shutdown_under_load_ends_in_time(serve: Serve) -> None:
+    served = serve(MemoryNode(4 * MIB))
+
+    async def work(client: Client) -> None:
+        while (await client.perform(Command.WRITE, 0, payload=bytes(64 * KIB))).error == 0:
+            pass
+
+    workers = [asyncio.ensure_future(work(await served.open())) for _ in range(4)]
+    hog = await served.open()
+    await flood(hog, 1000, 64 * KIB)
+    started = asyncio.get_running_loop().time()
+    await served.server.shut_down(1)
+    assert asyncio.get_running_loop().time() - started < 2
+    for ended in await asyncio.gather(*workers, return_exceptions=True):
+        assert ended is None or isinstance(ended, (EOFError, ConnectionError))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+async def test_closed_export_loses_its_clients_and_no_others(serve: Serve, hard: bool) -> None:
+    node = MemoryNode(MIB)
+    served = serve([export_of(node), export_of(MemoryNode(b"y" * MIB), "y")])
+    client, other = await served.open("x"), await served.open("y")
+    gate = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: gate
+    await client.request(Command.FLUSH)
+    await settled()
+    if not hard:
+        asyncio.get_running_loop().call_later(0.2, gate.set_result, None)
+    await served.server.close_export("x", hard=hard)
+    assert served.server.exports.find("x") is None
+    if not hard:
+        assert (await client.reply()).error == 0
+    assert await client.is_at_end()
+    assert await other.read(0, 512) == b"y" * 512
+
+
+async def test_closing_ends_although_the_client_reads_nothing(serve: Serve) -> None:
+    served: Served = serve(MemoryNode(4 * MIB), limits=Limits(closing_seconds=0.2))
+    client = await served.open()
+    await flood(client, 200, 64 * KIB)
+    client.sock.shutdown(socket.SHUT_WR)
+    (connection,) = served.server.connections
+    connection.finish("test")
+    await served.server.wait_idle()
+
+
+async def busy_client(served: Served) -> Client:
+    """A client that has not read its replies: more than fit into the sockets."""
+    client = await served.open(structured=False)
+    for cookie in range(24):
+        await client.request(Command.READ, 0, MIB, cookie=cookie)
+    await settled(50)
+    return client
+
+
+async def test_everybody_is_refused_for_as_long_as_one_is_finished(serve: Serve) -> None:
+    """Requirements 23 and 113: there is time to be told, however long the others take."""
+    served = serve(MemoryNode(MIB))
+    haggling, idle, busy = await served.connect(), await served.open(), await busy_client(served)
+    await haggling.receive(18)
+    await haggling.send(HELLO)
+    ending = asyncio.ensure_future(served.server.shut_down(10))
+    for _ in range(3):
+        await asyncio.sleep(0.1)
+        await haggling.option(Option.GO, b"\0\0\0\1x\0\0")
+        assert (await haggling.option_reply())[0] == OptionReply.ERR_SHUTDOWN
+        assert (await idle.perform(Command.FLUSH)).error == 108
+    await busy.request(Command.READ, 0, 512, cookie=99)
+    errors = {reply.cookie: reply.error for reply in [await busy.reply(MIB) for _ in range(25)]}
+    assert errors.pop(99) == 108
+    assert len(errors) == 24
+    assert set(errors.values()) <= {0, 108}
+    await ending
+    for client in (haggling, idle, busy):
+        assert await client.is_at_end()
+
+
+async def test_starttls_during_shutdown_is_refused(serve: Serve) -> None:
+    served = serve(MemoryNode(MIB))
+    client = await served.connect()
+    await client.receive(18)
+    await client.send(HELLO)
+    ending = asyncio.ensure_future(served.server.shut_down(10))
+    await settled()
+    await client.option(Option.STARTTLS)
+    assert (await client.option_reply())[0] == OptionReply.ERR_SHUTDOWN
+    await client.option(Option.ABORT)
+    assert (await client.option_reply())[0] == OptionReply.ACK
+    await ending
+
+
+async def test_client_that_asks_on_and_on_does_not_delay_the_end(serve: Serve) -> None:
+    served = serve(MemoryNode(MIB))
+    client = await served.open()
+
+    async def ask() -> None:
+        while True:
+            await client.perform(Command.FLUSH)
+
+    asking = asyncio.ensure_future(ask())
+    started = asyncio.get_running_loop().time()
+    await served.server.shut_down(30)
+    assert asyncio.get_running_loop().time() - started < 10
+    await asyncio.wait([asking])
+    assert isinstance(asking.exception(), EOFError | ConnectionError)
+
+
+async def test_unread_requests_do_not_cost_the_replies_that_were_sent(serve: Serve) -> None:
+    """A TCP socket that is closed with bytes unread is reset, and what it sent is lost."""
+    served = serve(MemoryNode(b"t" * MIB))
+    ours, theirs = tcp_pair()
+    served.server.add_channel(SocketChannel(ours, "test"))
+    client = Client(theirs)
+    served.clients.append(client)
+    await client.negotiate(structured=False)
+    for _ in range(4):
+        await client.request(Command.READ, 0, MIB)
+    await settled(50)
+    (connection,) = served.server.connections
+    connection.finish("test")
+    await client.send(pack_request(Command.READ, 0, 512) * 100)
+    for _ in range(4):
+        assert (await client.reply(MIB)).payload == b"t" * MIB
+    assert await client.is_at_end()
+
+
+async def test_client_that_does_not_notice_the_end_is_left(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "LINGER_SECONDS", 0.2)
+    served = serve(MemoryNode(MIB))
+    client = await served.open()
+    (connection,) = served.server.connections
+    connection.finish("test")
+    assert await client.is_at_end()
+    await client.send(pack_request(Command.READ, 0, 512) * 1000)
+    await served.server.wait_idle()
+    with pytest.raises(ConnectionError):
+        await client.send(bytes(4))
+
+
+async def test_client_that_reads_nothing_does_not_use_up_the_grace_time(serve: Serve) -> None:
+    served = serve(MemoryNode(4 * MIB), limits=Limits(closing_seconds=0.2))
+    await busy_client(served)
+    started = asyncio.get_running_loop().time()
+    await served.server.shut_down(30)
+    assert asyncio.get_running_loop().time() - started < 10
