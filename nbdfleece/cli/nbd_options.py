@@ -60,7 +60,7 @@ def build_options(given: Given, policy: BackingPolicy) -> ServeOptions:
         disk=_disk_options(given, policy),
         export=given.last("export-name") or "",
         description=given.last("description") or "",
-        bitmaps=given.all("bitmap"),
+        bitmaps=given.all("bitmap")[::-1],  # as qemu-nbd lists them
         allocation_depth=given.has("allocation-depth"),
         clients_max=clients_max,
         is_persistent=given.has("persistent"),

@@ -78,6 +78,8 @@ class Disk:
     def __init__(self, inner: BlockNode, node: BlockNode) -> None:
         self._inner = inner
         self.node = node
+        self._stores: dict[Qcow2Image, BitmapStore] = {}
+        """The bitmaps of images that are only read, so far as they have been asked for."""
 
     @classmethod
     async def open(cls, options: DiskOptions) -> Disk:
@@ -116,16 +118,20 @@ class Disk:
         node: BlockNode | None = self._inner
         while isinstance(node, RecordingNode | Qcow2Image):
             if isinstance(node, RecordingNode):
-                image, store = node.image, node.store
-                if name in node.record.bitmaps:
-                    return node.record.bitmaps[name]
+                image, found = node.image, node.record.bitmaps.get(name)
+                found = found or await _stored_bitmap(node.store, name)
             else:
-                image, store = node, await BitmapStore.load(node)
-            found = await _stored_bitmap(store, name)
+                image, found = node, await _stored_bitmap(await self._store(node), name)
             if found is not None:
                 return found if found.size == self.node.size else found.resized(self.node.size)
             node = image.backing
         raise StateError(f"Bitmap '{name}' is not found")
+
+    async def _store(self, image: Qcow2Image) -> BitmapStore:
+        """The bitmaps of an image that is only read; loaded once."""
+        if image not in self._stores:
+            self._stores[image] = await BitmapStore.load(image)
+        return self._stores[image]
 
     async def close(self) -> None:
         """Store the bitmaps and close the files."""

@@ -176,6 +176,8 @@ def parse_image_opts(text: str) -> Options:
         key, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"'{part}' is no option: options are KEY=VALUE, divided by commas")
+        if key in flat:
+            raise UsageError(f"option '{key}' is given twice")
         flat[key] = value
     return Options(_nest(flat))
 
