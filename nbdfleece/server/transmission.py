@@ -25,7 +25,9 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final, Protocol
 
-from ..block.node import BlockNode
+import numpy as np
+
+from ..block.node import BlockNode, BlockStatus
 from ..errors import SnapshotError
 from ..extents import Extents
 from ..nbd.constants import Command, CommandFlag, Error
@@ -44,6 +46,12 @@ from .statistics import Statistics
 BAD_BLOCKS_MAX: Final = 16
 """A READ that meets errors is given up after so many bad blocks: each may cost a disk seconds."""
 
+SPARSE_BYTES_MIN: Final = 32 << 10
+"""Parts of a READ that are smaller are never sent as holes: to ask where they are costs more."""
+
+_PIECES_MAX: Final = 32
+"""Pieces of data and holes that a part of a READ is cut into; "as few chunks as possible"."""
+
 STATUS_EXTENTS_MAX: Final = 1 << 19
 """Extents in one block status reply, all its contexts together: 4 MiB, 8 MiB extended."""
 
@@ -54,6 +62,8 @@ _REQUEST_COST: Final = 4096
 """What a request counts for at least in its connection's turn, in bytes."""
 
 _NO_PAYLOAD: Final = memoryview(b"")
+_ZEROES: Final = bytes(16)
+_ZERO: Final = np.uint32(BlockStatus.ZERO)
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
 _DISC: Final = int(Command.DISC)
@@ -360,9 +370,47 @@ class Transmission:
         except BaseException:
             outbox.discard(buffer)
             raise
-        buffer.view[begin:data] = header
         self.statistics.read_bytes += length
+        if length >= SPARSE_BYTES_MIN and self._may_be_sparse(request, buffer.view[data:end]):
+            try:
+                await self._send_sparse(request, offset, buffer.view[data:end], done)
+            finally:
+                outbox.discard(buffer)
+            return
+        buffer.view[begin:data] = header
         outbox.commit(buffer, begin, end)
+
+    def _may_be_sparse(self, request: Request, data: memoryview) -> bool:
+        """Whether to ask the node for holes: cheap, and seldom wrong."""
+        may_have_holes = data[:16] == _ZEROES or data[-16:] == _ZEROES
+        return may_have_holes and self._replies.chunked and not request[1] & _DF
+
+    async def _send_sparse(
+        self, request: Request, offset: int, data: memoryview, done: bool
+    ) -> None:
+        """Queue data that was read as chunks of data and of holes."""
+        position = 0
+        for length, is_zero in await self._find_holes(offset, len(data)):
+            end = position + length
+            place, last = offset + position, done and end == len(data)
+            if is_zero:
+                self._outbox.put(self._replies.hole(request, place, length, done=last))
+            else:
+                header = self._replies.data(request, place, length, done=last)
+                self._outbox.put(header + data[position:end])
+            position = end
+
+    async def _find_holes(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Cut a range into pieces that read as zeroes and others, if these are few."""
+        try:
+            found = await self._node.block_status(offset, length, extents_max=_PIECES_MAX)
+        except OSError:  # the data is here: where its holes are need not be known
+            return [(length, False)]
+        pieces = found.with_status(found.status & _ZERO).clipped(length).pairs()
+        left = length - sum(piece for piece, _ in pieces)
+        if left:
+            pieces.append((left, 0))
+        return [(piece, bool(zero)) for piece, zero in pieces]
 
     async def _read_in_chunks(self, request: Request) -> None:
         """Answer a READ that is large, or a part of which cannot be read.

@@ -220,6 +220,9 @@ def _chunk(cookie: int, kind: int, done: bool, payload: bytes) -> Chunk:
         rest = payload[6 + size :]
         offset = int.from_bytes(rest, "big") if rest else None
         return Chunk(cookie, kind, done, b"", error, text, offset)
+    if kind == ReplyType.OFFSET_HOLE:
+        offset, length = struct.unpack(">QI", payload)
+        return Chunk(cookie, kind, done, bytes(length), offset=offset)
     if kind == ReplyType.OFFSET_DATA:
         return Chunk(cookie, kind, done, payload[8:], offset=int.from_bytes(payload[:8], "big"))
     return Chunk(cookie, kind, done, payload)

@@ -16,7 +16,7 @@ from nbdfleece.server.limits import Limits
 from nbdfleece.server.transmission import BAD_BLOCKS_MAX
 from tests.memory_node import MemoryNode
 
-from .harness import Client, Serve, export_of, extents_of, pack_request, settled
+from .harness import Chunk, Client, Serve, export_of, extents_of, pack_request, settled
 
 MIB = 1 << 20
 CONTENT = random.Random(1).randbytes(4 * MIB)
@@ -283,6 +283,71 @@ async def test_df_read_is_one_chunk(serve: Serve) -> None:
     await client.request(Command.READ, 0, 4 * MIB, flags=CommandFlag.DF)
     (chunk,) = await client.replies()
     assert chunk.payload == CONTENT
+
+
+def sparse_node(*holes: range) -> MemoryNode:
+    """A disk of data with holes, given in blocks of 4 KiB."""
+    node = MemoryNode(CONTENT)
+    for blocks in holes:
+        node.content[blocks.start * 4096 : blocks.stop * 4096] = bytes(len(blocks) * 4096)
+        node.holes.update(blocks)
+    return node
+
+
+def shape(chunks: list[Chunk]) -> list[tuple[ReplyType, int, int]]:
+    return [(ReplyType(chunk.kind), chunk.offset, len(chunk.payload)) for chunk in chunks]
+
+
+async def test_holes_in_a_read_are_not_sent(serve: Serve) -> None:
+    node = sparse_node(range(16, 32), range(64, 1000))
+    client = await serve(node).open()
+    await client.request(Command.READ, 64 << 10, 256 << 10)
+    chunks = await client.replies()
+    assert shape(chunks) == [
+        (ReplyType.OFFSET_HOLE, 64 << 10, 64 << 10),
+        (ReplyType.OFFSET_DATA, 128 << 10, 128 << 10),
+        (ReplyType.OFFSET_HOLE, 256 << 10, 64 << 10),
+    ]
+    assert [chunk.done for chunk in chunks] == [False, False, True]
+    assert await client.read(0, 4 * MIB) == node.content
+
+
+async def test_hole_is_one_chunk_however_long(serve: Serve) -> None:
+    client = await serve(sparse_node(range(256))).open()
+    await client.request(Command.READ, 0, MIB)
+    assert shape(await client.replies()) == [(ReplyType.OFFSET_HOLE, 0, MIB)]
+
+
+async def test_finely_scattered_holes_do_not_make_many_chunks(serve: Serve) -> None:
+    """Requirement 109."""
+    node = sparse_node(*(range(block, block + 1) for block in range(0, 256, 2)))
+    client = await serve(node).open()
+    await client.request(Command.READ, 0, MIB)
+    chunks = await client.replies()
+    assert len(chunks) < 40
+    assert b"".join(chunk.payload for chunk in chunks) == node.content[:MIB]
+
+
+@pytest.mark.parametrize(("structured", "flags"), [(False, 0), (True, CommandFlag.DF)])
+async def test_read_in_one_piece_has_its_zeroes_sent(
+    serve: Serve, structured: bool, flags: int
+) -> None:
+    client = await serve(sparse_node(range(256))).open(structured=structured)
+    await client.request(Command.READ, 0, 64 << 10, flags=flags)
+    chunk = await client.reply(64 << 10)
+    assert chunk.kind != ReplyType.OFFSET_HOLE
+    assert chunk.payload == bytes(64 << 10)
+
+
+async def test_disk_that_does_not_tell_its_holes_is_read_all_the_same(serve: Serve) -> None:
+    node = sparse_node(range(256))
+
+    def fail(operation: str, offset: int) -> None:
+        if operation == "block_status":
+            raise OSError(errno.EIO, "no map")
+
+    node.fail = fail
+    assert await (await serve(node).open()).read(0, MIB) == bytes(MIB)
 
 
 async def test_read_above_the_maximum_payload_comes_in_chunks(serve: Serve) -> None:
