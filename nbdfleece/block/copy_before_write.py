@@ -178,14 +178,23 @@ class CopyBeforeWrite:
         """
         if self._scratch is None:
             self._scratch = Scratch(self._scratch_directory, self.granularity, self._quota)
-        if access is not None:
-            wide = Bitmap(access.size, max(ACCESS_GRANULARITY, self.granularity))
-            wide.merge(access)
-            access = wide
-        layer = Layer(access)
+        layer = Layer(None if access is None else self._wide(access))
         self._layers.append(layer)
         self._version += 1
         return layer
+
+    def limit(self, layer: Layer, access: Bitmap) -> None:
+        """Keep from now on only what ``access`` marks; reading the rest is refused."""
+        layer.access = self._wide(access)
+        self._version += 1
+        if access.size:
+            self._free_unneeded(0, (access.size - 1 >> self._shift) + 1)
+
+    def _wide(self, access: Bitmap) -> Bitmap:
+        """The same ranges or more, in whole access granules."""
+        wide = Bitmap(access.size, max(ACCESS_GRANULARITY, self.granularity))
+        wide.merge(access)
+        return wide
 
     async def remove_layer(self, layer: Layer) -> None:
         """Give a snapshot up; copies that only it needed are freed."""

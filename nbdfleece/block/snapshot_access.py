@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..bitmaps.bitmap import Bitmap
 from ..extents import Extents
 from .copy_before_write import CopyBeforeWrite, Layer
 from .node import BlockNode
@@ -55,6 +56,11 @@ class SnapshotAccess(BlockNode):
     ) -> Extents:
         """Describe the range as it was."""
         return await self._copies.block_status(self._layer, offset, length, extents_max)
+
+    def limit(self, access: Bitmap) -> None:
+        """Keep only what a bitmap marks; reading the rest is refused from now on."""
+        self._layer.check()
+        self._copies.limit(self._layer, access)
 
     async def trim(self, offset: int, length: int) -> None:
         """Release the whole access granules inside the range."""

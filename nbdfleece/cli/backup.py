@@ -10,7 +10,7 @@ import click
 from ..control.client import ControlClient
 from ..control.errors import QmpError
 from ..errors import SnapshotError
-from .client import client_options, connect, disks_option, execute, owner_option
+from .client import client_options, connect, disks_option, execute, owner_option, release_option
 from .exit_status import ExitStatus
 from .output import format_time, print_json, print_table
 
@@ -27,14 +27,22 @@ def backup() -> None:
     "--checkpoint", metavar="NAME", help="Make a checkpoint for the next backup to build on."
 )
 @click.option("--since", metavar="CHECKPOINT", help="Offer what changed since then.")
+@click.option(
+    "--only-changes",
+    is_flag=True,
+    help="Keep only what changed since --since, which takes less scratch; the rest cannot be read.",
+)
 @owner_option
+@release_option
 @client_options
 def begin(
     name: str,
     disks: tuple[str, ...],
     checkpoint: str | None,
     since: str | None,
+    only_changes: bool,
     owner: str,
+    release: str,
     control: Path | None,
     as_json: bool,
 ) -> ExitStatus:
@@ -48,6 +56,8 @@ def begin(
         "checkpoint": checkpoint,
         "since": since,
         "owner": owner,
+        "release": release,
+        "only-changes": only_changes,
     }
     begun = execute(control, "backup-begin", arguments)
     if as_json:

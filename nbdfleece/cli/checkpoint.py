@@ -9,7 +9,7 @@ import click
 
 from .client import client_options, disks_option, execute, owner_option
 from .output import format_time, print_json, print_table
-from .sizes import format_size
+from .sizes import format_size, parse_age
 
 
 @click.group(no_args_is_help=False)
@@ -67,5 +67,51 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
 def delete(name: str, control: Path | None, as_json: bool) -> None:
     """Delete a checkpoint; its changes go to the one before it."""
     result = execute(control, "checkpoint-delete", {"name": name})
+    if as_json:
+        print_json(result)
+
+
+@checkpoint.command()
+@click.option("--keep", type=click.IntRange(min=0), metavar="N", help="The newest N stay.")
+@click.option("--older-than", metavar="AGE", help="Younger ones stay: 90s, 30m, 12h, 7d or 4w.")
+@click.option("--owner", metavar="NAME", help="Only this owner's are counted and deleted.")
+@client_options
+def prune(
+    keep: int | None,
+    older_than: str | None,
+    owner: str | None,
+    control: Path | None,
+    as_json: bool,
+) -> None:
+    """Delete checkpoints that are not needed any more, and name them."""
+    age = None if older_than is None else parse_age(older_than)
+    gone = execute(control, "checkpoint-prune", {"keep": keep, "older-than": age, "owner": owner})
+    if as_json:
+        print_json(gone)
+    else:
+        click.echo("\n".join(gone), nl=bool(gone))
+
+
+@checkpoint.command()
+@click.argument("disk")
+@click.argument("bitmaps", nargs=-1, required=True)
+@owner_option
+@client_options
+def adopt(
+    disk: str, bitmaps: tuple[str, ...], owner: str, control: Path | None, as_json: bool
+) -> None:
+    """Make checkpoints of a disk's cumulative bitmaps, as libvirt keeps them; oldest first."""
+    arguments = {"disk": disk, "bitmaps": bitmaps, "owner": owner}
+    result = execute(control, "checkpoint-adopt", arguments)
+    if as_json:
+        print_json(result)
+
+
+@checkpoint.command("hand-over")
+@click.argument("disk")
+@client_options
+def hand_over(disk: str, control: Path | None, as_json: bool) -> None:
+    """Make a disk's checkpoints cumulative bitmaps, as libvirt keeps them; the chain ends."""
+    result = execute(control, "checkpoint-hand-over", {"disk": disk})
     if as_json:
         print_json(result)

@@ -49,3 +49,13 @@ def execute(control: Path | None, command: str, arguments: dict[str, Any] | None
     """Have one command carried out."""
     with connect(control) as client:
         return client.execute(command, arguments)
+
+
+release_option = click.option(
+    "--release",
+    type=click.Choice(["never", "trim", "read"]),
+    default="never",
+    show_default=True,
+    help="When the copies of a range are given back: with the snapshot, when a client trims the "
+    "range on the export, or once it has been read.",
+)

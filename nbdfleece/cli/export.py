@@ -28,12 +28,20 @@ def export() -> None:
     help="Show what changed since a checkpoint, as qemu:dirty-bitmap:BITMAP (default: the "
     "checkpoint's name); may be repeated.",
 )
+@click.option(
+    "--between",
+    multiple=True,
+    metavar="CHECKPOINT..CHECKPOINT=BITMAP",
+    help="Show what changed from one checkpoint to a later one, as qemu:dirty-bitmap:BITMAP; may "
+    "be repeated.",
+)
 @client_options
 def add(
     snapshot: str,
     disk: str,
     name: str | None,
     since: tuple[str, ...],
+    between: tuple[str, ...],
     control: Path | None,
     as_json: bool,
 ) -> None:
@@ -43,6 +51,7 @@ def add(
         "disk": disk,
         "name": name,
         "since": parse_since(since) or None,
+        "between": parse_between(between) or None,
     }
     added = execute(control, "snapshot-export-add", arguments)
     if as_json:
@@ -63,6 +72,24 @@ def parse_since(words: tuple[str, ...]) -> dict[str, str]:
         if checkpoint in found:
             raise UsageError(f"--since names checkpoint '{checkpoint}' twice")
         found[checkpoint] = bitmap if equals else checkpoint
+    return found
+
+
+def parse_between(words: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    """Read ``CHECKPOINT..CHECKPOINT=BITMAP``.
+
+    Raises:
+        UsageError: A word is not of this form, or a bitmap is named twice.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for word in words:
+        interval, _, bitmap = word.rpartition("=")
+        first, dots, last = interval.partition("..")
+        if not (first and dots and last and bitmap):
+            raise UsageError(f"--between '{word}' is not CHECKPOINT..CHECKPOINT=BITMAP")
+        if bitmap in found:
+            raise UsageError(f"--between names bitmap '{bitmap}' twice")
+        found[bitmap] = (first, last)
     return found
 
 

@@ -42,3 +42,22 @@ def format_size(size: int | None) -> str:
         value, unit = value / 1024, unit + 1
     number = f"{value:.1f}".removesuffix(".0")
     return f"{number} {_UNITS[unit]}"
+
+
+_AGE: Final = re.compile(r"([0-9]+)([smhdw])")
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def parse_age(word: str) -> int:
+    """Read an age such as 12h or 7d.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        UsageError: It is none.
+    """
+    found = _AGE.fullmatch(word)
+    if found is None:
+        raise UsageError(f"'{word}' is no age; write 90s, 30m, 12h, 7d or 4w")
+    return int(found[1]) * _SECONDS[found[2]]

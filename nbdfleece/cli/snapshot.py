@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .client import client_options, disks_option, execute, owner_option
+from .client import client_options, disks_option, execute, owner_option, release_option
 from .output import format_list, format_time, print_json, print_table
 
 
@@ -20,12 +20,14 @@ def snapshot() -> None:
 @disks_option
 @click.option("--checkpoint", metavar="NAME", help="Make a checkpoint of the same instant.")
 @owner_option
+@release_option
 @client_options
 def create(
     name: str,
     disks: tuple[str, ...],
     checkpoint: str | None,
     owner: str,
+    release: str,
     control: Path | None,
     as_json: bool,
 ) -> None:
@@ -35,6 +37,7 @@ def create(
         "disks": disks or None,
         "checkpoint": checkpoint,
         "owner": owner,
+        "release": release,
     }
     created = execute(control, "snapshot-create", arguments)
     if as_json:

@@ -28,7 +28,7 @@ from . import checkpoints
 from .chain import Checkpoint, CheckpointState, check_name, new_identity
 from .disk import Disk, ScratchOptions
 from .disk_state import DiskState
-from .snapshot import BackupDisk, Snapshot, SnapshotDisk
+from .snapshot import BackupDisk, Release, Snapshot, SnapshotDisk
 
 _log = logging.getLogger("nbdfleece.engine")
 
@@ -130,6 +130,7 @@ class Engine:
         *,
         checkpoint: str | None = None,
         owner: str = "",
+        release: Release = Release.NEVER,
     ) -> Snapshot:
         """Freeze a view of some disks, and make a checkpoint of the same instant if asked.
 
@@ -138,6 +139,7 @@ class Engine:
             disks: Which disks; None for all.
             checkpoint: The name of the checkpoint to make; None for none.
             owner: Whose checkpoint it is.
+            release: When ranges of the snapshot are given up.
 
         Raises:
             StateError: A name is taken or unknown.
@@ -145,7 +147,7 @@ class Engine:
         """
         async with self._changing:
             check_name(name, "snapshot")
-            snapshot = await self._freeze(name, self._chosen(disks), checkpoint, owner)
+            snapshot = await self._freeze(name, self._chosen(disks), checkpoint, owner, release)
             if checkpoint is not None:
                 await self._commit_or_abort(snapshot, checkpoint)
             return snapshot
@@ -182,7 +184,12 @@ class Engine:
             raise StateError(f"there is no snapshot '{name}'") from None
 
     async def _freeze(
-        self, name: str, disks: list[Disk], checkpoint: str | None, owner: str
+        self,
+        name: str,
+        disks: list[Disk],
+        checkpoint: str | None,
+        owner: str,
+        release: Release = Release.NEVER,
     ) -> Snapshot:
         """Take a snapshot, with a pending checkpoint if one is named, in one instant (rule 3)."""
         if name in self.snapshots:
@@ -191,7 +198,11 @@ class Engine:
         if checkpoint is not None:
             states = await self._states_with_checkpoint(disks, checkpoint, owner)
         snapshot = Snapshot(
-            name=name, disks={}, checkpoint=checkpoint, is_pending=checkpoint is not None
+            name=name,
+            disks={},
+            checkpoint=checkpoint,
+            release=release,
+            is_pending=checkpoint is not None,
         )
         self.snapshots[name] = snapshot
         try:
@@ -245,7 +256,13 @@ class Engine:
             for disk in disks:
                 instant = disk.instant(freezing=states is not None)
                 layer = disk.copies.add_layer()
-                node = SnapshotAccess(disk.copies, layer, disk.size, disk.node.preferred_block_size)
+                node = SnapshotAccess(
+                    disk.copies,
+                    layer,
+                    disk.size,
+                    disk.node.preferred_block_size,
+                    release_after_read=snapshot.release is Release.ON_READ,
+                )
                 snapshot.disks[disk.name] = SnapshotDisk(disk, node, instant)
         except BaseException:
             self._discard(states or {})
@@ -337,7 +354,7 @@ class Engine:
             name=f"{snapshot.name}/{disk}" if name is None else name,
             node=node,
             description=f"disk {disk} as of snapshot {snapshot.name}",
-            can_trim=True,
+            can_trim=snapshot.release is Release.ON_TRIM,
             contexts=tuple(contexts),
         )
         self.exports.add(export)
@@ -369,6 +386,8 @@ class Engine:
         checkpoint: str | None = None,
         since: str | None = None,
         owner: str = "",
+        release: Release = Release.NEVER,
+        only_changes: bool = False,
     ) -> list[BackupDisk]:
         """Take a snapshot with a pending checkpoint and export it, with what changed.
 
@@ -378,6 +397,8 @@ class Engine:
             checkpoint: The checkpoint to make; None makes none.
             since: The checkpoint of the backup that this one builds on; None for a full one.
             owner: Whose checkpoint it is.
+            release: When ranges of the snapshot are given up.
+            only_changes: Keep only what changed since ``since``; reading the rest is refused.
 
         Returns:
             What to read, per disk. A disk that has no usable chain since that checkpoint
@@ -392,9 +413,12 @@ class Engine:
             if since is not None and not any(disk.state.chain.find(since) for disk in chosen):
                 raise StateError(f"there is no checkpoint '{since}'")
             check_name(name, "backup")
-            snapshot = await self._freeze(name, chosen, checkpoint, owner)
+            snapshot = await self._freeze(name, chosen, checkpoint, owner, release)
             try:
-                parts = [await self._export_backup(snapshot, disk, since) for disk in chosen]
+                parts = [
+                    await self._export_backup(snapshot, disk, since, only_changes)
+                    for disk in chosen
+                ]
             except BaseException:
                 await self._abort(snapshot)
                 raise
@@ -406,7 +430,9 @@ class Engine:
         data = {"backup": snapshot.name, "checkpoint": snapshot.checkpoint}
         self._event(event, {**data, "disks": list(snapshot.disks)})
 
-    async def _export_backup(self, snapshot: Snapshot, disk: Disk, since: str | None) -> BackupDisk:
+    async def _export_backup(
+        self, snapshot: Snapshot, disk: Disk, since: str | None, only_changes: bool
+    ) -> BackupDisk:
         bitmaps = {}
         context = reason = None
         if since is not None:
@@ -414,6 +440,8 @@ class Engine:
                 instant = snapshot.disks[disk.name].instant
                 bitmaps[since] = await disk.changes_since(since, instant)
                 context = DirtyBitmap(since, bitmaps[since]).name
+                if only_changes:
+                    snapshot.disks[disk.name].node.limit(bitmaps[since])
             except StateError as error:
                 reason = str(error)
         export = self._export(snapshot, disk.name, None, bitmaps, allocation_depth=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 from ..block.snapshot_access import SnapshotAccess
@@ -25,6 +26,17 @@ class BackupDisk(NamedTuple):
     export: str
     context: str | None
     reason: str | None
+
+
+class Release(Enum):
+    """When the copies of a snapshot's range are given back, and its protection ends."""
+
+    NEVER = "never"
+    """With the snapshot."""
+    ON_TRIM = "trim"
+    """When a client trims the range on an export of the snapshot."""
+    ON_READ = "read"
+    """When it has been read once."""
 
 
 @dataclass(slots=True)
@@ -50,6 +62,7 @@ class Snapshot:
         name: Unique among the snapshots that stand.
         disks: By the disk's name.
         checkpoint: The checkpoint that was made in the same instant; None if there was none.
+        release: When ranges of it are given up.
         is_pending: The checkpoint is kept only if the backup is committed.
         exports: Names of the exports that show the snapshot.
         backup: What the backup that it was taken for reads; None if it is no backup's.
@@ -59,6 +72,7 @@ class Snapshot:
     name: str
     disks: dict[str, SnapshotDisk]
     checkpoint: str | None = None
+    release: Release = Release.NEVER
     is_pending: bool = False
     exports: list[str] = field(default_factory=list)
     backup: Sequence[BackupDisk] | None = None

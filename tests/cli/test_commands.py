@@ -102,6 +102,71 @@ def test_export_shows_changes_under_the_chosen_name(run: Run, tmp_path: Path) ->
     assert len(run("export", "list", "--json").json) == 2
 
 
+def test_export_shows_changes_between_two_checkpoints(run: Run, tmp_path: Path) -> None:
+    for number, name in enumerate(("one", "two", "three")):
+        succeeded(run("checkpoint", "create", name))
+        write(tmp_path, "vda", number << 20, 4096)
+    succeeded(run("snapshot", "create", "snap"))
+    added = run("export", "add", "snap", "vda", "--between", "one..three=early", "--json").json
+    assert dirty(added["uris"][0], "qemu:dirty-bitmap:early") == [(0, 65536), (1 << 20, 65536)]
+
+
+@pytest.mark.parametrize("word", ["one", "one..two", "..two=x", "one..=x", "one..two="])
+def test_between_of_another_form_is_status_2(run: Run, word: str) -> None:
+    outcome = run("export", "add", "snap", "vda", "--between", word)
+    assert outcome.status == 2
+    assert "CHECKPOINT..CHECKPOINT=BITMAP" in outcome.complaint
+
+
+def test_prune_names_what_it_deleted(run: Run) -> None:
+    for name, owner in (("one", "night"), ("two", "week"), ("three", "night")):
+        succeeded(run("checkpoint", "create", name, "--owner", owner))
+    assert succeeded(run("checkpoint", "prune", "--keep", "1", "--owner", "night")) == "one\n"
+    assert succeeded(run("checkpoint", "prune", "--older-than", "1h")) == ""
+    assert [each["name"] for each in run("checkpoint", "list", "--json").json] == ["two", "three"]
+    assert "how many" in run("checkpoint", "prune").complaint
+    assert run("checkpoint", "prune", "--older-than", "yesterday").status == 2
+
+
+def test_cumulative_bitmaps_are_adopted_and_handed_over(
+    run: Run, tmp_path: Path, server: Server, start: Start
+) -> None:
+    server.end()
+    image = tmp_path / "vda.qcow2"
+    for name in ("c1", "c2"):
+        subprocess.run(["qemu-img", "bitmap", "--add", image, name], check=True)
+    start("--disk", "vda=vda.qcow2", "--scratch-dir", tmp_path)
+    succeeded(run("checkpoint", "adopt", "vda", "c1", "c2", "--owner", "me"))
+    found = run("checkpoint", "list", "--json").json
+    assert [(each["name"], each["owner"]) for each in found] == [("c1", "me"), ("c2", "me")]
+    succeeded(run("checkpoint", "hand-over", "vda"))
+    assert run("checkpoint", "list", "--json").json == []
+    listed = run("bitmap", "list", "--json").json
+    assert {each["name"]: each["recording"] for each in listed} == {"c1": True, "c2": True}
+
+
+def test_snapshot_of_changes_only_refuses_the_rest(run: Run, tmp_path: Path) -> None:
+    succeeded(run("checkpoint", "create", "one"))
+    write(tmp_path, "vda", 1 << 20, 4096)
+    begun = run("backup", "begin", "job", "--since", "one", "--only-changes", "--json").json
+    uri = begun["disks"][0]["uris"][0]
+    read = ["qemu-io", "-r", "-f", "raw", uri, "-c"]
+    subprocess.run([*read, "read -P 7 1M 4k"], check=True, capture_output=True)
+    refused = subprocess.run([*read, "read 0 4k"], check=False, capture_output=True, text=True)
+    assert "read failed" in refused.stdout + refused.stderr
+
+
+@pytest.mark.parametrize(("release", "is_offered"), [("never", False), ("trim", True)])
+def test_trim_is_offered_on_a_snapshot_only_if_it_releases(
+    run: Run, release: str, is_offered: bool
+) -> None:
+    """A read-only export offers no TRIM, unless it means that the client is done with a range."""
+    succeeded(run("snapshot", "create", "snap", "--release", release))
+    uri = run("export", "add", "snap", "vda", "--json").json["uris"][0]
+    outcome = subprocess.run(["nbdinfo", "--can", "trim", uri], check=False)
+    assert outcome.returncode == (0 if is_offered else 2)
+
+
 def test_bitmap_list_shows_flags(run: Run) -> None:
     succeeded(run("checkpoint", "create", "monday"))
     lines = succeeded(run("bitmap", "list", "vda")).splitlines()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdfleece.cli.sizes import SIZE_MAX, format_size, parse_size
+from nbdfleece.cli.sizes import SIZE_MAX, format_size, parse_age, parse_size
 from nbdfleece.errors import UsageError
 
 
@@ -46,3 +46,16 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 )
 def test_size_is_printed_for_people(size: int | None, text: str) -> None:
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("word", "seconds"), [("90s", 90), ("30m", 1800), ("12h", 43200), ("7d", 604800), ("0w", 0)]
+)
+def test_age_is_seconds(word: str, seconds: int) -> None:
+    assert parse_age(word) == seconds
+
+
+@pytest.mark.parametrize("word", ["", "7", "d", "-1d", "1.5h", "7 d", "1y"])
+def test_no_age_is_refused(word: str) -> None:
+    with pytest.raises(UsageError, match="no age"):
+        parse_age(word)

@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from ...engine.snapshot import BackupDisk, Snapshot
+from ...engine.snapshot import BackupDisk, Release, Snapshot
 from ...errors import StateError
 from ..command import Command
 from ..controlled import Controlled
@@ -66,7 +66,9 @@ class BackupBegin(Command):
     ``since`` is the checkpoint that was made with the backup that this one builds on; a disk
     that has no usable changes since then must be read in full, and ``reason`` says why.
     ``checkpoint`` is made in the same instant, for the next backup to build on, and is kept if
-    this one is committed.
+    this one is committed. ``only-changes`` keeps, and lets be read, only what changed.
+    ``release`` says when ranges are given up: ``never``, when they are trimmed on the export,
+    or when they have been read once.
     """
 
     name: str
@@ -74,6 +76,8 @@ class BackupBegin(Command):
     checkpoint: str | None = None
     since: str | None = None
     owner: str = ""
+    release: Release = Release.NEVER
+    only_changes: bool = False
 
     async def run(self, server: Controlled) -> BackupInfo:
         """Carry it out."""
@@ -84,6 +88,8 @@ class BackupBegin(Command):
             checkpoint=self.checkpoint,
             since=self.since,
             owner=self.owner,
+            release=self.release,
+            only_changes=self.only_changes,
         )
         return _backup_info(server, server.engine.snapshot(self.name))
 

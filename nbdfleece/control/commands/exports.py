@@ -38,18 +38,20 @@ class SnapshotExportAdd(Command):
     """Export a disk of a snapshot, read-only; its name is SNAPSHOT/DISK unless given.
 
     ``since`` maps checkpoints to the bitmap names under which the changes from them to the
-    snapshot are shown (``qemu:dirty-bitmap:NAME``).
+    snapshot are shown (``qemu:dirty-bitmap:NAME``); ``between`` maps bitmap names to the
+    checkpoint from which and the later one up to which they show changes.
     """
 
     snapshot: str
     disk: str
     name: str | None = None
     since: dict[str, str] | None = None
+    between: dict[str, tuple[str, str]] | None = None
 
     async def run(self, server: Controlled) -> NbdExportInfo:
         """Carry it out."""
         export = await server.engine.add_export(
-            self.snapshot, self.disk, name=self.name, since=self.since
+            self.snapshot, self.disk, name=self.name, since=self.since, between=self.between
         )
         return next(info for info in nbd_export_infos(server) if info.name == export.name)
 
