@@ -13,7 +13,15 @@ from typing import Any
 
 import click
 
-from ..backup import BackupDirectory, DiskRequest, Point, discard
+from ..backup import (
+    BackupDirectory,
+    BackupError,
+    DiskRequest,
+    InterruptedPullError,
+    Point,
+    discard,
+)
+from ..backup.block_status import DIRTY_PREFIX
 from ..control.client import ControlClient
 from ..control.errors import QmpError
 from ..errors import NbdfleeceError, StateError
@@ -23,7 +31,7 @@ from .pull import point_name, pull_requests
 
 
 def pull_from_server(directory: BackupDirectory, values: dict[str, Any]) -> ExitStatus:
-    """Do the whole backup.
+    """Do the whole backup, or say what it would read.
 
     Args:
         directory: Where to.
@@ -32,25 +40,81 @@ def pull_from_server(directory: BackupDirectory, values: dict[str, Any]) -> Exit
     name = point_name(values)
     values = {**values, "point": name, "checkpoint": values["checkpoint"] or name}
     with connect(values["control"]) as client:
-        if directory.path.is_dir() and directory.has(name):
-            raise StateError(f"{directory.path}: restore point {name!r} exists already")
+        _check_free(directory, name)
         parent = _choose_parent(client, directory, values)
+        if values["dry_run"]:
+            return _try(client, directory, values, parent)
         begun = _begin(client, values, parent)
         try:
-            requests = _requests(begun, parent)
-            created = _checkpoints(client).get(begun["checkpoint"])
-            status = asyncio.run(
-                pull_requests(directory, requests, values, checkpoint_created=created)
-            )
-        except BaseException:
-            if not values["keep"] or values["dry_run"]:
-                _abort(client, directory, name)
+            status = _pull(client, directory, values, begun, parent)
+        except BaseException as error:
+            _end_badly(client, directory, values, error)
             raise
-        if values["dry_run"]:
-            client.execute("backup-abort", {"name": name})
-            return status
         _commit(client, name)
     return status
+
+
+def _check_free(directory: BackupDirectory, name: str) -> None:
+    """Fail before the server is asked for anything.
+
+    Raises:
+        StateError: The restore point exists, or another pull is under way.
+    """
+    if not directory.path.is_dir():
+        return
+    if directory.has(name):
+        raise StateError(f"{directory.path}: restore point {name!r} exists already")
+    with directory.writing():
+        pass
+
+
+def _try(
+    client: ControlClient, directory: BackupDirectory, values: dict[str, Any], parent: Point | None
+) -> ExitStatus:
+    """Say what would be read, by a backup of its own that leaves nothing."""
+    name = values["point"] + "-dry-run"
+    begun = _begin(client, {**values, "point": name, "checkpoint": None}, parent)
+    try:
+        return _pull(client, directory, values, begun, parent)
+    finally:
+        client.execute("backup-abort", {"name": name})
+
+
+def _pull(
+    client: ControlClient,
+    directory: BackupDirectory,
+    values: dict[str, Any],
+    begun: Any,
+    parent: Point | None,
+) -> ExitStatus:
+    """Pull what was begun."""
+    requests = _requests(begun, parent, _default_reason(directory, values))
+    values = {**values, "checkpoint": begun["checkpoint"]}
+    created = _checkpoints(client).get(begun["checkpoint"])
+    return asyncio.run(pull_requests(directory, requests, values, checkpoint_created=created))
+
+
+def _end_badly(
+    client: ControlClient,
+    directory: BackupDirectory,
+    values: dict[str, Any],
+    error: BaseException,
+) -> None:
+    """Undo a backup that failed, unless it is to be kept, or is complete all the same.
+
+    Raises:
+        BackupError: In place of an error that says that the pull can go on.
+    """
+    name = values["point"]
+    if directory.path.is_dir() and directory.has(name):
+        _commit(client, name)  # complete; only telling so has failed
+    elif not values["keep"]:
+        _abort(client, directory, name)
+        if isinstance(error, InterruptedPullError):
+            raise BackupError(
+                f"the backup {name!r} failed and was undone (--keep would have kept what was"
+                f" pulled): {error.__cause__}"
+            ) from error
 
 
 def _choose_parent(
@@ -112,28 +176,42 @@ def _abort_if_there(client: ControlClient, name: str) -> None:
         client.execute("backup-abort", {"name": name})
 
 
-def _requests(begun: Any, parent: Point | None) -> list[DiskRequest]:
-    return [_request(begun, disk, parent) for disk in begun["disks"]]
+def _default_reason(directory: BackupDirectory, values: dict[str, Any]) -> str | None:
+    """Why everything is pulled in full if there is no parent; None where that was expected."""
+    has_points = directory.path.is_dir() and directory.point_names()
+    if values["full"] or not has_points:
+        return None
+    return "the server has no checkpoint that the backup has"
 
 
-def _request(begun: Any, disk: Any, parent: Point | None) -> DiskRequest:
+def _requests(begun: Any, parent: Point | None, reason: str | None) -> list[DiskRequest]:
+    return [_request(begun, disk, parent, reason) for disk in begun["disks"]]
+
+
+def _request(begun: Any, disk: Any, parent: Point | None, reason: str | None) -> DiskRequest:
     """What to pull of one disk: what the server offers, if the backup has what it builds on."""
     identity = f"{begun['name']}@{begun['created']!r}"
     name, uri = disk["disk"], disk["uris"][0]
     has_base = parent is not None and any(entry.name == name for entry in parent.disks)
-    if disk["context"] is None or not has_base:
-        reason = disk["reason"]
-        if parent is not None and not has_base:
-            reason = f"restore point {parent.name!r} does not have this disk"
+    if parent is None or disk["context"] is None or not has_base:
+        if parent is not None:
+            lacking = f"restore point {parent.name!r} does not have this disk"
+            reason = disk["reason"] if has_base else lacking
         return DiskRequest(name=name, uri=uri, reason=reason, identity=identity)
+    if disk["context"] != f"{DIRTY_PREFIX}{parent.checkpoint}":
+        raise StateError(
+            f"the server has a backup {begun['name']!r} already, with other changes than those"
+            f" since {parent.name!r}: --restart begins it anew"
+        )
     return DiskRequest(name=name, uri=uri, bitmap=disk["context"], parent=parent, identity=identity)
 
 
 def _abort(client: ControlClient, directory: BackupDirectory, name: str) -> None:
     """Undo what was begun; what cannot be undone is said, and does not hide what went wrong."""
     try:
-        if directory.path.is_dir() and not directory.has(name):
-            discard(directory, name)
+        if directory.path.is_dir():
+            with directory.writing():  # or else someone else is pulling this very backup
+                discard(directory, name)
         client.execute("backup-abort", {"name": name})
     except (NbdfleeceError, OSError) as error:
         click.echo(f"nbdfleece: the backup {name!r} could not be aborted: {error}", err=True)

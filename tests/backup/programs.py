@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from conformance.programs import Programs
+
 _numbers = itertools.count()
 
 
@@ -174,14 +176,15 @@ class StorageDaemon:
 
 
 @contextlib.contextmanager
-def storage_daemon(image: Path) -> Iterator[StorageDaemon]:
-    """Serve an image, writable, under the name ``live``."""
+def storage_daemon(image: Path, tree: Path | None = None) -> Iterator[StorageDaemon]:
+    """Serve an image, writable, under the name ``live``; with the program of a Debian tree."""
     folder = image.parent
     control = folder / f"s{next(_numbers)}.qmp"
     nbd = control.with_suffix(".sock")
     pid_file = control.with_suffix(".pid")
+    program = Programs(tree, folder).argv("qemu-storage-daemon")
     run(
-        "qemu-storage-daemon", "--daemonize", "--pidfile", pid_file,
+        *program, "--daemonize", "--pidfile", pid_file,
         "--blockdev", f"driver=file,node-name=file,filename={image}",
         "--blockdev", "driver=qcow2,node-name=disk,file=file",
         "--nbd-server", f"addr.type=unix,addr.path={nbd},max-connections=32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from nbdfleece.backup import (
 from .programs import content_of, qemu_io, qemu_nbd, run, storage_daemon
 
 MIB = 1 << 20
-SIZE = 32 * MIB
+SIZE = 16 * MIB
 
 
 def make_image(path: Path, size: int = SIZE) -> Path:
@@ -94,18 +95,35 @@ async def test_chain_of_qemu_nbd_bitmaps_is_what_the_disk_was(tmp_path: Path) ->
 
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_chain_of_fleeced_snapshots_is_what_the_disk_was(tmp_path: Path, seed: int) -> None:
-    image = make_image(tmp_path / "disk.qcow2")
-    directory = BackupDirectory(tmp_path / "backup")
+    await check_fleeced_chain(tmp_path, seed, None, WRITES)
+
+
+async def test_chain_of_a_newer_qemu_is_what_the_disk_was(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Set NBDFLEECE_TEST_TREE to a Debian 13 tree (scripts/trixie-tree makes one)."""
+    tree = os.environ.get("NBDFLEECE_TEST_TREE")
+    if tree is None:
+        pytest.skip("NBDFLEECE_TEST_TREE names no Debian 13 tree")
+    await check_fleeced_chain(tmp_path_factory.mktemp("tree"), 3, Path(tree), ALL)
+
+
+async def check_fleeced_chain(
+    folder: Path, seed: int, tree: Path | None, kinds: tuple[str, ...]
+) -> None:
+    """Thirty rounds of writing, freezing, writing on, and pulling; some points are pruned."""
+    image = make_image(folder / "disk.qcow2")
+    directory = BackupDirectory(folder / "backup")
     source = random.Random(seed)
     expected: dict[str, bytes] = {}
     previous = None
-    with storage_daemon(image) as daemon:
+    with storage_daemon(image, tree) as daemon:
         for number in range(30):
             qemu_io(daemon.live, *random_commands(source, 6), image_format="raw")
             name = f"p{number}"
             uri = daemon.begin(previous, name)
-            expected[name] = _content_of_uri(tmp_path, uri)
-            guest = random_commands(source, 3, kinds=WRITES)
+            expected[name] = _content_of_uri(folder, uri)
+            guest = random_commands(source, 3, kinds=kinds)
             qemu_io(daemon.live, *guest, image_format="raw")
             requests = await auto_requests(directory, [DiskUri("vda", uri)])
             assert (requests[0].parent is None) == (number == 0)
