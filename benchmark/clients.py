@@ -1,0 +1,123 @@
+"""Foreign load generators, and what they measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from .place import Place
+
+CLIENT_SECONDS: Final = 300
+"""No run of a client takes longer unless something hangs."""
+
+
+class WrongContent(Exception):
+    """A server's data are not what was put into the image."""
+
+
+def timed(argv: list[str]) -> float:
+    """Seconds that a program runs; it must succeed."""
+    begin = time.perf_counter()
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, timeout=CLIENT_SECONDS)
+    return time.perf_counter() - begin
+
+
+def pull(uri: str, *options: str) -> float:
+    """Seconds that nbdcopy takes to read all of an export and throw it away."""
+    return timed(["nbdcopy", *options, uri, "null:"])
+
+
+def pull_hash(uri: str) -> str:
+    """SHA-256 of all of an export, as nbdcopy reads it."""
+    argv = ["nbdcopy", uri, "-"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
+        digest = hashlib.sha256()
+        while block := process.stdout.read(1 << 20):
+            digest.update(block)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, argv)
+    return digest.hexdigest()
+
+
+def check_hash(uri: str, expected: str) -> None:
+    """Raise :class:`WrongContent` unless an export's content has this hash."""
+    found = pull_hash(uri)
+    if found != expected:
+        raise WrongContent(f"{uri}: SHA-256 {found}, expected {expected}")
+
+
+class Fio:
+    """One run of fio's nbd engine, from making this to :meth:`finish`.
+
+    Args:
+        place: Where its output goes.
+        uri: The export.
+        workload: fio's ``rw``: randread, randwrite, write, ...
+        options: More of fio's options, underscores for hyphens as fio has them.
+    """
+
+    def __init__(self, place: Place, uri: str, workload: str, **options: str | int | float) -> None:
+        self._output = place.path(".json")
+        merged: dict[str, str | int | float] = {"bs": "4k", "iodepth": 32, "randseed": 1}
+        merged |= options
+        argv = ["fio", "--name=v", "--ioengine=nbd", f"--uri={uri}", f"--rw={workload}"]
+        argv += [f"--{name}={value}" for name, value in merged.items()]
+        argv += ["--output-format=json", f"--output={self._output}"]
+        self._argv = argv
+        self._process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+
+    def stop(self) -> None:
+        """Let it end early, with its figures."""
+        self._process.send_signal(signal.SIGINT)
+
+    def finish(self) -> dict[str, Any]:
+        """fio's figures for the direction that the workload has.
+
+        Raises:
+            CalledProcessError: It failed.
+        """
+        _, errors = self._process.communicate(timeout=CLIENT_SECONDS)
+        text = self._output.read_text() if self._output.exists() else ""
+        self._output.unlink(missing_ok=True)
+        begin = text.find("{")
+        if self._process.returncode not in (0, 128) or begin < 0:
+            raise subprocess.CalledProcessError(
+                self._process.returncode, self._argv, text, errors.decode()
+            )
+        job = json.loads(text[begin:])["jobs"][0]
+        if job["error"]:
+            raise subprocess.CalledProcessError(job["error"], self._argv, text)
+        figures: dict[str, Any] = max(job["read"], job["write"], key=lambda it: it["total_ios"])
+        return figures
+
+
+def fio(place: Place, uri: str, workload: str, **options: str | int | float) -> dict[str, Any]:
+    """Run fio to its end."""
+    return Fio(place, uri, workload, **options).finish()
+
+
+def percentile_microseconds(figures: dict[str, Any], percent: int) -> float:
+    """A percentile of fio's completion latency."""
+    return float(figures["clat_ns"]["percentile"][f"{percent}.000000"]) / 1000
+
+
+def map_totals(uri: str, context: str) -> float:
+    """Seconds that nbdinfo takes to ask for the whole map of a metadata context."""
+    return timed(["nbdinfo", f"--map={context}", "--totals", uri])
+
+
+def pull_dirty(uri: str, context: str) -> dict[str, Any]:
+    """Read what a bitmap says is dirty: seconds, bytes and a hash of it; libnbd does the work."""
+    argv = [sys.executable, str(Path(__file__).with_name("pull_dirty.py")), uri, context]
+    done = subprocess.run(argv, check=True, capture_output=True, timeout=CLIENT_SECONDS)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result

@@ -1,0 +1,89 @@
+"""The raw limit: a server that does nothing but send a raw file to its socket.
+
+A thread per connection, simple replies, ``sendfile`` straight from the page cache: no checks,
+no format, no fairness, no limits. What it reaches with a client is what the kernel and the
+client allow; the streaming rows show ours beside it.
+
+``python -m benchmark.raw_limit SOCKET FILE``; SOCKET is a path, or a TCP port of 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+import threading
+from typing import Final
+
+_HAS_FLAGS_READ_ONLY_MULTI_CONN: Final = 1 << 0 | 1 << 1 | 1 << 8
+_OPTION: Final = struct.Struct(">QII")
+_OPTION_REPLY: Final = struct.Struct(">QIII")
+_REQUEST: Final = struct.Struct(">IHHQQI")
+_REPLY: Final = struct.Struct(">IIQ")
+
+_GO: Final = 7
+_ACK, _INFO, _ERR_UNSUP = 1, 3, (1 << 31) + 1
+
+
+def receive(sock: socket.socket, count: int) -> bytes:
+    """Exactly ``count`` bytes."""
+    data = sock.recv(count, socket.MSG_WAITALL)
+    if len(data) < count:
+        raise ConnectionError
+    return data
+
+
+def negotiate(sock: socket.socket, size: int) -> None:
+    """Refuse every option but GO."""
+    sock.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
+    receive(sock, 4)
+    while True:
+        _, option, length = _OPTION.unpack(receive(sock, _OPTION.size))
+        if length:
+            receive(sock, length)
+        if option == _GO:
+            break
+        sock.sendall(_OPTION_REPLY.pack(0x3E889045565A9, option, _ERR_UNSUP, 0))
+    info = struct.pack(">HQH", 0, size, _HAS_FLAGS_READ_ONLY_MULTI_CONN)
+    sock.sendall(_OPTION_REPLY.pack(0x3E889045565A9, option, _INFO, len(info)) + info)
+    sock.sendall(_OPTION_REPLY.pack(0x3E889045565A9, option, _ACK, 0))
+
+
+def serve(sock: socket.socket, file: int, size: int) -> None:
+    """One connection."""
+    try:
+        negotiate(sock, size)
+        while True:
+            _, _, command, cookie, offset, length = _REQUEST.unpack(receive(sock, _REQUEST.size))
+            if command:
+                return
+            sock.send(_REPLY.pack(0x67446698, 0, cookie), socket.MSG_MORE)
+            end = offset + length
+            while offset < end:
+                offset += os.sendfile(sock.fileno(), file, offset, end - offset)
+    except ConnectionError:
+        return
+    finally:
+        sock.close()
+
+
+def main() -> None:
+    """Serve until a signal ends the process."""
+    address, path = sys.argv[1:]
+    file = os.open(path, os.O_RDONLY)
+    size = os.fstat(file).st_size
+    is_port = address.isdigit()
+    listener = socket.socket(socket.AF_INET if is_port else socket.AF_UNIX)
+    listener.bind(("127.0.0.1", int(address)) if is_port else address)
+    listener.listen()
+    while True:
+        sock, _ = listener.accept()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        if is_port:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=serve, args=(sock, file, size), daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What changed: block status and incremental pulls."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+from .. import clients
+from ..clients import fio
+from ..images import GRANULE
+from ..measure import Metric
+from ..servers import Nbdfleece, QemuStorageDaemon, Running, Server, Setup
+from .base import Row
+
+DISK_BYTES = 100 << 30
+"""Of the incremental pull."""
+
+DIRTY_GRANULES = DISK_BYTES // 100 // GRANULE
+
+
+class IncrementalPull(Row):
+    """A guest changes 1 % of a sparse disk, a backup begins, and what changed is pulled.
+
+    Timed is everything from beginning the backup (freezing the disk and its bitmap, exporting
+    both) to the last byte. The client is libnbd's, the same for all.
+    """
+
+    name = "incremental"
+    title = "incremental pull of 1 % dirty, scattered, of a sparse 100 GiB disk, end to end"
+    metrics = (Metric("seconds", "s", lower_is_better=True, at_least=1.5, aim=3.0),)
+
+    def setup(self) -> Setup:
+        return Setup({"vda": self.images.sparse(DISK_BYTES)}, writable=True, checkpoints=1)
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
+        fio(
+            self.place, running.uri(), "randwrite", bs="64k", size=DISK_BYTES,
+            number_ios=DIRTY_GRANULES, iodepth=8,
+        )  # fmt: skip
+        with ExitStack() as stack:
+            begin_seconds, name, context = begin_backup(server, running, stack)
+            pulled = clients.pull_dirty(running.uri(name), context)
+        if pulled["bytes"] < DIRTY_GRANULES * GRANULE:
+            raise clients.WrongContent(f"only {pulled['bytes']} bytes are dirty")
+        return {"seconds": begin_seconds + pulled["seconds"], "map": pulled["map"]}
+
+
+def begin_backup(server: Server, running: Running, stack: ExitStack) -> tuple[float, str, str]:
+    """Freeze the disk and what changed since checkpoint ``c0``; seconds, export, context."""
+    begin = time.perf_counter()
+    qmp = running.qmp
+    if isinstance(server, Nbdfleece):
+        qmp.execute("backup-begin", name="b", checkpoint="c1", since="c0")
+        return time.perf_counter() - begin, "b/vda", "qemu:dirty-bitmap:c0"
+    assert isinstance(server, QemuStorageDaemon)
+    qmp.execute("block-dirty-bitmap-disable", node="d-vda", name="c0")
+    qmp.execute(
+        "block-dirty-bitmap-add", node="d-vda", name="c1", granularity=GRANULE, persistent=True
+    )
+    top = server.add_filter(running, "d-vda", 0, stack)
+    assert top == "cbw0"
+    qmp.execute("block-export-del", id="e-snap0")
+    bitmaps = [{"node": "d-vda", "name": "c0"}]
+    server.export(running, "snap", "access0", "vda", bitmaps=bitmaps)
+    return time.perf_counter() - begin, "snap", "qemu:dirty-bitmap:c0"
+
+
+class AlternatingStatus(Row):
+    """nbdinfo asks for the whole map of a bitmap that no run-length encoding can shorten."""
+
+    name = "block-status"
+    title = "BLOCK_STATUS of a whole 1 TiB disk, every other 64 KiB granule dirty"
+    metrics = (Metric("seconds", "s", lower_is_better=True, at_least=2.0, aim=5.0),)
+
+    def setup(self) -> Setup:
+        return Setup({"vda": self.images.alternating}, bitmaps=("b0",))
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
+        before = running.process.cpu_seconds()
+        seconds = clients.map_totals(running.uri(), "qemu:dirty-bitmap:b0")
+        return {"seconds": seconds, "server-cpu": running.process.cpu_seconds() - before}

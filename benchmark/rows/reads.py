@@ -1,0 +1,176 @@
+"""Reading: full pulls, random reads, compressed and cold images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import clients
+from ..clients import Fio, fio, percentile_microseconds
+from ..images import Images
+from ..measure import Metric
+from ..place import make_cold, resident_bytes
+from ..servers import Running, Server, Setup, Transport
+from .base import Row, throughput
+
+
+class _Pull(Row):
+    """nbdcopy reads a whole disk, with its own defaults: 4 connections, 256 KiB requests."""
+
+    transport = Transport.UNIX
+
+    def setup(self) -> Setup:
+        images = self.images
+        certificates = images.certificates if self.transport is Transport.TLS else None
+        return Setup(
+            {"vda": images.full},
+            {"vda": images.raw},
+            transport=self.transport,
+            certificates=certificates,
+        )
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
+        return {"throughput": throughput(self.images.size, clients.pull(running.uri()))}
+
+    def check(self, server: Server) -> None:
+        with server.serve(self.setup()) as running:
+            clients.check_hash(running.uri(), self.images.content_hash(self.images.raw))
+
+
+class PullUnix(_Pull):
+    """Over a Unix socket."""
+
+    name = "pull-unix"
+    title = "full pull, 256 KiB requests, 4 connections"
+    metrics = (Metric("throughput", "MB/s", at_least=2.0, aim=3.0),)
+
+
+class PullTcp(_Pull):
+    """Over TCP."""
+
+    name = "pull-tcp"
+    title = "the same over TCP loopback"
+    metrics = (Metric("throughput", "MB/s", at_least=1.0, aim=1.5),)
+    transport = Transport.TCP
+
+
+class PullTls(_Pull):
+    """Over TLS, over TCP."""
+
+    name = "pull-tls"
+    title = "the same over TLS (TCP loopback)"
+    metrics = (Metric("throughput", "MB/s", at_least=0.8, aim=1.0),)
+    transport = Transport.TLS
+
+
+class RandomReads(Row):
+    """fio on one connection."""
+
+    name = "randread-32"
+    title = "4 KiB random reads, depth 32, one connection"
+    metrics: tuple[Metric, ...] = (Metric("iops", "IOPS", at_least=1.2, aim=2.0),)
+    depth = 32
+
+    def setup(self) -> Setup:
+        return Setup({"vda": self.images.full}, {"vda": self.images.raw})
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
+        return {"iops": self._run(running)["iops"]}
+
+    def _run(self, running: Running) -> dict[str, float]:
+        seconds = self.place.seconds
+        return fio(
+            self.place, running.uri(), "randread", iodepth=self.depth, runtime=seconds,
+            time_based=1, size=self.images.size, norandommap=1,
+        )  # fmt: skip
+
+
+class ReadLatency(RandomReads):
+    """fio, one request at a time."""
+
+    name = "randread-1"
+    title = "4 KiB random reads, depth 1"
+    metrics = (
+        Metric("p50", "µs", lower_is_better=True, at_least=0.8, aim=1.2),
+        Metric("p99", "µs", lower_is_better=True, at_least=0.8, aim=1.2),
+    )
+    depth = 1
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
+        figures = self._run(running)
+        return {
+            "p50": percentile_microseconds(figures, 50),
+            "p99": percentile_microseconds(figures, 99),
+        }
+
+
+class CompressedRead(Row):
+    """nbdcopy reads a compressed image."""
+
+    def __init__(self, images: Images, kind: str) -> None:
+        super().__init__(images)
+        self.kind = kind
+        self.name = f"compressed-{kind}"
+        self.title = f"compressed ({kind}) qcow2, full read"
+        self.metrics = (Metric("throughput", "MB/s", at_least=0.9, aim=1.5),)
+
+    def setup(self) -> Setup:
+        return Setup({"vda": self.images.compressed(self.kind)})
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
+        return {"throughput": throughput(self.images.size, clients.pull(running.uri()))}
+
+    def check(self, server: Server) -> None:
+        with server.serve(self.setup()) as running:
+            clients.check_hash(running.uri(), self.images.content_hash(self.images.text))
+
+
+class ColdRead(Row):
+    """nbdcopy reads an image on a disk that nothing of is in the page cache."""
+
+    name = "cold-read"
+    title = "cold cache full read"
+    metrics = (Metric("throughput", "MB/s", at_least=1.0, aim=1.2),)
+
+    def setup(self) -> Setup:
+        return Setup({"vda": self.images.cold("a")})
+
+    def warm_files(self, setup: Setup) -> list[Path]:
+        return []
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
+        path = self.setup().disks["vda"]
+        make_cold(path)
+        seconds = clients.pull(running.uri())
+        assert resident_bytes(path) > self.images.size // 2, "it was not read through the cache"
+        return {"throughput": throughput(self.images.size, seconds)}
+
+
+class NeighbourLatency(Row):
+    """fio reads one cached export while nbdcopy streams another from a cold disk."""
+
+    name = "neighbour-p99"
+    title = "p99 of 4 KiB cached reads on one export while another streams cold data"
+    metrics = (Metric("p99", "µs", lower_is_better=True, at_least=1.0, aim=2.0),)
+
+    def setup(self) -> Setup:
+        return Setup({"vda": self.images.full, "vdb": self.images.cold("a")})
+
+    def warm_files(self, setup: Setup) -> list[Path]:
+        return [setup.disks["vda"]]
+
+    def sample(self, server: Server) -> dict[str, float]:
+        make_cold(self.setup().disks["vdb"])
+        return super().sample(server)
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
+        reader = Fio(
+            self.place, running.uri("vda"), "randread", iodepth=1, runtime=60, time_based=1,
+            size=self.images.size, norandommap=1,
+        )  # fmt: skip
+        seconds = clients.pull(running.uri("vdb"))
+        reader.stop()
+        figures = reader.finish()
+        return {
+            "p99": percentile_microseconds(figures, 99),
+            "stream": throughput(self.images.size, seconds),
+        }

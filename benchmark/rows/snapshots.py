@@ -1,0 +1,86 @@
+"""Guests that write while snapshots stand, and pulls of snapshots."""
+
+from __future__ import annotations
+
+from .. import clients
+from ..clients import Fio, fio
+from ..images import Images
+from ..measure import Metric
+from ..servers import Running, Server, Setup
+from .base import Row, throughput
+
+QEMU_GRANULE = 65536
+"""Bytes that QEMU's copy-before-write copies at least."""
+
+
+class FirstTouch(Row):
+    """fio writes 4 KiB at random places while snapshots stand.
+
+    One write for each 64 KiB of the disk, wherever they fall: so most of them are the first
+    to their place for QEMU, too, which copies 64 KiB at once.
+    """
+
+    def __init__(self, images: Images, snapshots: int) -> None:
+        super().__init__(images)
+        self.snapshots = snapshots
+        self.name = f"first-touch-{snapshots}"
+        if snapshots == 1:
+            self.title = "4 KiB random guest writes under a snapshot (first touch)"
+            self.metrics = (Metric("iops", "IOPS", at_least=1.2, aim=2.0),)
+        else:
+            self.title = f"the same with {snapshots} snapshots standing"
+            self.metrics = (Metric("iops", "IOPS", at_least=3.0, aim=8.0),)
+
+    def setup(self) -> Setup:
+        return Setup({"vda": self.images.full}, writable=True, snapshots=self.snapshots)
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
+        return {"iops": self._write(running)["iops"]}
+
+    def _write(self, running: Running) -> dict[str, float]:
+        count = self.images.size // QEMU_GRANULE
+        return fio(self.place, running.uri(), "randwrite", size=self.images.size, number_ios=count)
+
+    def check(self, server: Server) -> None:
+        with server.serve(self.setup()) as running:
+            self._write(running)
+            for number in {0, self.snapshots - 1}:
+                uri = running.uri(f"snap{number}")
+                clients.check_hash(uri, self.images.content_hash(self.images.raw))
+
+
+class PullWhileWriting(Row):
+    """nbdcopy pulls a snapshot while fio writes to the disk as fast as it can."""
+
+    name = "pull-fleece"
+    title = "full pull of a fleece while a writer runs"
+    metrics = (
+        Metric("pull", "MB/s", at_least=1.2, aim=2.0),
+        Metric("writer", "IOPS", at_least=1.2, aim=2.0),
+    )
+
+    def setup(self) -> Setup:
+        return Setup({"vda": self.images.full}, writable=True, snapshots=1)
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
+        writer = Fio(
+            self.place, running.uri(), "randwrite", iodepth=8, size=self.images.size,
+            norandommap=1, runtime=120, time_based=1,
+        )  # fmt: skip
+        seconds = clients.pull(running.uri("snap0"))
+        writer.stop()
+        return {
+            "pull": throughput(self.images.size, seconds),
+            "writer": writer.finish()["iops"],
+        }
+
+    def check(self, server: Server) -> None:
+        with server.serve(self.setup()) as running:
+            writer = Fio(
+                self.place, running.uri(), "randwrite", iodepth=8, size=self.images.size,
+                norandommap=1, runtime=120, time_based=1,
+            )  # fmt: skip
+            expected = self.images.content_hash(self.images.raw)
+            clients.check_hash(running.uri("snap0"), expected)
+            writer.stop()
+            writer.finish()
