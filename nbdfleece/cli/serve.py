@@ -187,8 +187,9 @@ async def _serve(options: DaemonOptions, values: dict[str, Any]) -> None:
 
     daemon = Daemon(options)
     _handle_signals(daemon)
-    async with daemon:
-        with _pid_file(values["pid_file"]):
+    with contextlib.ExitStack() as after_the_end:
+        async with daemon:
+            after_the_end.enter_context(_pid_file(values["pid_file"]))
             _announce(daemon, values)
             await daemon.wait_stop_requested()
 
