@@ -151,14 +151,17 @@ class DiskContent:
         """The blocks that have data; the ranges' status is that of :attr:`extents`."""
         return cut_blocks(self.extents)
 
+    def read_bytes(self, block: Block) -> int:
+        """What reading a block takes: all data of it in every layer that it needs."""
+        return sum(self.layers[number].blocks[block.number].data_bytes for number in _needed(block))
+
     async def read(self, block: Block) -> list[ContentPiece]:
         """The data of a block, in order; what is left out is zeroes.
 
         Raises:
             ChecksumError: They are not what was pulled.
         """
-        needed = sorted({part.status - 1 for part in block.ranges if part.status})
-        found = {number: await self.layers[number].read(block.number) for number in needed}
+        found = {number: await self.layers[number].read(block.number) for number in _needed(block)}
         pieces: list[ContentPiece] = []
         for part in block.ranges:
             if part.status:
@@ -168,6 +171,11 @@ class DiskContent:
     async def close(self) -> None:
         """Close the files."""
         await self._image.close()
+
+
+def _needed(block: Block) -> list[int]:
+    """The numbers of the layers that a block has data of."""
+    return sorted({part.status - 1 for part in block.ranges if part.status})
 
 
 def compose(layers: list[Extents], size: int) -> Extents:

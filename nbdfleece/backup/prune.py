@@ -27,7 +27,6 @@ from .blocks import ABSENT, DATA, ZEROES, Block, cut_blocks, ranges_of
 from .content import PENDING, ContentPiece, DiskContent, stack
 from .directory import NEW_SUFFIX, BackupDirectory, Replacement
 from .manifest import (
-    BLOCK_BYTES,
     DiskEntry,
     Point,
     checksum,
@@ -151,9 +150,8 @@ async def _write_merged(content: DiskContent, count: int, path: Path, *, is_full
                 await image.write_zeroes(part.offset, part.length)
         async with Crew(IN_FLIGHT_BYTES_MAX, BLOCK_COST_MIN) as crew:
             for block in cut_blocks(where):
-                await crew.start(
-                    BLOCK_BYTES, partial(_copy, content, block, image, merged.checksums)
-                )
+                copy = partial(_copy, content, block, image, merged.checksums)
+                await crew.start(content.read_bytes(block), copy)
     finally:
         await image.close()
     return merged

@@ -19,7 +19,7 @@ from .blocks import Block, ranges_of
 from .content import DiskContent
 from .directory import BackupDirectory
 from .errors import BackupError
-from .manifest import BLOCK_BYTES, Point
+from .manifest import Point
 from .rate import RateLimit
 from .target import Target
 from .tasks import Crew
@@ -117,7 +117,7 @@ class _Restore:
                     await self._zero(crew, part.offset, part.length)
             for block in self._content.blocks():
                 await self._limit.take(_wanted_bytes(block))
-                await crew.start(BLOCK_BYTES, partial(self._move, block))
+                await crew.start(self._content.read_bytes(block), partial(self._move, block))
         written = self._content.data_bytes
         size = self._content.size
         return Restored(self._content.name, point, size, written, zeroed, size - written - zeroed)

@@ -239,9 +239,11 @@ class _Comparison:
         mine = {block.number: block for block in self._content.blocks()}
         async with Crew(IN_FLIGHT_BYTES_MAX, BLOCK_COST_MIN) as crew:
             for block in cut_blocks(both):
-                await crew.start(
-                    2 * BLOCK_BYTES, partial(self._compare, block, mine.get(block.number))
-                )
+                here_too = mine.get(block.number)
+                cost = 2 * BLOCK_BYTES
+                if here_too is not None:
+                    cost += self._content.read_bytes(here_too)
+                await crew.start(cost, partial(self._compare, block, here_too))
         ranges = _joined(sorted(self._different))
         return Difference(
             disk=self._content.name,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
+import msgspec
 
 from ..errors import UsageError
 from .addresses import CONTROL_VARIABLE
@@ -197,7 +198,10 @@ async def pull_requests(
             checkpoint_created=checkpoint_created,
             options=make_options(values, report),
         )
-    print_point(point, values["as_json"])
+    if values["progress"] == "json":
+        click.echo(msgspec.json.encode(summary(point)))
+    else:
+        print_point(point, values["as_json"])
     return _status(disk.reason for disk in point.disks)
 
 

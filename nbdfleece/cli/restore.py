@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from ..errors import UsageError
 from .output import print_json
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 def restore(backup: str, target: str, **values: Any) -> None:
     """Write a disk as it was at a restore point (default: the newest), verified on the way."""
     restored = asyncio.run(_restore(backup, target, values))
+    if values["progress"] == "json":
+        click.echo(msgspec.json.encode(restored._asdict()))
+        return
     if values["as_json"]:
         print_json(restored._asdict())
         return

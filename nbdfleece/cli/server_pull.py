@@ -1,9 +1,9 @@
 """Pulling from one of our own servers in one go: begin, pull, commit; abort on failure.
 
 The backup on the server has the restore point's name. A pull that was killed leaves it
-there; the same command finds it, knows its snapshot by the instant of its creation, and
-goes on. If pulling fails otherwise, the backup is aborted and what was pulled is removed,
-unless ``--keep`` was given.
+there; the same command (or one that gives no name) finds it, knows its snapshot by the
+instant of its creation, and goes on. If pulling fails otherwise, the backup is aborted and
+what was pulled is removed, unless ``--keep`` was given.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def pull_from_server(directory: BackupDirectory, values: dict[str, Any]) -> Exit
         directory: Where to.
         values: The options of ``pull``.
     """
-    name = point_name(values)
-    values = {**values, "point": name, "checkpoint": values["checkpoint"] or name}
     with connect(values["control"]) as client:
+        name = _find_cut(client, directory, values) or point_name(values)
+        values = {**values, "point": name, "checkpoint": values["checkpoint"] or name}
         _check_free(directory, name)
         parent = _choose_parent(client, directory, values)
         if values["dry_run"]:
@@ -52,6 +52,17 @@ def pull_from_server(directory: BackupDirectory, values: dict[str, Any]) -> Exit
             raise
         _commit(client, name)
     return status
+
+
+def _find_cut(
+    client: ControlClient, directory: BackupDirectory, values: dict[str, Any]
+) -> str | None:
+    """The name of the backup that was killed, if no name is given and there is just one."""
+    if values["point"] or values["checkpoint"] or not directory.path.is_dir():
+        return None
+    begun = {each["name"] for each in client.execute("query-backups")}
+    names = begun.intersection(directory.cut_pulls())
+    return names.pop() if len(names) == 1 else None
 
 
 def _check_free(directory: BackupDirectory, name: str) -> None:

@@ -66,6 +66,22 @@ def test_whole_backups_from_our_own_server(
     assert restored.read_bytes() == content_of(tmp_path / "backup" / "wednesday.vda.qcow2")
 
 
+def test_restore_to_a_live_export_while_it_is_tracked(
+    tmp_path: Path, server: Server, run: Run, live: str
+) -> None:
+    """What a restore writes is a change like any other: the next increment has it."""
+    pull(run, tmp_path, "--point", "monday")
+    before = content_of(tmp_path / "backup" / "monday.vda.qcow2")
+    qemu_io(live, "write -q -P 7 0 1M", "write -q -P 8 12M 1M", image_format="raw")
+    pull(run, tmp_path, "--point", "tuesday")
+    done = run("restore", f"{tmp_path}/backup@monday", "--to", live)
+    assert "5308416 bytes of" in done.output
+    assert f"zeroed {1 << 20}," in done.output
+    pull(run, tmp_path, "--point", "wednesday")
+    assert content_of(tmp_path / "backup" / "wednesday.vda.qcow2") == before
+    assert run("verify", f"{tmp_path}/backup@monday", "--against", live).status == 0
+
+
 def test_checkpoint_of_another_time_is_not_built_on(
     tmp_path: Path, server: Server, run: Run
 ) -> None:
@@ -176,7 +192,7 @@ def test_pull_from_our_server_killed_goes_on_with_its_snapshot(
     process.communicate(timeout=20)
     assert (tmp_path / "backup" / "p.journal").exists()
     qemu_io(live, "write -q -P 10 0 16M", image_format="raw")
-    done = pull(run, tmp_path, "--point", "p")
+    done = pull(run, tmp_path)
     assert done.status == 0, done.errors
     assert set(content_of(tmp_path / "backup" / "p.vda.qcow2")) == {9}
 
@@ -269,6 +285,7 @@ def test_rate_file_changes_the_rate_while_pulling(tmp_path: Path, large: tuple[s
     assert process.returncode == 0
     last = json.loads(out.splitlines()[-2])
     assert last["transferred"] == len(content)
+    assert json.loads(out.splitlines()[-1])["disks"][0]["read-bytes"] == len(content)
 
 
 def test_foreign_server_with_bitmaps(tmp_path: Path, run: Run, image: Path) -> None:
