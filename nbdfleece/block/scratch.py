@@ -81,6 +81,11 @@ class Scratch:
         with self._in_use_by_someone():
             await self._file.write(granule * self._granularity, data)
 
+    async def write_part(self, granule: int, skip: int, data: memoryview) -> None:
+        """Overwrite bytes from ``skip`` bytes into a granule on that nobody else reads."""
+        with self._in_use_by_someone():
+            await self._file.write(granule * self._granularity + skip, data)
+
     async def read_into(self, granule: int, skip: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``skip`` bytes into granule number ``granule`` on."""
         with self._in_use_by_someone():

@@ -22,12 +22,13 @@ from typing import Any
 from ..bitmaps.bitmap import Bitmap
 from ..block.snapshot_access import SnapshotAccess
 from ..errors import StateError
-from ..export.contexts import AllocationDepth, BaseAllocation, DirtyBitmap, MetadataContext
+from ..export.contexts import DirtyBitmap
 from ..export.export import Export, ExportTable
 from . import checkpoints
 from .chain import Checkpoint, CheckpointState, check_name, new_identity
 from .disk import Disk, ScratchOptions
 from .disk_state import DiskState
+from .exports import live_export, snapshot_export
 from .snapshot import BackupDisk, Release, Snapshot, SnapshotDisk
 
 _log = logging.getLogger("nbdfleece.engine")
@@ -80,7 +81,11 @@ class Engine:
             if self.exports.has(name):
                 raise StateError(f"export '{name}' exists already")
             disk = await Disk.open(name, path, self._scratch, lambda _: self._tell_broken(name))
-            self.exports.add(_live_export(disk))
+            try:
+                self.exports.add(live_export(disk))
+            except BaseException:
+                await disk.close()
+                raise
             self.disks[name] = disk
             return disk
 
@@ -168,8 +173,10 @@ class Engine:
             StateError: There is none of that name, or its backup is not finished.
         """
         async with self._changing:
-            if self.snapshot(name).is_unfinished:
+            snapshot = self.snapshot(name)
+            if snapshot.is_unfinished:
                 raise StateError(f"backup '{name}' is not finished: commit or abort it")
+            snapshot.check_unused()
             await self._drop(name)
 
     def snapshot(self, name: str) -> Snapshot:
@@ -345,18 +352,7 @@ class Engine:
     ) -> Export:
         if name:
             check_name(name, "export")
-        node = snapshot.disks[disk].node
-        contexts: list[MetadataContext] = [BaseAllocation(node)]
-        if allocation_depth:
-            contexts.append(AllocationDepth(node))
-        contexts += [DirtyBitmap(leaf, bitmap) for leaf, bitmap in bitmaps.items()]
-        export = Export(
-            name=f"{snapshot.name}/{disk}" if name is None else name,
-            node=node,
-            description=f"disk {disk} as of snapshot {snapshot.name}",
-            can_trim=snapshot.release is Release.ON_TRIM,
-            contexts=tuple(contexts),
-        )
+        export = snapshot_export(snapshot, disk, name, bitmaps, allocation_depth=allocation_depth)
         self.exports.add(export)
         snapshot.exports.append(export.name)
         return export
@@ -480,6 +476,7 @@ class Engine:
         snapshot = self.snapshots.get(name)
         if snapshot is None or not snapshot.is_unfinished:
             raise StateError(f"there is no backup '{name}'")
+        snapshot.check_unused()
         return snapshot
 
     async def _abort(self, snapshot: Snapshot) -> None:
@@ -573,17 +570,6 @@ class Engine:
         """
         async with self._changing:
             await checkpoints.settle(self.disks.values())
-
-
-def _live_export(disk: Disk) -> Export:
-    return Export(
-        name=disk.name,
-        node=disk.node,
-        description=f"disk {disk.name}",
-        read_only=False,
-        can_trim=True,
-        contexts=(BaseAllocation(disk.node), AllocationDepth(disk.node)),
-    )
 
 
 async def _collect(errors: list[Exception], work: Awaitable[None]) -> None:

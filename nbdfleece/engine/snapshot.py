@@ -9,6 +9,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ..block.snapshot_access import SnapshotAccess
+from ..errors import StateError
 from .disk import Disk, Instant
 
 
@@ -65,6 +66,7 @@ class Snapshot:
         release: When ranges of it are given up.
         is_pending: The checkpoint is kept only if the backup is committed.
         exports: Names of the exports that show the snapshot.
+        users: Names of the overlays that stand on it; it is not dropped under them.
         backup: What the backup that it was taken for reads; None if it is no backup's.
         created_ns: Nanoseconds since the epoch.
     """
@@ -75,6 +77,7 @@ class Snapshot:
     release: Release = Release.NEVER
     is_pending: bool = False
     exports: list[str] = field(default_factory=list)
+    users: set[str] = field(default_factory=set)
     backup: Sequence[BackupDisk] | None = None
     created_ns: int = field(default_factory=time.time_ns)
 
@@ -82,6 +85,15 @@ class Snapshot:
     def is_unfinished(self) -> bool:
         """It is a backup's that is neither committed nor aborted."""
         return self.is_pending or self.backup is not None
+
+    def check_unused(self) -> None:
+        """Refuse to be dropped under an overlay.
+
+        Raises:
+            StateError: One stands on it.
+        """
+        for overlay in self.users:
+            raise StateError(f"overlay '{overlay}' stands on snapshot '{self.name}'")
 
     @property
     def error(self) -> str | None:
