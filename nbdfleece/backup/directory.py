@@ -49,7 +49,7 @@ from .manifest import (
 MANIFEST_SUFFIX: Final = ".json"
 JOURNAL_SUFFIX: Final = ".journal"
 PARTIAL_SUFFIX: Final = ".partial"
-PRUNE_JOURNAL: Final = "prune.journal"
+PRUNE_JOURNAL: Final = "prune" + JOURNAL_SUFFIX
 NEW_SUFFIX: Final = ".new"
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}")
@@ -212,8 +212,8 @@ class BackupDirectory:
     def cut_pulls(self) -> list[str]:
         """Names of points whose pull is under way or was cut."""
         self._check_exists()
-        names = {name for name in os.listdir(self.path) if name.endswith(JOURNAL_SUFFIX)}
-        return sorted(name.removesuffix(JOURNAL_SUFFIX) for name in names - {PRUNE_JOURNAL})
+        names = {path.stem for path in self.path.glob("*" + JOURNAL_SUFFIX)}
+        return sorted(name for name in names - set(_RESERVED) if not self.has(name))
 
     def publish(self, point: Point) -> None:
         """Write a restore point's manifest: it is complete from now on."""
@@ -266,6 +266,9 @@ class BackupDirectory:
         """Remove what was being written by one who is gone, and was never put in place."""
         for suffix in (NEW_SUFFIX, TEMPORARY_SUFFIX):
             for path in self.path.glob("*" + suffix):
+                path.unlink()
+        for path in self.path.glob("*" + JOURNAL_SUFFIX):
+            if self.has(path.stem):  # complete, but its journal was not removed any more
                 path.unlink()
 
     @contextmanager

@@ -27,7 +27,7 @@ from ..control.errors import QmpError
 from ..errors import NbdfleeceError, StateError
 from .client import connect
 from .exit_status import ExitStatus
-from .pull import point_name, pull_requests
+from .pull import point_name, print_point, pull_requests
 
 
 def pull_from_server(directory: BackupDirectory, values: dict[str, Any]) -> ExitStatus:
@@ -38,6 +38,10 @@ def pull_from_server(directory: BackupDirectory, values: dict[str, Any]) -> Exit
         values: The options of ``pull``.
     """
     with connect(values["control"]) as client:
+        for point in _commit_complete(client, directory):
+            if point.name == point_name(values):
+                print_point(point, values["as_json"])
+                return ExitStatus.OK
         name = _find_cut(client, directory, values) or point_name(values)
         values = {**values, "point": name, "checkpoint": values["checkpoint"] or name}
         _check_free(directory, name)
@@ -52,6 +56,21 @@ def pull_from_server(directory: BackupDirectory, values: dict[str, Any]) -> Exit
             raise
         _commit(client, name)
     return status
+
+
+def _commit_complete(client: ControlClient, directory: BackupDirectory) -> list[Point]:
+    """Commit backups whose restore points are complete: a pull was killed just before it."""
+    if not directory.path.is_dir():
+        return []
+    created = _checkpoints(client)
+    complete = []
+    for each in client.execute("query-backups"):
+        if each["checkpoint"] is not None and directory.has(each["name"]):
+            point = directory.point(each["name"])
+            if point.checkpoint_created == created.get(point.checkpoint):
+                _commit(client, point.name)
+                complete.append(point)
+    return complete
 
 
 def _find_cut(

@@ -106,3 +106,13 @@ def test_point_is_what_follows_the_last_at_sign(tmp_path: Path) -> None:
     odd = tmp_path / "a@b"
     odd.mkdir()
     assert split_point(str(odd)) == (str(odd), None)
+
+
+def test_journal_of_a_complete_point_is_no_cut_pull_and_goes(directory: BackupDirectory) -> None:
+    for name in ("monday", "wednesday", "prune"):
+        directory.journal_path(name).write_bytes(b"")
+    assert directory.cut_pulls() == ["wednesday"]
+    directory.journal_path("prune").unlink()
+    with directory.writing():
+        assert not directory.journal_path("monday").exists()
+        assert directory.journal_path("wednesday").exists()

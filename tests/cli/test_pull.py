@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from nbdfleece.cli.main import cli
 from tests.backup.conftest import tmp_path as in_memory
 from tests.backup.programs import content_of, nbdkit, qemu_io, qemu_nbd
 
@@ -207,6 +208,30 @@ def test_backup_of_other_changes_that_is_there_is_not_gone_on_with(
     failed = pull(run, tmp_path, "--point", "p", "--since", "tuesday", "--keep")
     assert "--restart begins it anew" in failed.complaint
     assert pull(run, tmp_path, "--point", "p", "--since", "tuesday", "--restart").status == 0
+
+
+@pytest.mark.parametrize("again", [["--point", "p"], []])
+def test_pull_killed_between_completion_and_commit_is_committed_by_the_next(
+    tmp_path: Path, server: Server, run: Run, monkeypatch: pytest.MonkeyPatch, again: list[str]
+) -> None:
+    def killed(client: object, name: str) -> None:
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nbdfleece.cli.server_pull._commit", killed)
+        words = ["pull", "--to", f"{tmp_path}/backup", "--control", f"{tmp_path}/c", "--point", "p"]
+        with pytest.raises(SystemExit):
+            cli.main(words, prog_name="nbdfleece", standalone_mode=False)
+    control = ("--control", tmp_path / "c")
+    assert len(run("backup", "list", "--json", *control).json) == 1
+    done = pull(run, tmp_path, *again)
+    assert done.status == 0, done.errors
+    assert run("backup", "list", "--json", *control).json == []
+    names = [each["name"] for each in run("checkpoint", "list", "--json", *control).json]
+    assert names[0] == "p"
+    points = run("list", tmp_path / "backup", "--json").json
+    assert [point["name"] for point in points] == names
+    assert points[-1]["parent"] == (None if again else "p")
 
 
 def test_failed_pull_from_our_server_is_undone(
