@@ -136,6 +136,7 @@ class Transmission:
         self._partial: Request | None = None
         self._partial_length = 0
         self._skip_left = 0
+        self._skipped: tuple[Request, RequestError] | None = None
         self._header_size = self.needed = self._rules.header_size
         self._unpack = self._rules.unpack
         self._check = self._rules.check
@@ -217,8 +218,10 @@ class Transmission:
         if not length:
             self._begin(request)
             return _REQUEST_COST
-        if not self._admits(request):
+        refusal = self._refusal(request)
+        if refusal is not None:
             self._skip_left = length
+            self._skipped = request, refusal
             self._skip(inbox)
             return length
         self._partial, self._partial_length = request, length
@@ -249,20 +252,27 @@ class Transmission:
         return length
 
     def _skip(self, inbox: Inbox) -> bool:
-        """Throw payload away; whether all of it is gone."""
+        """Throw the payload of a refused request away; whether all of it is gone.
+
+        Only then the request is answered: libnbd does not expect a reply to what it still sends.
+        """
         count = min(self._skip_left, len(inbox))
         inbox.start += count
         self._skip_left -= count
-        return not self._skip_left
+        if self._skip_left:
+            return False
+        assert self._skipped is not None
+        self._refuse(*self._skipped)
+        self._skipped = None
+        return True
 
-    def _admits(self, request: Request) -> bool:
-        """Whether the request may be carried out; if not, it has been answered."""
+    def _refusal(self, request: Request) -> RequestError | None:
+        """Why the request may not be carried out, or None if it may."""
         try:
             self._check(request)
         except RequestError as error:
-            self._refuse(request, error)
-            return False
-        return True
+            return error
+        return None
 
     def _begin(self, request: Request) -> None:
         """Check and start a request without payload."""
