@@ -207,6 +207,17 @@ async def test_payload_of_a_refused_write_is_thrown_away(serve: Serve, size: int
     assert await client.read(0, 4096) == CONTENT[:4096]
 
 
+async def test_refused_write_is_answered_when_its_payload_is_through(serve: Serve) -> None:
+    """libnbd takes a reply to a request that it still sends for one to no request at all."""
+    client = await serve([export_of(MemoryNode(CONTENT), read_only=True)]).open()
+    await client.send(pack_request(Command.WRITE, 0, MIB) + bytes(MIB - 1))
+    waiting = asyncio.ensure_future(client.reply())
+    await settled(50)
+    assert not waiting.done()
+    await client.send(bytes(1))
+    assert (await waiting).error == Error.EPERM
+
+
 async def test_dead_snapshot_is_an_io_error_with_its_text(serve: Serve) -> None:
     node = MemoryNode(MIB)
 
