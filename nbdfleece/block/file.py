@@ -40,6 +40,7 @@ from .linux import (
 )
 from .locks import Access, lock_file
 from .node import BlockNode, BlockStatus, block_status_word
+from .stable import StablePlace, open_stable
 
 INLINE_BYTES_MAX: Final = 1 << 20
 """Writes up to this size run in the loop's thread: 1 MiB into the page cache is 0.1 to 0.3 ms."""
@@ -93,7 +94,9 @@ class FileNode(BlockNode):
     writes past it, which a container format does and a raw disk's callers never ask for.
     """
 
-    def __init__(self, fd: int, path: str, *, read_only: bool) -> None:
+    def __init__(
+        self, fd: int, path: str, *, read_only: bool, excludes_writers: bool = False
+    ) -> None:
         info = os.fstat(fd)
         self._fd = fd
         self._is_in_memory = stat.S_ISREG(info.st_mode) and lives_in_memory(fd)
@@ -108,6 +111,9 @@ class FileNode(BlockNode):
         self.identity = (info.st_dev, info.st_ino)
         """Device and inode: the same for two names of one file."""
         self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._stable = None
+        if excludes_writers and stat.S_ISREG(info.st_mode):
+            self._stable = open_stable(fd, is_in_memory=self._is_in_memory)
 
     @classmethod
     def open(
@@ -142,7 +148,8 @@ class FileNode(BlockNode):
             if locking:
                 reading = Access.READ_SHARED if force_share else Access.READ
                 lock_file(fd, name, reading if read_only else Access.WRITE)
-            return cls(fd, name, read_only=read_only)
+            excludes_writers = read_only and locking and not force_share
+            return cls(fd, name, read_only=read_only, excludes_writers=excludes_writers)
         except BaseException:
             os.close(fd)
             raise
@@ -153,8 +160,15 @@ class FileNode(BlockNode):
         return self._fd < 0
 
     def fileno(self) -> int:
-        """The file descriptor, for ``sendfile`` from what cannot change (rule 1)."""
+        """The file descriptor."""
         return self._fd
+
+    def stable_place(self, offset: int, length: int) -> StablePlace | None:
+        """The range itself, if nobody else can write the file and it is in memory."""
+        stable = self._stable
+        if stable is None or not stable.is_at_hand(offset, length):
+            return None
+        return StablePlace(stable, offset)
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset`` on; what lies past the end of the file is zeroes."""
@@ -296,6 +310,7 @@ class FileNode(BlockNode):
         finally:
             os.close(self._fd)
             self._fd = -1
+            self._stable = None
 
 
 def _read_fully(fd: int, offset: int, view: memoryview) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from typing import Final
+
+import numpy as np
 
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -21,6 +24,8 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.fallocate.restype = ctypes.c_int
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
 _libc.fstatfs.restype = ctypes.c_int
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+_libc.mincore.restype = ctypes.c_int
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -41,3 +46,34 @@ def lives_in_memory(fd: int) -> bool:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
     return ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF in _MEMORY_FILE_SYSTEMS
+
+
+class ResidencyMap:
+    """What of a file is in the page cache, by mincore(2) on a mapping that is never touched.
+
+    Args:
+        fd: Open for reading.
+        size: Bytes of the file.
+
+    Raises:
+        OSError: The file cannot be mapped.
+        ValueError: It is empty.
+    """
+
+    __slots__ = ("_address", "_mapping", "_vector")
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._mapping = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+        self._address = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
+        self._vector = ctypes.create_string_buffer(64)
+
+    def is_resident(self, offset: int, length: int) -> bool:
+        """Whether all pages of a range inside the file are in memory now."""
+        start = offset & -mmap.PAGESIZE
+        pages = (offset + length - 1 - start) // mmap.PAGESIZE + 1
+        if pages > len(self._vector):
+            self._vector = ctypes.create_string_buffer(pages)
+        length = pages * mmap.PAGESIZE
+        if _libc.mincore(self._address + start, length, self._vector):
+            return False
+        return self._vector.raw.find(b"\0", 0, pages) < 0

@@ -27,6 +27,7 @@ from typing import Final
 import numpy as np
 
 from ..extents import Extents, Status
+from .stable import StablePlace
 
 
 class BlockStatus(IntFlag):
@@ -97,6 +98,13 @@ class BlockNode(ABC):
         """The status word of the whole range, if it has only one and that is known at once.
 
         A shortcut for small ranges; None only means that :meth:`block_status` must be asked.
+        """
+        return None
+
+    def stable_place(self, offset: int, length: int) -> StablePlace | None:
+        """Where the whole range lies, in one piece, in a file that nobody can overwrite.
+
+        None if it does not, or if the bytes are not in memory now: then they must be read.
         """
         return None
 

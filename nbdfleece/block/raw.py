@@ -19,6 +19,7 @@ from typing import Final
 from ..errors import UsageError
 from ..extents import Extents
 from .node import BlockNode
+from .stable import StablePlace
 
 SECTOR: Final = 512
 
@@ -90,6 +91,10 @@ class RawNode(BlockNode):
     def uniform_status(self, offset: int, length: int) -> int | None:
         """As the node below knows it."""
         return self.below.uniform_status(self._offset + offset, length)
+
+    def stable_place(self, offset: int, length: int) -> StablePlace | None:
+        """As the node below knows it."""
+        return self.below.stable_place(self._offset + offset, length)
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write into the window; EPERM for another format's header where raw was guessed."""

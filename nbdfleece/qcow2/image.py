@@ -26,6 +26,7 @@ import numpy as np
 from ..block.file import INLINE_BYTES_MAX, FileNode, in_thread
 from ..block.node import BlockNode
 from ..block.range_lock import RangeLock
+from ..block.stable import StablePlace
 from ..errors import ImageError, UsageError
 from ..extents import Extents
 from .backing import (
@@ -305,6 +306,25 @@ class Qcow2Image(BlockNode):
                     reads.count -= 1
                 return
         await self._read_tables(offset, view)
+
+    def stable_place(self, offset: int, length: int) -> StablePlace | None:
+        """Where a range of data clusters lies, if they are adjacent in a file that holds still."""
+        if not self.data_file.read_only:
+            return None
+        cluster = offset >> self._cluster_bits
+        table = self._tables.get(cluster >> self._l2_bits)
+        first = cluster & self._l2_mask
+        end = first + ((offset & self._cluster_mask) + length - 1 >> self._cluster_bits) + 1
+        if table is None or end > self._l2_mask + 1:
+            return None
+        entry = table.entries[first]
+        if entry & SPECIAL or not entry & OFFSET_MASK:
+            return None
+        if end - first > 1 and len(find_runs(table, first, end, self.cluster_size)) > 1:
+            return None
+        table.is_recent = True
+        host = (entry & OFFSET_MASK) + (offset & self._cluster_mask)
+        return self.data_file.stable_place(host, length)
 
     async def _read_tables(self, offset: int, view: memoryview) -> None:
         """Read through any number of L2 tables."""

@@ -117,6 +117,10 @@ class SocketChannel(PlainChannel):
             return self._sock.send(views[0], socket.MSG_NOSIGNAL)
         return self._sock.sendmsg(views, [], socket.MSG_NOSIGNAL)
 
+    def sendfile(self, fd: int, offset: int, length: int, /) -> int:
+        """Send a part of a file without copying it; see :data:`outbox.SendFile`."""
+        return os.sendfile(self.writer_fd, fd, offset, length)
+
     def finish(self) -> None:
         """Shut the sending side down; what was sent still reaches the peer."""
         try:

@@ -44,7 +44,7 @@ from ..nbd.negotiation import MayAccess, Negotiation
 from ..nbd.outcomes import Closed, Negotiated, Outcome, StartTls, TlsMode
 from .buffers import BufferPool
 from .catalogue import Catalogue
-from .channel import Channel
+from .channel import Channel, SocketChannel
 from .inbox import Inbox
 from .limits import Limits
 from .outbox import Outbox
@@ -425,6 +425,8 @@ class Connection:
 
     def _begin_transmission(self, negotiated: Negotiated) -> None:
         self.state = State.TRANSMISSION
+        if isinstance(self._channel, SocketChannel):
+            self.outbox.sendfile = self._channel.sendfile
         self._phase = transmission = Transmission(negotiated, self, self._limits)
         self.export = transmission.export
         self.statistics = transmission.statistics

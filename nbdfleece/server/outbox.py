@@ -13,16 +13,22 @@ everything in the current buffer has been sent, it goes back to the pool, which
 hands out what came back last: clients that keep up are all served out of the
 same few hundred KiB, which stay in the processor's cache.
 
+Bytes that hold still in a file are queued as such (:meth:`Outbox.put_file`), where the
+channel can send files, and never copied.
+
 A reserved place counts as one use of its buffer until it has been sent,
 discarded, or the outbox is closed.
 """
 
 from __future__ import annotations
 
+import errno
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 from typing import Final, Protocol
 
+from ..block.stable import StableFile, StablePlace
 from ..nbd.limits import MIB
 from .buffers import Buffer, BufferPool
 
@@ -48,6 +54,10 @@ class Sender(Protocol):
         """
 
 
+SendFile = Callable[[int, int, int], int]
+"""Sends a part of a file, ``(fd, offset, length)``, as :meth:`Sender.sendmsg` sends memory."""
+
+
 class Segment:
     """Consecutive bytes of one buffer that wait to be sent, and the places they consist of."""
 
@@ -64,9 +74,38 @@ class Segment:
         """The bytes."""
         return self.buffer.view[self.start : self.end]
 
+    def release(self) -> None:
+        """Drop the uses of the buffer."""
+        self.buffer.release(self.places)
+
+
+class FileSegment:
+    """Bytes of a file that wait to be sent; they hold still (rule 1)."""
+
+    __slots__ = ("end", "file", "start")
+
+    def __init__(self, file: StableFile, start: int, end: int) -> None:
+        self.file = file
+        self.start = start
+        self.end = end
+
+    def send(self, sendfile: SendFile) -> int:
+        """Send what can be sent without waiting."""
+        count = sendfile(self.file.fd, self.start, self.end - self.start)
+        if not count:
+            raise OSError(errno.EIO, "a file that is being sent has become shorter")
+        return count
+
+    def release(self) -> None:
+        """Nothing to give back: the file closes with its last user."""
+
 
 class Outbox:
-    """The queue of replies of one connection."""
+    """The queue of replies of one connection.
+
+    Attributes:
+        sendfile: The channel's way to send files; None if it has none.
+    """
 
     __slots__ = (
         "_arena",
@@ -76,6 +115,7 @@ class Outbox:
         "_tail",
         "is_closed",
         "queued_bytes",
+        "sendfile",
         "sent_bytes",
     )
 
@@ -83,7 +123,8 @@ class Outbox:
         self._pool = pool
         self._arena: Buffer | None = None
         self._fill = 0
-        self._segments: deque[Segment] = deque()
+        self._segments: deque[Segment | FileSegment] = deque()
+        self.sendfile: SendFile | None = None
         self._tail: Segment | None = None
         self.is_closed = False
         """Nothing is sent any more."""
@@ -144,6 +185,13 @@ class Outbox:
         buffer.view[start:end] = data
         self.commit(buffer, start, end)
 
+    def put_file(self, place: StablePlace, length: int) -> None:
+        """Queue bytes of a file; only where :attr:`sendfile` is set."""
+        if not self.is_closed:
+            self.queued_bytes += length
+            self._segments.append(FileSegment(place.file, place.offset, place.offset + length))
+            self._tail = None
+
     def send(self, sender: Sender) -> None:
         """Send what can be sent without waiting.
 
@@ -153,18 +201,28 @@ class Outbox:
         """
         segments = self._segments
         while segments:
-            count = sender.sendmsg(self._next_views())
+            first = segments[0]
+            if isinstance(first, Segment):
+                count = sender.sendmsg(self._next_views(first))
+            else:
+                assert self.sendfile is not None
+                count = first.send(self.sendfile)
             self.queued_bytes -= count
             self.sent_bytes += count
             self._drop_sent(count)
         self._tail = None
         self._give_back()
 
-    def _next_views(self) -> list[memoryview]:
-        segments = self._segments
-        if len(segments) == 1:
-            return [segments[0].view]
-        return [segment.view for segment in islice(segments, SEGMENTS_MAX)]
+    def _next_views(self, first: Segment) -> list[memoryview]:
+        """The memory up to the next file."""
+        if len(self._segments) == 1:
+            return [first.view]
+        views = []
+        for segment in islice(self._segments, SEGMENTS_MAX):
+            if not isinstance(segment, Segment):
+                break
+            views.append(segment.view)
+        return views
 
     def _drop_sent(self, count: int) -> None:
         segments = self._segments
@@ -176,7 +234,7 @@ class Outbox:
                 return
             count -= length
             segments.popleft()
-            segment.buffer.release(segment.places)
+            segment.release()
 
     def _give_back(self) -> None:
         """Return the current buffer to the pool if nothing in it is in use."""
@@ -188,7 +246,7 @@ class Outbox:
         """Forget what is queued and what will be; reserved places stay valid until given up."""
         self.is_closed = True
         for segment in self._segments:
-            segment.buffer.release(segment.places)
+            segment.release()
         self._segments.clear()
         self._tail = None
         self.queued_bytes = 0

@@ -52,6 +52,10 @@ SPARSE_BYTES_MIN: Final = 32 << 10
 _PIECES_MAX: Final = 32
 """Pieces of data and holes that a part of a READ is cut into; "as few chunks as possible"."""
 
+ZERO_COPY_BYTES_MIN: Final = 32 << 10
+"""A READ of at least this size is sent from where it lies, if that holds still (rule 1): below,
+the second system call costs more than the copies."""
+
 STATUS_EXTENTS_MAX: Final = 1 << 19
 """Extents in one block status reply, all its contexts together: 4 MiB, 8 MiB extended."""
 
@@ -372,6 +376,13 @@ class Transmission:
         """Read into a place in the outbox and queue it as one chunk, or as a simple reply."""
         outbox = self._outbox
         header = self._replies.data(request, offset, length, done=done)
+        if length >= ZERO_COPY_BYTES_MIN and outbox.sendfile is not None:
+            place = self._node.stable_place(offset, length)
+            if place is not None:
+                outbox.put(header)
+                outbox.put_file(place, length)
+                self.statistics.read_bytes += length
+                return
         buffer, begin = outbox.reserve(len(header) + length)
         data = begin + len(header)
         end = data + length

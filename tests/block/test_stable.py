@@ -1,0 +1,126 @@
+"""What may be sent without a copy: bytes that nobody can overwrite, and that are in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nbdfleece.block.file import FileNode
+from nbdfleece.block.raw import RawNode
+from nbdfleece.errors import ImageLockedError
+from nbdfleece.qcow2.create import create_image
+from nbdfleece.qcow2.image import Qcow2Image
+
+MIB = 1 << 20
+CLUSTER = 65536
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    path.write_bytes(os.urandom(MIB))
+    return path
+
+
+async def test_file_open_for_writing_is_not_stable(file: Path) -> None:
+    """Rule 1: what the guest may overwrite is never sent from where it lies."""
+    node = FileNode.open(file, read_only=False)
+    assert node.stable_place(0, MIB) is None
+    await node.close()
+
+
+@pytest.mark.parametrize("options", [{"force_share": True}, {"locking": False}])
+async def test_file_that_others_may_write_is_not_stable(
+    file: Path, options: dict[str, bool]
+) -> None:
+    """Rule 1: nor what another program may overwrite."""
+    node = FileNode.open(file, read_only=True, **options)
+    assert node.stable_place(0, MIB) is None
+    await node.close()
+
+
+async def test_stable_place_has_the_bytes(file: Path) -> None:
+    node = FileNode.open(file, read_only=True)
+    await node.read(0, MIB)
+    place = node.stable_place(5000, 70000)
+    assert place is not None
+    assert os.pread(place.file.fd, 70000, place.offset) == file.read_bytes()[5000:75000]
+    await node.close()
+
+
+async def test_stable_place_past_the_end_of_the_file_is_none(file: Path) -> None:
+    node = FileNode.open(file, read_only=True)
+    assert node.stable_place(MIB - 10, 11) is None
+    await node.close()
+
+
+async def test_writers_are_kept_out_while_a_reply_refers_to_the_closed_file(file: Path) -> None:
+    """Rule 1: QEMU's locks go with the last reply that is queued, not with the node."""
+    node = FileNode.open(file, read_only=True)
+    await node.read(0, MIB)
+    place = node.stable_place(0, MIB)
+    await node.close()
+    with pytest.raises(ImageLockedError):
+        FileNode.open(file, read_only=False)
+    del place
+    await FileNode.open(file, read_only=False).close()
+
+
+async def test_cold_bytes_are_not_at_hand(tmp_path: Path) -> None:
+    """Rule 5: sending them would make everybody wait for the disk."""
+    node = await open_cold(tmp_path)
+    assert node.stable_place(0, MIB) is None
+    await node.read(0, MIB)
+    assert node.stable_place(0, MIB) is not None
+    await node.close()
+
+
+async def open_cold(folder: Path) -> FileNode:
+    path = folder / "cold"
+    path.write_bytes(os.urandom(MIB))
+    node = FileNode.open(path, read_only=True)
+    os.fsync(node.fileno())
+    os.posix_fadvise(node.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if node.stable_place(0, MIB) is not None:
+        await node.close()
+        pytest.skip("files of this file system are never cold")
+    return node
+
+
+async def test_window_is_stable_where_the_file_is(file: Path) -> None:
+    node = RawNode(FileNode.open(file, read_only=True), 4096, CLUSTER)
+    await node.below.read_into(0, memoryview(bytearray(MIB)))
+    place = node.stable_place(100, 1000)
+    assert place is not None
+    assert place.offset == 4196
+    await node.close()
+
+
+async def make_image(path: Path, *, clusters: list[int]) -> bytes:
+    """An image of 1 MiB with data in some clusters, allocated in this order; its content."""
+    await create_image(path, MIB)
+    image = await Qcow2Image.open(path, read_only=False)
+    content = bytearray(MIB)
+    for index in clusters:
+        data = os.urandom(CLUSTER)
+        content[index * CLUSTER : (index + 1) * CLUSTER] = data
+        await image.write(index * CLUSTER, memoryview(data))
+    assert image.stable_place(clusters[0] * CLUSTER, CLUSTER) is None, "rule 1"
+    await image.close()
+    return bytes(content)
+
+
+async def test_adjacent_clusters_of_an_image_are_one_place(tmp_path: Path) -> None:
+    content = await make_image(tmp_path / "i", clusters=[2, 3, 4, 9, 8])
+    image = await Qcow2Image.open(tmp_path / "i", read_only=True)
+    await image.read_into(0, memoryview(bytearray(MIB)))
+    begin, length = 2 * CLUSTER + 17, 2 * CLUSTER
+    place = image.stable_place(begin, length)
+    assert place is not None
+    assert os.pread(place.file.fd, length, place.offset) == content[begin : begin + length]
+    assert image.stable_place(8 * CLUSTER, 2 * CLUSTER) is None, "in the other order in the file"
+    assert image.stable_place(4 * CLUSTER, 2 * CLUSTER) is None, "half of it has no cluster"
+    assert image.stable_place(0, CLUSTER) is None
+    await image.close()
