@@ -33,22 +33,19 @@ def pull(uri: str, *options: str) -> float:
     return timed(["nbdcopy", *options, uri, "null:"])
 
 
-def pull_hash(uri: str) -> str:
-    """SHA-256 of all of an export, as nbdcopy reads it."""
-    argv = ["nbdcopy", uri, "-"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, bufsize=0) as process:
-        assert process.stdout is not None
-        digest = hashlib.sha256()
-        while block := process.stdout.read(1 << 20):
-            digest.update(block)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, argv)
-    return digest.hexdigest()
+def check_content(place: Place, uri: str, expected: str) -> None:
+    """Pull all of an export into a file with nbdcopy and look at the file's SHA-256.
 
-
-def check_hash(uri: str, expected: str) -> None:
-    """Raise :class:`WrongContent` unless an export's content has this hash."""
-    found = pull_hash(uri)
+    Raises:
+        WrongContent: It is another one.
+    """
+    path = place.path(".pull")
+    try:
+        timed(["nbdcopy", uri, str(path)])
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    finally:
+        path.unlink(missing_ok=True)
     if found != expected:
         raise WrongContent(f"{uri}: SHA-256 {found}, expected {expected}")
 

@@ -29,6 +29,7 @@ class Images:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.size = place.image_bytes
+        self._hashes: dict[Path, str] = {}
 
     def _make(self, name: str, fill: Callable[[Path], None], folder: Path | None = None) -> Path:
         path = (folder or self.place.memory) / name
@@ -104,8 +105,10 @@ class Images:
 
     def content_hash(self, raw: Path) -> str:
         """SHA-256 of a raw file."""
-        with raw.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        if raw not in self._hashes:
+            with raw.open("rb") as file:
+                self._hashes[raw] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._hashes[raw]
 
 
 def _make_certificates(folder: Path) -> None:

@@ -33,7 +33,9 @@ class _Pull(Row):
 
     def check(self, server: Server) -> None:
         with server.serve(self.setup()) as running:
-            clients.check_hash(running.uri(), self.images.content_hash(self.images.raw))
+            clients.check_content(
+                self.place, running.uri(), self.images.content_hash(self.images.raw)
+            )
 
 
 class PullUnix(_Pull):
@@ -121,7 +123,9 @@ class CompressedRead(Row):
 
     def check(self, server: Server) -> None:
         with server.serve(self.setup()) as running:
-            clients.check_hash(running.uri(), self.images.content_hash(self.images.text))
+            clients.check_content(
+                self.place, running.uri(), self.images.content_hash(self.images.text)
+            )
 
 
 class ColdRead(Row):

@@ -46,7 +46,7 @@ class FirstTouch(Row):
             self._write(running)
             for number in {0, self.snapshots - 1}:
                 uri = running.uri(f"snap{number}")
-                clients.check_hash(uri, self.images.content_hash(self.images.raw))
+                clients.check_content(self.place, uri, self.images.content_hash(self.images.raw))
 
 
 class PullWhileWriting(Row):
@@ -81,6 +81,6 @@ class PullWhileWriting(Row):
                 norandommap=1, runtime=120, time_based=1,
             )  # fmt: skip
             expected = self.images.content_hash(self.images.raw)
-            clients.check_hash(running.uri("snap0"), expected)
+            clients.check_content(self.place, running.uri("snap0"), expected)
             writer.stop()
             writer.finish()

@@ -59,4 +59,6 @@ class AllocatingWrites(Row):
     def check(self, server: Server) -> None:
         with server.serve(self.setup()) as running:
             clients.timed(["nbdcopy", str(self.images.raw), running.uri()])
-            clients.check_hash(running.uri(), self.images.content_hash(self.images.raw))
+            clients.check_content(
+                self.place, running.uri(), self.images.content_hash(self.images.raw)
+            )
