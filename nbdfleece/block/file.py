@@ -339,9 +339,9 @@ def _write_fully(fd: int, offset: int, data: memoryview) -> None:
 
 
 def _write_zeroes(fd: int, offset: int, length: int) -> None:
-    end = offset + length
-    while offset < end:
-        offset += os.pwrite(fd, _ZEROES[: min(len(_ZEROES), end - offset)], offset)
+    for start in range(offset, offset + length, len(_ZEROES)):
+        count = min(len(_ZEROES), offset + length - start)
+        _write_fully(fd, start, memoryview(_ZEROES)[:count])
 
 
 def _seek_extents(fd: int, offset: int, end: int, extents_max: int) -> Extents:

@@ -16,7 +16,9 @@ decrements are made in memory and written by some later *A*.
 Guest writes go on meanwhile: what they change is dirty for the next flush, which may
 begin only when this one has ended. Flushes asked for while one runs share the next.
 A flush that fails leaves everything that it took dirty again, and all its callers
-get the error. With no dirty metadata a flush is one ``fdatasync``.
+get the error. What it made durable in *A* may be in force from then on, whatever the
+writes of *R* and *B* came to: the next flush treats it so and changes it in *B* only.
+With no dirty metadata a flush is one ``fdatasync``.
 
 A power cut between any two of these writes leaks clusters at worst.
 """
@@ -68,7 +70,10 @@ class _Plan:
     urgent: set[int] = field(default_factory=set)
     table_indices: set[int] = field(default_factory=set)
     table_has_moved: bool = False
+    has_switch: bool = False
     has_header: bool = False
+    is_protected: bool = False
+    """Epoch A is durable: what it wrote may come into force."""
 
 
 class Epochs:
@@ -175,6 +180,7 @@ class Epochs:
                 await self._file.grow(plan.file_end)
             await self._write_epoch(plan.epoch_a)
             await self._file.flush()
+            plan.is_protected = True
             await self._write_epoch(plan.epoch_r, is_last=True)
             await self._write_epoch(plan.epoch_b, is_last=True)
         except BaseException:
@@ -192,14 +198,20 @@ class Epochs:
             await self._file.flush()
 
     async def _release(self) -> None:
-        """Free what has left quarantine, and give the guest's discards back to the host."""
+        """Free what has left quarantine, and give the guest's discards back to the host.
+
+        Everything is durable by now, so an error here is none of the flush's callers'.
+        """
         for offset, length, punch in self._quarantine.take_released():
             if punch:
                 try:
                     await self._file.trim(offset, length)
                 except OSError as error:  # the clusters are free all the same
                     _log.warning("%s: no hole at %#x: %s", self._file.path, offset, error)
-            await self._refcounts.release(offset, length)
+            try:
+                await self._refcounts.release(offset, length)
+            except OSError as error:
+                _log.warning("%s: leaked clusters at %#x: %s", self._file.path, offset, error)
 
     def _take_plan(self) -> _Plan:
         """Copy everything that is dirty; it is clean from here on unless :meth:`_restore`."""
@@ -246,14 +258,16 @@ class Epochs:
         if refcounts.table_has_moved:
             words = struct.pack(f">{len(refcounts.table)}Q", *refcounts.table)
             plan.epoch_a.append((place, words))
-            switch = struct.pack(">QI", place, self._header.refcount_table_clusters)
-            plan.epoch_r.append((REFCOUNT_TABLE_FIELD, switch))
         else:
             plan.epoch_r += [
                 (place + 8 * index, struct.pack(">Q", refcounts.table[index]))
                 for index in sorted(refcounts.dirty_table)
             ]
+        if refcounts.switch_is_due:
+            switch = struct.pack(">QI", place, self._header.refcount_table_clusters)
+            plan.epoch_r.append((REFCOUNT_TABLE_FIELD, switch))
         plan.table_has_moved, refcounts.table_has_moved = refcounts.table_has_moved, False
+        plan.has_switch, refcounts.switch_is_due = refcounts.switch_is_due, False
         plan.table_indices = set(refcounts.dirty_table)
         plan.urgent = set(refcounts.urgent)
         refcounts.dirty.clear()
@@ -271,7 +285,7 @@ class Epochs:
         self._unpin(plan)
         for l1_index, table, first, end, was_new in plan.tables:
             self._mapping.touch(l1_index, table, first, end)
-            if was_new:
+            if was_new and not plan.is_protected:
                 table.is_new = True
                 table.mark_dirty(0, len(table.entries))
         self._mapping.dirty_l1 |= plan.l1_indices
@@ -280,7 +294,8 @@ class Epochs:
             self._refcounts.dirty.add(index)
         self._refcounts.urgent |= plan.urgent
         self._refcounts.dirty_table |= plan.table_indices
-        self._refcounts.table_has_moved |= plan.table_has_moved
+        self._refcounts.table_has_moved |= plan.table_has_moved and not plan.is_protected
+        self._refcounts.switch_is_due |= plan.has_switch
         self._quarantine.restore(plan.freed)
         self.header_is_dirty |= plan.has_header
 

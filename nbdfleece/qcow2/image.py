@@ -520,14 +520,13 @@ class Qcow2Image(BlockNode):
 
     async def close(self) -> None:
         """Flush, and give up the files and locks, the backing chain's too."""
-        try:
+        async with AsyncExitStack() as opened:
+            if self.backing is not None:
+                opened.push_async_callback(self.backing.close)
+            opened.push_async_callback(self.data_file.close)
+            opened.push_async_callback(self.file.close)
             if not self.file.read_only and not self.file.is_closed:
                 await self.epochs.settle()
-        finally:
-            await self.file.close()
-            await self.data_file.close()
-            if self.backing is not None:
-                await self.backing.close()
 
 
 class _Disk(NamedTuple):

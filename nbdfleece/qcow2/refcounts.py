@@ -125,12 +125,16 @@ class Refcounts:
         self.table_is_homeless = False
         """The table has outgrown its place in the file."""
         self.table_has_moved = False
-        """The table has a new place that the header in the file does not know."""
+        """The table's new place in the file does not have its content."""
+        self.switch_is_due = False
+        """The header in the file does not name the table's new place."""
 
     @property
     def needs_flush(self) -> bool:
         """Whether something must reach the file before what relies on it may."""
-        return bool(self.urgent or self.dirty_table or self.table_is_homeless)
+        return bool(
+            self.urgent or self.dirty_table or self.table_is_homeless or self.switch_is_due
+        )
 
     @property
     def end(self) -> int:
@@ -269,7 +273,7 @@ class Refcounts:
         header.refcount_table_offset = offset
         header.refcount_table_clusters = clusters
         self.table_is_homeless = False
-        self.table_has_moved = True
+        self.table_has_moved = self.switch_is_due = True
 
     def _set_allocated(self, first: int, count: int) -> None:
         """Set the refcounts of free clusters to one."""

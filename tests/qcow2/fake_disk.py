@@ -78,6 +78,15 @@ def _apply(content: bytearray, offset: int, data: bytes, rng: random.Random | No
         position = stop
 
 
+@dataclass(frozen=True)
+class Fault:
+    """How one operation fails."""
+
+    error: int
+    is_short: bool = False
+    """A write gets its first sectors done before it fails."""
+
+
 class FakeDisk(FileNode):
     """Stands in for a file under an image.
 
@@ -99,6 +108,12 @@ class FakeDisk(FileNode):
         self.fail_after: int | None = None
         """So many operations succeed, then all fail."""
         self.failure = errno.EIO
+        self.operations = 0
+        """Reads, writes and all others so far."""
+        self.faults: dict[int, Fault] = {}
+        """Those that fail, by their number; each is taken out when it has."""
+        self.met: list[OSError] = []
+        """The errors that were raised for them."""
         self._rng = rng
 
     @property
@@ -111,6 +126,21 @@ class FakeDisk(FileNode):
             if self.fail_after < 0:
                 raise OSError(self.failure, "the disk fails")
 
+    def _meet_fault(self, offset: int = 0, data: memoryview | None = None) -> None:
+        """Count an operation, and fail if it is to fail; a short write does its first part."""
+        self.operations += 1
+        fault = self.faults.pop(self.operations - 1, None)
+        if fault is None:
+            return
+        if fault.is_short and data is not None:
+            done = (offset + len(data) // 2) // SECTOR * SECTOR - offset
+            if done > 0:
+                size = self.size
+                self._put(offset, data[:done])
+                self.size = size  # what failed has not told us how far it came
+        self.met.append(OSError(fault.error, "the disk fails once"))
+        raise self.met[-1]
+
     async def _pause(self) -> None:
         if self._rng is not None:
             for _ in range(self._rng.choice([0, 0, 0, 1, 3])):
@@ -118,11 +148,16 @@ class FakeDisk(FileNode):
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         await self._pause()
+        self._meet_fault()
         part = self.content[offset : offset + len(view)]
         view[:] = part.ljust(len(view), b"\0")
 
     async def write(self, offset: int, data: memoryview) -> None:
         self._count()
+        self._meet_fault(offset, data)
+        self._put(offset, data)
+
+    def _put(self, offset: int, data: memoryview) -> None:
         end = offset + len(data)
         self.content.extend(bytes(max(0, end - len(self.content))))
         self.content[offset:end] = data
@@ -141,13 +176,15 @@ class FakeDisk(FileNode):
     async def trim(self, offset: int, length: int) -> None:
         await self._pause()
         self._count()
+        self._meet_fault()
         end = min(offset + length, len(self.content))
         if end > offset:
             # A hole is made at once or not at all, but what was there is gone either way.
-            await self.write(offset, memoryview(bytes(end - offset)))
+            self._put(offset, memoryview(bytes(end - offset)))
 
     async def grow(self, size: int) -> None:
         self._count()
+        self._meet_fault()
         self.content.extend(bytes(max(0, size - len(self.content))))
         self.size = len(self.content)
         self.log.records.append(Record(size, None))
@@ -156,6 +193,7 @@ class FakeDisk(FileNode):
         begin = len(self.log.records)
         await self._pause()
         self._count()
+        self._meet_fault()
         self.log.flushes.append(Flush(begin, len(self.log.records)))
 
     async def block_status(
