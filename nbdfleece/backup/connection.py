@@ -281,15 +281,9 @@ class Connection:
                 future.set_result(errno.ENOTCONN)
         self.handle = None
 
-    async def disconnect(self) -> None:
-        """Say goodbye and close; a server that does not listen is no error any more."""
-        handle = self.handle
-        if self._is_closed or self._pending:
-            self.close()
-            return
-        self._is_closed = True
-        self._loop.remove_reader(self._fd)
-        self._loop.remove_writer(self._fd)
-        with suppress(self._module.Error):  # everything that mattered was answered before
-            await asyncio.to_thread(handle.shutdown)
-        self.handle = None
+    def disconnect(self) -> None:
+        """Say goodbye, if the server still listens, without waiting for it, and close."""
+        if not self._is_closed and not self._pending:
+            with suppress(self._module.Error):  # everything that mattered was answered before
+                self.handle.aio_disconnect()
+        self.close()

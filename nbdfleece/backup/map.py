@@ -48,7 +48,7 @@ async def read_contexts(uri: str, contexts: Sequence[str]) -> dict[str, Extents]
             return {name: Extents.from_pairs([]) for name in contexts}
         return await walk(connection, uri, connection.size, tuple(contexts))
     finally:
-        await connection.disconnect()
+        connection.disconnect()
 
 
 def describe(context: str, status: int) -> str | None:

@@ -137,7 +137,7 @@ class Source:
     async def close(self) -> None:
         """Disconnect."""
         for connection in self._connections:
-            await connection.disconnect()
+            connection.disconnect()
 
 
 async def offered_bitmaps(uri: str) -> list[str]:

@@ -276,7 +276,7 @@ class ExportTarget(Target):
         if self._can_flush:
             await self._connections[0].flush()
         for connection in self._connections:
-            await connection.disconnect()
+            connection.disconnect()
 
     async def abort(self) -> None:
         """Disconnect."""
