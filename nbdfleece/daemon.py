@@ -28,11 +28,16 @@ from .control.server import ControlServer
 from .engine.disk import ScratchOptions
 from .engine.engine import Engine
 from .errors import StateError, UsageError
-from .export.export import ExportTable
+from .export.export import Export, ExportTable
+from .export.policy import ExportRule, apply_rules
+from .nbd.outcomes import TlsMode
 from .nbd.uri import NbdUri
+from .server.catalogue import describe_export
+from .server.channel import open_standard_channel
 from .server.limits import Limits
-from .server.listener import Listener, listen_unix, listen_uri
+from .server.listener import Listener, SocketFile, listen_systemd, listen_unix, listen_uri
 from .server.server import NbdServer
+from .server.tls import Authorizer, TlsSettings
 
 CONTROL_MODE = 0o600
 
@@ -49,6 +54,12 @@ class DaemonOptions:
         control: Path of the control socket; None for none.
         scratch: How snapshots are kept.
         limits: What NBD clients may take.
+        socket_file: Who may connect to Unix sockets for NBD.
+        adopts_sockets: Whether to listen on the sockets that systemd passes, too.
+        stdio: Whether to serve a client on stdin and stdout, and to end with it.
+        tls: How to do TLS; None for not at all.
+        authorization: Who may have which export; None for everybody all.
+        export_rules: What holds for exports by their names.
         grace_seconds: At the end, how long NBD requests in flight may take.
     """
 
@@ -57,6 +68,12 @@ class DaemonOptions:
     control: Path | None = None
     scratch: ScratchOptions = field(default_factory=ScratchOptions)
     limits: Limits = field(default_factory=Limits)
+    socket_file: SocketFile = field(default_factory=SocketFile)
+    adopts_sockets: bool = False
+    stdio: bool = False
+    tls: TlsSettings | None = None
+    authorization: Authorizer | None = None
+    export_rules: Sequence[ExportRule] = ()
     grace_seconds: float = 10.0
 
 
@@ -73,8 +90,13 @@ class Daemon:
 
     def __init__(self, options: DaemonOptions) -> None:
         self.options = options
-        self.exports = ExportTable()
-        self.server = NbdServer(self.exports, limits=options.limits)
+        self.exports = ExportTable(prepare=self._prepare_export)
+        self.server = NbdServer(
+            self.exports,
+            limits=options.limits,
+            tls=options.tls,
+            authorization=options.authorization,
+        )
         self.engine = Engine(
             self.exports,
             options.scratch,
@@ -85,6 +107,7 @@ class Daemon:
         self._listeners: list[Listener] = []
         self._control_listener: Listener | None = None
         self.control: ControlServer | None = None
+        self._stdio_ended: asyncio.Future[None] | None = None
         self._stop_requested = asyncio.Event()
         self._stop_reason = "host-signal"
 
@@ -112,8 +135,21 @@ class Daemon:
 
     def export_uris(self, export: str) -> list[str]:
         """How clients name an export, from any directory: one NBD URI per listener."""
-        uris = [listener.uri(export) for listener in self.server.listeners]
+        found = self.exports.find(export)
+        tls = self.server.tls_mode is TlsMode.FORCEDTLS or (found is not None and found.tls_only)
+        uris = [listener.uri(export, tls=tls) for listener in self.server.listeners]
         return [str(_with_absolute_path(uri)) for uri in uris]
+
+    def _prepare_export(self, export: Export) -> None:
+        """Let the operator's rules hold for a new export.
+
+        Raises:
+            UsageError: It could not be served so.
+        """
+        apply_rules(self.options.export_rules, export)
+        describe_export(export, self.options.limits.wire)
+        if export.tls_only and self.options.tls is None:
+            raise UsageError(f"export '{export.name}' needs TLS, and the server has no certificate")
 
     def request_stop(self, reason: str) -> None:
         """Have :meth:`wait_stop_requested` return; the first reason counts.
@@ -139,15 +175,25 @@ class Daemon:
         await self.engine.recover()
         while self._listeners:
             self.server.add_listener(self._listeners.pop(0))
+        if self.options.stdio:
+            self._stdio_ended = asyncio.ensure_future(self._serve_stdio())
         if self._control_listener is not None:
             self.control = ControlServer(self._control_listener.sock, Dispatcher(self))
 
+    async def _serve_stdio(self) -> None:
+        """Serve the client that started us, and end with it."""
+        connection = self.server.add_channel(open_standard_channel())
+        await self.server.wait_closed(connection)
+        self.request_stop("host-signal")
+
     def _listen(self) -> None:
         try:
+            if self.options.adopts_sockets:
+                self._listeners += listen_systemd()
             for uri in self.options.listen:
-                if uri.tls:
+                if uri.tls and self.options.tls is None:
                     raise UsageError(f"cannot listen on '{uri}': the server has no certificate")
-                self._listeners += listen_uri(uri)
+                self._listeners += listen_uri(uri, self.options.socket_file)
             if self.options.control is not None:
                 path = str(self.options.control)
                 self._control_listener = listen_unix(path, mode=CONTROL_MODE)
@@ -159,6 +205,8 @@ class Daemon:
             await self.control.finish_commands()
         self._tell("SHUTDOWN", {"guest": False, "reason": self._stop_reason})
         await self.server.shut_down(self.options.grace_seconds)
+        if self._stdio_ended is not None:
+            await self._stdio_ended
         try:
             await self.engine.close()
         finally:

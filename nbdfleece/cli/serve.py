@@ -24,7 +24,11 @@ from .addresses import (
     parse_listen,
     runtime_directory,
 )
+from .export_options import parse_export_rule
+from .limit_options import parse_limits
+from .listen_options import keep_stderr_from_client, listen_options, parse_socket_file
 from .sizes import parse_size
+from .tls_options import build_authorization, build_tls, tls_options
 
 if TYPE_CHECKING:
     from ..daemon import Daemon, DaemonOptions
@@ -45,6 +49,25 @@ if TYPE_CHECKING:
     metavar="ADDRESS",
     help="unix:PATH, tcp:HOST:PORT, vsock:CID:PORT or an NBD URI; may be repeated. "
     "Default: unix:$XDG_RUNTIME_DIR/nbdfleece/nbd.sock.",
+)
+@listen_options
+@tls_options
+@click.option(
+    "--export",
+    "export_rules",
+    multiple=True,
+    metavar="PATTERN:KEY=VALUE,...",
+    help="Settings of the exports whose names fit, those of snapshots too: allocation-depth, "
+    "connections-max, maximum-payload, minimum-block-size, multi-conn, preferred-block-size, "
+    "require-block-size, rotational, tls-only. May be repeated; the last word counts.",
+)
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="What clients may take, such as handshake-seconds=10 or connections-max=1000; may be "
+    "repeated. All limits with their reasons are in docs/nbd.md.",
 )
 @click.option(
     "--control",
@@ -115,6 +138,8 @@ def serve(ctx: click.Context, /, **values: Any) -> None:
     """
     assert ctx.parent is not None
     verbosity = values["verbose"] + ctx.parent.params.get("verbose", 0)
+    if values["stdio"]:
+        keep_stderr_from_client()
     logs.configure(verbosity, values["log_format"])
     from ..server.loop import run  # heavy, and not needed by anything that fails before
 
@@ -132,14 +157,24 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
     from ..daemon import DaemonOptions
     from ..engine.disk import ScratchOptions
 
+    if values["stdio"] and (values["as_json"] or values["print_uri"]):
+        raise UsageError("--stdio: stdout is the client's; leave --json and --print-uri out")
+    is_activated = os.environ.get("LISTEN_PID") == str(os.getpid())
     listen = [parse_listen(text) for text in values["listen"]]
-    if not listen:
+    if not (listen or is_activated or values["stdio"]):
         listen = [default_listen()]
         make_runtime_directory()
     return DaemonOptions(
         disks=parse_disks(values["disks"]),
         listen=listen,
         control=choose_control(values["control"]),
+        limits=parse_limits(values["limits"]),
+        socket_file=parse_socket_file(values["socket_mode"], values["socket_owner"]),
+        adopts_sockets=is_activated,
+        stdio=values["stdio"],
+        tls=build_tls(values),
+        authorization=build_authorization(values["authorize"]),
+        export_rules=[parse_export_rule(text) for text in values["export_rules"]],
         scratch=ScratchOptions(
             directory=values["scratch_dir"],
             granularity=values["scratch_granularity"],
@@ -223,7 +258,7 @@ def _pid_file(path: Path | None) -> Iterator[None]:
 
 
 def _announce(daemon: Daemon, values: dict[str, Any]) -> None:
-    """Say that clients can come."""
+    """Say that clients can come; on stdout, unless that is a client's."""
     if values["ready_fd"] is not None:
         with open(values["ready_fd"], "w") as stream:
             stream.write("ready\n")
@@ -231,6 +266,8 @@ def _announce(daemon: Daemon, values: dict[str, Any]) -> None:
         {"name": export.name, "uris": daemon.export_uris(export.name)} for export in daemon.exports
     ]
     uris = [uri for export in exports for uri in export["uris"]]
+    if values["stdio"]:
+        return
     if values["as_json"]:
         control = daemon.options.control
         ready = {"pid": os.getpid(), "control": control and str(control), "exports": exports}

@@ -7,7 +7,7 @@ requests into calls of the node, and the contexts into block status replies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..block.node import BlockNode
@@ -29,6 +29,10 @@ class Export:
         can_multi_conn: Whether clients are told that they may have several connections.
         contexts: The metadata contexts offered, in the order of LIST.
         minimum_block_size: Bytes, a power of two up to 64 KiB; smaller requests are refused.
+        preferred_block_size: Bytes, a power of two; None for what the node prefers.
+        maximum_payload: Bytes of data in one message; None for the server's limit.
+        requires_block_size: Clients that do not ask for the block sizes are turned away.
+        rotational: Clients are told that seeking is slow.
         tls_only: Shown and served over TLS only.
         connections_max: At most so many clients at once; None means no limit of its own.
         connections: How many clients have it open now; kept by the server.
@@ -42,6 +46,10 @@ class Export:
     can_multi_conn: bool = True
     contexts: tuple[MetadataContext, ...] = ()
     minimum_block_size: int = 1
+    preferred_block_size: int | None = None
+    maximum_payload: int | None = None
+    requires_block_size: bool = False
+    rotational: bool = False
     tls_only: bool = False
     connections_max: int | None = None
     connections: int = field(default=0, init=False)
@@ -60,10 +68,21 @@ class Export:
 
 
 class ExportTable:
-    """The exports of a server by name, in the order in which they were added."""
+    """The exports of a server by name, in the order in which they were added.
 
-    def __init__(self, exports: Iterable[Export] = ()) -> None:
+    Args:
+        exports: The first ones.
+        prepare: Called with each export before it is offered: may change it, or refuse it by
+            an exception.
+    """
+
+    def __init__(
+        self,
+        exports: Iterable[Export] = (),
+        prepare: Callable[[Export], None] = lambda export: None,
+    ) -> None:
         self._exports: dict[str, Export] = {}
+        self._prepare = prepare
         for export in exports:
             self.add(export)
 
@@ -75,6 +94,7 @@ class ExportTable:
         """
         if export.name in self._exports:
             raise StateError(f"export '{export.name}' exists already")
+        self._prepare(export)
         self._exports[export.name] = export
 
     def remove(self, name: str) -> Export:

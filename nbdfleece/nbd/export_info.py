@@ -13,14 +13,12 @@ from typing import Final, Protocol
 
 from ..errors import UsageError
 from .constants import TransmissionFlag
-from .limits import DEFAULT_PAYLOAD_MAX
+from .limits import DEFAULT_PAYLOAD_MAX, PAYLOAD_MAX_LEAST
 from .names import check_context_names, check_string
 
 EXPORT_SIZE_END: Final = 1 << 63
 """Clients keep sizes in signed 64 bits (CVE-2017-2630)."""
 MINIMUM_BLOCK_SIZE_MAX: Final = 65536
-PAYLOAD_MAX_LEAST: Final = 65536
-"""A DF read of this size must be possible, whatever the maximum payload."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

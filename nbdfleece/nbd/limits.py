@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
+
+from ..errors import UsageError
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 
 DEFAULT_PAYLOAD_MAX: Final = 32 * MIB
 """The specification's own maximum payload: what a client may assume when it was told nothing."""
+
+PAYLOAD_MAX_LEAST: Final = 64 * KIB
+"""A DF read of this size must be possible, whatever the maximum payload."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +61,34 @@ class Limits:
     extents_max: int = 1 << 17
     requests_in_flight_max: int = 64
     bytes_in_flight_max: int = 4 * DEFAULT_PAYLOAD_MAX
+
+    def __post_init__(self) -> None:
+        _check_order(
+            ("64 KiB", PAYLOAD_MAX_LEAST),
+            ("payload_advertised_max", self.payload_advertised_max),
+            ("payload_accepted_max", self.payload_accepted_max),
+            ("payload_skip_max", self.payload_skip_max),
+            ("4 GiB", 1 << 32),
+        )
+        _check_order(
+            ("payload_accepted_max", self.payload_accepted_max),
+            ("half of bytes_in_flight_max", self.bytes_in_flight_max // 2),
+        )
+        _check_order(
+            ("option_length_max", self.option_length_max),
+            ("option_skip_max", self.option_skip_max),
+        )
+
+
+def _check_order(*limits: tuple[str, int]) -> None:
+    """Check that each limit is at least the one before it.
+
+    Raises:
+        UsageError: One is not.
+    """
+    for (less, least), (more, value) in pairwise(limits):
+        if value < least:
+            raise UsageError(f"limits: {more} is {value}, less than {less} ({least})")
 
 
 DEFAULT_LIMITS: Final = Limits()

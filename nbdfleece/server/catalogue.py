@@ -29,6 +29,7 @@ def describe_export(export: Export, limits: WireLimits) -> ServedExport:
     """
     node = export.node
     read_only = export.read_only or node.read_only
+    preferred = export.preferred_block_size or max(512, node.preferred_block_size)
     return ServedExport(
         export=export,
         name=export.name,
@@ -41,10 +42,12 @@ def describe_export(export: Export, limits: WireLimits) -> ServedExport:
         can_fast_zero=not read_only,
         can_cache=True,
         minimum_block_size=export.minimum_block_size,
-        preferred_block_size=max(512, export.minimum_block_size, node.preferred_block_size),
-        maximum_payload=limits.payload_advertised_max,
+        preferred_block_size=max(export.minimum_block_size, preferred),
+        maximum_payload=export.maximum_payload or limits.payload_advertised_max,
         contexts=[context.name for context in export.contexts],
         tls_only=export.tls_only,
+        rotational=export.rotational,
+        requires_block_size=export.requires_block_size,
     )
 
 

@@ -222,14 +222,34 @@ def listen_vsock(cid: int = socket.VMADDR_CID_ANY, port: int = DEFAULT_PORT) -> 
     return Listener(sock, f"vsock:{port}")
 
 
-def listen_uri(uri: NbdUri) -> list[Listener]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SocketFile:
+    """Who may connect to a Unix socket: permissions, owner and group of its file.
+
+    Attributes:
+        mode: Permissions; None leaves them to the umask.
+        uid: The owner; -1 for the process's own.
+        gid: The group; likewise.
+    """
+
+    mode: int | None = None
+    uid: int = -1
+    gid: int = -1
+
+
+def listen_uri(uri: NbdUri, file: SocketFile | None = None) -> list[Listener]:
     """Listen where a URI points to; its export name is of no matter.
+
+    Args:
+        uri: Where.
+        file: For a Unix socket.
 
     Raises:
         UsageError: It cannot be listened on.
     """
     if uri.transport == "unix":
-        return [listen_unix(uri.socket)]
+        file = file or SocketFile()
+        return [listen_unix(uri.socket, mode=file.mode, uid=file.uid, gid=file.gid)]
     if uri.transport == "vsock":
         return [listen_vsock(uri.cid, uri.port)]
     return listen_tcp(uri.host, uri.port)

@@ -286,12 +286,12 @@ class NbdServer:
         """Wait until all of the clients are closed, or the time is over."""
         await self._wait_until(lambda: not self._still_open(clients), seconds)
 
-    async def _wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+    async def _wait_until(self, condition: Callable[[], bool], seconds: float | None) -> None:
         """Wait until something has become true of the connections, or the time is over."""
         changed = asyncio.Event()
         self._watchers.append(changed)
         try:
-            async with asyncio.timeout(max(seconds, 0)):
+            async with asyncio.timeout(None if seconds is None else max(seconds, 0)):
                 while not condition():
                     changed.clear()
                     await changed.wait()
@@ -306,14 +306,11 @@ class NbdServer:
 
     async def wait_idle(self) -> None:
         """Wait until no client is connected."""
-        changed = asyncio.Event()
-        self._watchers.append(changed)
-        try:
-            while self.connections:
-                changed.clear()
-                await changed.wait()
-        finally:
-            self._watchers.remove(changed)
+        await self._wait_until(lambda: not self.connections, None)
+
+    async def wait_closed(self, connection: Connection) -> None:
+        """Wait until one connection is over."""
+        await self._wait_until(lambda: connection not in self.connections, None)
 
 
 def _check_connections(export: Export) -> str | None:

@@ -73,9 +73,10 @@ class Authorization:
     """Who may have which export.
 
     Attributes:
-        identities: For each export's name the clients that may have it, as patterns
-            (``*``, ``?``, ``[...]``) of a distinguished name as RFC 4514 writes it
+        identities: For exports' names, or patterns of them, the clients that may have them.
+            Clients are patterns of a distinguished name as RFC 4514 writes it
             (``CN=client,O=Example,C=GB``), or of a name in the file of pre-shared keys.
+            Patterns (``*``, ``?``, ``[...]``) are of whole names, never of beginnings.
         otherwise: The clients that may have an export without an entry; None for all.
     """
 
@@ -84,7 +85,7 @@ class Authorization:
 
     def refusal(self, export: str, identity: str | None) -> str | None:
         """Why a client may not have an export, or None if it may."""
-        patterns = self.identities.get(export, self.otherwise)
+        patterns = self._patterns(export)
         if patterns is None:
             return None
         if identity is None:
@@ -92,6 +93,13 @@ class Authorization:
         if any(fnmatchcase(identity, pattern) for pattern in patterns):
             return None
         return f"'{identity}' may not use export '{export}'"
+
+    def _patterns(self, export: str) -> Sequence[str] | None:
+        """The clients that may have an export; None for all."""
+        found = [
+            clients for names, clients in self.identities.items() if fnmatchcase(export, names)
+        ]
+        return [client for clients in found for client in clients] if found else self.otherwise
 
 
 class Credentials:

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import trustme
 
 from nbdfleece.errors import UsageError
 from nbdfleece.nbd.constants import Command, Option, OptionReply
@@ -28,6 +27,7 @@ from nbdfleece.server.tls import (
     load_keys,
 )
 from tests.memory_node import MemoryNode
+from tests.pki import make_pki
 
 from .harness import Client, Serve, Served, export_of, pack_request
 
@@ -38,18 +38,7 @@ OLD_PYTHON = sys.version_info < (3, 13)
 
 @pytest.fixture(scope="session")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directories as GnuTLS programs keep them: one that serves, one for each side's files."""
-    place = tmp_path_factory.mktemp("pki")
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(place / "ca-cert.pem")
-    server = authority.issue_cert("localhost")
-    client = authority.issue_cert(
-        "client.example", common_name="client", organization_name="Example, Inc."
-    )
-    for name, cert in (("server", server), ("client", client)):
-        cert.private_key_pem.write_to_path(place / f"{name}-key.pem")
-        cert.cert_chain_pems[0].write_to_path(place / f"{name}-cert.pem")
-    return place
+    return make_pki(tmp_path_factory.mktemp("pki"))
 
 
 def settings(pki: Path, mode: TlsMode = TlsMode.FORCEDTLS, **more: bool) -> TlsSettings:
@@ -339,6 +328,16 @@ def test_distinguished_name_is_written_as_rfc_4514_has_it() -> None:
     )
     assert distinguished_name({}) is None
     assert distinguished_name(None) is None
+
+
+def test_authorization_compares_whole_names() -> None:
+    """CVE-2013-6410: 10.0.0.1 let 10.0.0.100 in, too; there are no lists of addresses here."""
+    rules = Authorization(identities={"x": ["CN=a"], "snap/*": ["CN=b"]}, otherwise=())
+    assert rules.refusal("x", "CN=a") is None
+    for export, identity in (("x", "CN=ab"), ("x", "xCN=a"), ("xy", "CN=a"), ("x", "CN=a,O=b")):
+        assert rules.refusal(export, identity) is not None
+    assert rules.refusal("snap/vda", "CN=b") is None
+    assert rules.refusal("snap", "CN=b") is not None
 
 
 def test_authorization_without_an_entry_follows_the_default() -> None:
