@@ -66,7 +66,13 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         given = parse(sys.argv[1:] if args is None else args)
-        return _run(given)
+        status = _run(given)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except NbdfleeceError as error:

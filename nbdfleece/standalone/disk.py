@@ -140,12 +140,15 @@ class Disk:
 
 def _guest_options(below: BlockNode, options: DiskOptions, opener: NodeOpener) -> GuestOptions:
     discard = options.discard if opener.discard is None else opener.discard
+    discard = discard and not opener.discard_refused
     detect_zeroes = options.detect_zeroes
     if opener.detect_zeroes is not None:
         detect_zeroes = DetectZeroes(opener.detect_zeroes)
     return GuestOptions(
         below,
-        discard=discard and not opener.discard_refused,
+        discard=discard,
+        # QEMU's qcow2 unmaps zeroes whatever is said of discards; its files do not.
+        zeroes_unmap=discard or isinstance(below, RecordingNode),
         detect_zeroes=detect_zeroes,
         writethrough=options.writethrough,
     )

@@ -26,7 +26,8 @@ class GuestOptions(BlockNode):
 
     Args:
         below: The other node; closed with this one.
-        discard: Whether trims have an effect, and zeroes may give up space.
+        discard: Whether trims have an effect.
+        zeroes_unmap: Whether zeroes may give up space, where the client allows it.
         detect_zeroes: What becomes of zeroes that are written as data.
         writethrough: Whether every write is durable when it is answered.
     """
@@ -36,11 +37,13 @@ class GuestOptions(BlockNode):
         below: BlockNode,
         *,
         discard: bool,
+        zeroes_unmap: bool,
         detect_zeroes: DetectZeroes = DetectZeroes.OFF,
         writethrough: bool = False,
     ) -> None:
         self._below = below
         self._discard = discard
+        self._zeroes_unmap = zeroes_unmap
         self._detects = detect_zeroes is not DetectZeroes.OFF
         self._unmaps = detect_zeroes is DetectZeroes.UNMAP and discard
         self._writethrough = writethrough
@@ -74,8 +77,9 @@ class GuestOptions(BlockNode):
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
     ) -> None:
-        """Write zeroes; without discards the space is kept."""
-        await self._below.write_zeroes(offset, length, unmap=unmap and self._discard, fast=fast)
+        """Write zeroes, and perhaps keep the space all the same."""
+        unmap = unmap and self._zeroes_unmap
+        await self._below.write_zeroes(offset, length, unmap=unmap, fast=fast)
         if self._writethrough:
             await self._below.flush()
 

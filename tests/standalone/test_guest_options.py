@@ -32,7 +32,7 @@ class Recorder(MemoryNode):
 
 async def test_discards_that_are_ignored_do_nothing_and_zeroes_keep_the_space() -> None:
     below = Recorder()
-    node = GuestOptions(below, discard=False)
+    node = GuestOptions(below, discard=False, zeroes_unmap=False)
     await node.trim(0, 4096)
     await node.write_zeroes(4096, 4096, unmap=True, fast=True)
     assert below.calls == [("zeroes", 4096, 4096, False, True)]
@@ -40,7 +40,7 @@ async def test_discards_that_are_ignored_do_nothing_and_zeroes_keep_the_space() 
 
 async def test_discards_that_are_let_through_arrive() -> None:
     below = Recorder()
-    node = GuestOptions(below, discard=True)
+    node = GuestOptions(below, discard=True, zeroes_unmap=True)
     await node.trim(0, 4096)
     await node.write_zeroes(4096, 4096, unmap=True)
     await node.write_zeroes(8192, 4096, unmap=False)
@@ -64,7 +64,7 @@ async def test_zeroes_written_as_data_are_detected(
     detect: DetectZeroes, discard: bool, expected: tuple[object, ...]
 ) -> None:
     below = Recorder()
-    node = GuestOptions(below, discard=discard, detect_zeroes=detect)
+    node = GuestOptions(below, discard=discard, zeroes_unmap=True, detect_zeroes=detect)
     await node.write(512, memoryview(bytes(4096)))
     await node.write(0, memoryview(bytes(4095) + b"x"))
     assert below.calls == [expected, ("write", 0, 4096)]
@@ -72,7 +72,7 @@ async def test_zeroes_written_as_data_are_detected(
 
 async def test_writethrough_flushes_after_each_change() -> None:
     below = Recorder()
-    node = GuestOptions(below, discard=True, writethrough=True)
+    node = GuestOptions(below, discard=True, zeroes_unmap=True, writethrough=True)
     await node.write(0, memoryview(b"x"))
     await node.write_zeroes(0, 1)
     await node.trim(0, 1)
