@@ -27,6 +27,7 @@ from .control.dispatcher import Dispatcher
 from .control.server import ControlServer
 from .engine.disk import ScratchOptions
 from .engine.engine import Engine
+from .engine.overlays import Overlays
 from .errors import StateError, UsageError
 from .export.export import Export, ExportTable
 from .export.policy import ExportRule, apply_rules
@@ -83,6 +84,7 @@ class Daemon:
     Attributes:
         exports: What is served.
         engine: Its disks, snapshots and checkpoints.
+        overlays: What is written beside them.
         server: The NBD side.
         commands: What the control socket can be told.
         control: Its sessions; None without a socket, and before the start.
@@ -103,6 +105,7 @@ class Daemon:
             disconnect=self.server.close_export,
             event=self._tell,
         )
+        self.overlays = Overlays(self.engine, options.scratch, self.server.close_export)
         self.commands = all_commands()
         self._listeners: list[Listener] = []
         self._control_listener: Listener | None = None
@@ -208,9 +211,15 @@ class Daemon:
         if self._stdio_ended is not None:
             await self._stdio_ended
         try:
-            await self.engine.close()
+            await self._close_disks()
         finally:
             await self._close_sockets()
+
+    async def _close_disks(self) -> None:
+        try:
+            await self.overlays.close()
+        finally:
+            await self.engine.close()
 
     async def _close_sockets(self) -> None:
         if self.control is not None:

@@ -27,6 +27,7 @@ SUBCOMMANDS: Final = {
     "info": "info:info",
     "snapshot": "snapshot:snapshot",
     "checkpoint": "checkpoint:checkpoint",
+    "overlay": "overlay:overlay",
     "export": "export:export",
     "bitmap": "bitmap:bitmap",
     "backup": "backup:backup",

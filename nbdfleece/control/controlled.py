@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from ..engine.engine import Engine
+from ..engine.overlays import Overlays
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -16,6 +17,10 @@ class Controlled(Protocol):
     @property
     def engine(self) -> Engine:
         """Its disks, snapshots and checkpoints."""
+
+    @property
+    def overlays(self) -> Overlays:
+        """The writable overlays over its disks and snapshots."""
 
     @property
     def commands(self) -> Registry:

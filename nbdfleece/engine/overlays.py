@@ -90,12 +90,13 @@ class Overlays:
             if disk not in view.disks:
                 raise StateError(f"snapshot '{view.name}' has no disk '{disk}'")
             base = view.disks[disk].node
-            view.users.add(name)
         options = self._scratch
         node = Overlay(base, options.directory, quota=options.quota)
         overlay = DiskOverlay(name, found, view, node)
         self._engine.exports.add(_export(overlay))
         self._overlays[name] = overlay
+        if view is not None:
+            view.users.add(name)
         return overlay
 
     async def commit(self, name: str) -> None:
