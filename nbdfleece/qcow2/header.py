@@ -48,6 +48,7 @@ HEADER_BYTES_V2: Final = 72
 HEADER_BYTES_V3_MIN: Final = 104
 HEADER_BYTES_V3: Final = 112
 
+SIZE_FIELD: Final = 24
 L1_SIZE_FIELD: Final = 36
 """Offset of the 12 bytes ``u32 l1_size, u64 l1_table_offset``."""
 REFCOUNT_TABLE_FIELD: Final = 48

@@ -88,7 +88,7 @@ class Qcow2Image(BlockNode):
     refcounts: Refcounts
     epochs: Epochs
     space: GuestSpace
-    _writer: Writer
+    writer: Writer
 
     def __init__(
         self,
@@ -241,7 +241,7 @@ class Qcow2Image(BlockNode):
                 self.metadata,
                 self.note_damage,
             )
-        self._writer = Writer(self)
+        self.writer = Writer(self)
         await self._clear_autoclear_bits()
 
     async def _clear_autoclear_bits(self) -> None:
@@ -449,19 +449,19 @@ class Qcow2Image(BlockNode):
                 await self.data_file.write(host + within, data)
                 return
         self.check_writable()
-        await self._writer.write(offset, data)
+        await self.writer.write(offset, data)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
     ) -> None:
         """Make a guest range read as zeroes, whole clusters by their entries alone."""
         self.check_writable()
-        await self._writer.write_zeroes(offset, length, unmap=unmap, fast=fast)
+        await self.writer.write_zeroes(offset, length, unmap=unmap, fast=fast)
 
     async def trim(self, offset: int, length: int) -> None:
         """Discard the whole clusters in a guest range."""
         self.check_writable()
-        await self._writer.trim(offset, length)
+        await self.writer.trim(offset, length)
 
     async def flush(self) -> None:
         """Make everything durable that was written before this call (rule 4)."""

@@ -132,9 +132,7 @@ class Refcounts:
     @property
     def needs_flush(self) -> bool:
         """Whether something must reach the file before what relies on it may."""
-        return bool(
-            self.urgent or self.dirty_table or self.table_is_homeless or self.switch_is_due
-        )
+        return bool(self.urgent or self.dirty_table or self.table_is_homeless or self.switch_is_due)
 
     @property
     def end(self) -> int:

@@ -51,6 +51,9 @@ class GuestSpace(ABC):
             punch: The guest gave the space up.
         """
 
+    def resize(self, size: int) -> None:
+        """The disk is to have another size."""
+
 
 class ImageSpace(GuestSpace):
     """Counted clusters of the image file, freed through quarantine.
@@ -163,3 +166,7 @@ class DataFileSpace(GuestSpace):
 
     def free(self, entry: int, clusters: int, *, punch: bool) -> None:
         """Nothing is counted here."""
+
+    def resize(self, size: int) -> None:
+        """Let writes reach to the new end."""
+        self._size = size

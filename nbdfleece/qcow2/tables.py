@@ -159,6 +159,13 @@ class Mapping:
         self.dirty_l1.add(l1_index)
         self.touch(l1_index, table, 0, len(table.entries))
 
+    def unlink(self, l1_index: int) -> None:
+        """Let the L1 entry lead nowhere; its table is clean, or no flush is under way."""
+        self.l1[l1_index] = 0
+        self.tables.pop(l1_index, None)
+        self.dirty.discard(l1_index)
+        self.dirty_l1.add(l1_index)
+
     def touch(self, l1_index: int, table: L2Table, first: int, end: int) -> None:
         """Entries ``[first, end)`` of a table have changed: it waits for the next flush."""
         table.mark_dirty(first, end)

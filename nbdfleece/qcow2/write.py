@@ -276,6 +276,11 @@ class Writer:
             await self._space.zero(first, last - first, unmap=True)
             await self._change_clusters(first, last, self._forget)
 
+    async def unmap(self, offset: int, end: int) -> None:
+        """Let whole clusters past the disk's end lead nowhere."""
+        async with self._image.ranges.hold(offset, end):
+            await self._change_clusters(offset, end, self._unmap)
+
     @property
     def _can_forget(self) -> bool:
         """Whether an entry alone can make a cluster read as zeroes.
@@ -332,6 +337,12 @@ class Writer:
         entry = ZERO if self._has_zero_flag else 0
         self._space.free(run.entry, run.clusters, punch=True)
         self._set(part, index, run.clusters, entry, 0)
+
+    async def _unmap(self, part: _Part, index: int, run: Run) -> None:
+        """Give a run's host clusters up, and let it show the backing file."""
+        if run.kind is not Kind.UNALLOCATED:
+            self._space.free(run.entry, run.clusters, punch=True)
+            self._set(part, index, run.clusters, 0, 0)
 
     async def _keep(self, part: _Part, index: int, run: Run) -> None:
         """Make a run read as zeroes and keep, or take, host clusters for it."""

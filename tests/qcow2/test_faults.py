@@ -129,4 +129,3 @@ async def test_fault_at_any_operation_reaches_the_caller_and_leaves_a_sound_imag
         points = random.Random(f"{kind}{cluster_size}{fault}").sample(points, POINTS)
     for number in points:
         await live(folder, start, content, cluster_size, {number: fault}, caplog)
-

@@ -1,0 +1,212 @@
+"""Another size for a disk, with QEMU as the judge and taking turns."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from nbdfleece.bitmaps.bitmap import Bitmap
+from nbdfleece.errors import StateError, UsageError
+from nbdfleece.qcow2.bitmap_store import BitmapStore, StoredBitmap
+from nbdfleece.qcow2.create import create_image
+from nbdfleece.qcow2.image import Qcow2Image
+from nbdfleece.qcow2.resize import resize_image
+from tests.qcow2.guest import Guest, check, qemu_content, qemu_img, qemu_io
+from tests.qcow2.test_crash import CrashingDisk
+
+MIB = 1 << 20
+
+
+async def resize(path: Path, size: int) -> None:
+    image = await Qcow2Image.open(path, read_only=False)
+    await resize_image(image, size)
+    assert image.size == size
+    await image.close()
+
+
+@pytest.mark.parametrize(
+    ("cluster_size", "version", "extended_l2", "backing_size"),
+    [
+        (512, 3, False, 0),
+        (512, 2, False, 3 * MIB + 512),
+        (4096, 3, False, MIB),
+        (16384, 3, True, 5 * MIB),
+        (65536, 2, False, 0),
+        (65536, 3, True, 0),
+        (65536, 3, False, 9 * MIB),
+    ],
+)
+async def test_random_sizes_with_qemu_taking_turns_agree(
+    folder: Path, cluster_size: int, version: int, extended_l2: bool, backing_size: int
+) -> None:
+    path = folder / "disk.qcow2"
+    rng = random.Random(cluster_size + version)
+    backing: dict[str, str] = {}
+    content = bytearray(2 * MIB)
+    if backing_size:
+        base = rng.randbytes(backing_size)
+        (folder / "base.raw").write_bytes(base)
+        backing = {"backing_file": "base.raw", "backing_format": "raw"}
+        content = bytearray(base[: 2 * MIB].ljust(2 * MIB, b"\0"))
+    await create_image(
+        path,
+        2 * MIB,
+        cluster_size=cluster_size,
+        version=version,
+        extended_l2=extended_l2,
+        **backing,
+    )
+    for turn in range(8):
+        image = await Qcow2Image.open(path, read_only=False)
+        guest = Guest(image, cluster_size, rng)
+        guest.content = content
+        for _ in range(15):
+            await rng.choice([guest.write, guest.zero])(*guest.pick_range(300_000))
+        size = rng.choice([0, 512, MIB, rng.randrange(6 * MIB) // 512 * 512, 20 * MIB])
+        if turn % 3 < 2:
+            await resize_image(image, size)
+            content = content[:size].ljust(size, b"\0")
+            guest.content = content
+            if size:
+                await guest.check_all()
+        await image.close()
+        check(path)
+        assert qemu_content(path) == content
+        if turn % 3 == 2:
+            if version == 2:  # QEMU cannot grow such an image over a longer backing file
+                size = min(size, len(content))
+            qemu_img("resize", "-q", "--shrink", path, str(max(512, size)))
+            content = bytearray(qemu_content(path))  # QEMU may show old data there
+        if not content:
+            await resize(path, MIB)
+            content = bytearray(MIB)
+
+
+@pytest.mark.parametrize("is_raw", ["off", "on"])
+async def test_resize_with_a_data_file_zeroes_it_too(folder: Path, is_raw: str) -> None:
+    path, data = folder / "disk.qcow2", folder / "data.raw"
+    options = f"data_file={data},data_file_raw={is_raw}"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, path, str(MIB))
+    qemu_io(path, [f"write -P 5 0 {MIB}"])
+    await resize(path, MIB // 2 + 512)
+    check(path)
+    await resize(path, 2 * MIB)
+    check(path)
+    kept = b"\5" * (MIB // 2 + 512)
+    assert qemu_content(path) == kept.ljust(2 * MIB, b"\0")
+    assert data.read_bytes()[: 2 * MIB] == kept.ljust(2 * MIB, b"\0")
+
+
+async def test_resize_keeps_internal_snapshots(folder: Path) -> None:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, str(MIB))
+    qemu_io(path, [f"write -P 5 0 {MIB}"])
+    qemu_img("snapshot", "-c", "before", path)
+    await resize(path, 100 * 512)
+    check(path)
+    await resize(path, 3 * MIB)
+    check(path)
+    assert qemu_content(path) == (b"\5" * 51200).ljust(3 * MIB, b"\0")
+    qemu_img("snapshot", "-a", "before", path)
+    check(path)
+    assert qemu_content(path)[:MIB] == b"\5" * MIB
+
+
+async def test_resize_of_version_2_with_snapshots_or_past_the_limit_is_refused(
+    folder: Path,
+) -> None:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10,cluster_size=512", path, str(MIB))
+    qemu_img("snapshot", "-c", "before", path)
+    with pytest.raises(StateError, match="version 2 cannot be resized"):
+        await resize_closed(path, 2 * MIB)
+    with pytest.raises(UsageError, match="at most"):
+        await resize_closed(path, 1 << 50)
+
+
+async def resize_closed(path: Path, size: int) -> None:
+    image = await Qcow2Image.open(path, read_only=False)
+    try:
+        await resize_image(image, size)
+    finally:
+        await image.close()
+
+
+def bitmap_flags(path: Path) -> dict[str, list[str]]:
+    info = json.loads(qemu_img("info", "--output=json", path))
+    bitmaps = info["format-specific"]["data"]["bitmaps"]
+    return {bitmap["name"]: bitmap["flags"] for bitmap in bitmaps}
+
+
+async def test_resize_takes_bitmaps_along_and_marks_what_is_new_in_those_that_record(
+    folder: Path,
+) -> None:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, str(4 * MIB))
+    qemu_img("bitmap", "--add", path, "recording")
+    qemu_io(path, ["write 64k 64k"])
+    qemu_img("bitmap", "--add", "--disable", path, "frozen")
+    qemu_img("bitmap", "--merge", "recording", path, "frozen")
+    await resize(path, 40 * MIB)
+    check(path)
+    assert bitmap_flags(path) == {"recording": ["auto"], "frozen": []}
+    image = await Qcow2Image.open(path, read_only=True)
+    store = await BitmapStore.load(image)
+    frozen, recording = await store.load_bits("frozen"), await store.load_bits("recording")
+    assert list(frozen.dirty_ranges()) == [(65536, 65536)]
+    assert list(recording.dirty_ranges()) == [(65536, 65536), (4 * MIB, 36 * MIB)]
+    await image.close()
+    await resize(path, 65536)
+    assert bitmap_flags(path) == {"recording": ["auto"], "frozen": []}
+    check(path)
+
+
+async def test_resize_with_an_inconsistent_bitmap_is_refused(folder: Path) -> None:
+    path = folder / "disk.qcow2"
+    await create_image(path, MIB)
+    image = await Qcow2Image.open(path, read_only=False)
+    store = await BitmapStore.load(image)
+    bitmap = Bitmap(MIB)
+    await store.replace([StoredBitmap("b", 65536, True, in_use=True, content=bitmap)], None)
+    await image.close()
+    with pytest.raises(StateError, match="'b' is inconsistent"):
+        await resize_closed(path, 2 * MIB)
+    assert bitmap_flags(path) == {"b": ["in-use", "auto"]}
+
+
+@pytest.mark.parametrize("sizes", [(MIB // 2, 3 * MIB), (3 * MIB, MIB // 2)])
+async def test_power_cut_inside_a_resize_leaves_the_old_size_or_the_new(
+    folder: Path, sizes: tuple[int, int]
+) -> None:
+    path = folder / "disk.qcow2"
+    start, end = sizes
+    await create_image(path, start, cluster_size=512, refcount_bits=64)
+    rng = random.Random(start)
+    image = await Qcow2Image.open(path, read_only=False)
+    data = rng.randbytes(start)
+    await image.write(0, memoryview(data))
+    await image.close()
+    disk = CrashingDisk(path.read_bytes())
+    image = await Qcow2Image.from_file(disk)
+    crashed = folder / "crashed.qcow2"
+
+    async def question() -> None:
+        if rng.random() > 0.2:
+            return
+        state = disk.log.crash(len(disk.log.records), rng)
+        crashed.write_bytes(state.content)
+        check(crashed, leaks_allowed=True)
+        seen = qemu_content(crashed)
+        assert len(seen) in sizes
+        assert seen[: min(sizes)] == data[: min(sizes)]
+        assert not any(seen[start:])
+
+    disk.question = question  # type: ignore[method-assign]  # the test's own hook
+    await resize_image(image, end)
+    await image.close()
+    crashed.write_bytes(disk.content)
+    check(crashed)
+    assert qemu_content(crashed) == data[:end].ljust(end, b"\0")
