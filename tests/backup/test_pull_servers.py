@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from nbdfleece.backup import (
     since_requests,
     verify,
 )
+from tests.tree import debian_13
 
 from .programs import content_of, qemu_io, qemu_nbd, run, storage_daemon
 
@@ -101,11 +101,7 @@ async def test_chain_of_fleeced_snapshots_is_what_the_disk_was(tmp_path: Path, s
 async def test_chain_of_a_newer_qemu_is_what_the_disk_was(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Set NBDFLEECE_TEST_TREE to a Debian 13 tree (scripts/trixie-tree makes one)."""
-    tree = os.environ.get("NBDFLEECE_TEST_TREE")
-    if tree is None:
-        pytest.skip("NBDFLEECE_TEST_TREE names no Debian 13 tree")
-    await check_fleeced_chain(tmp_path_factory.mktemp("tree"), 3, Path(tree), ALL)
+    await check_fleeced_chain(tmp_path_factory.mktemp("tree"), 3, debian_13(), ALL)
 
 
 async def check_fleeced_chain(

@@ -108,7 +108,7 @@ JSON_CHAIN = (
         "-f qcow2 -A -B b0 -B b2 disk.qcow2",
         "-f qcow2 -r -D some_text -A -B b1 ./disk.qcow2",
         "-f qcow2 -s -A -B b0 disk.qcow2",
-        "-f qcow2 -o 66048 disk.qcow2 --allocation-depth",
+        "-f qcow2 -o 66048 base.qcow2 --allocation-depth",
         "-f qcow2 -l first -A disk.qcow2",
         "-f qcow2 -l 1 disk.qcow2",
         "-f qcow2 --load-snapshot snapshot.id=1,snapshot.name=first disk.qcow2",
