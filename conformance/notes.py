@@ -16,12 +16,6 @@ class Note(NamedTuple):
 
 
 NOTES = [
-    Note(
-        "nbdfleece",
-        "166/trim-on-read-only",
-        "On purpose: TRIM on a snapshot's export releases what the client has finished with. "
-        "It is advertised, and changes nothing of the disk.",
-    ),
     Note("qemu", "113/", "SIGTERM ends it without regard for what is in flight."),
     Note("qemu", "23/", "SIGTERM ends it without regard for clients that haggle."),
     Note("nbd-server", "113/", "SIGTERM ends it without regard for what is in flight."),

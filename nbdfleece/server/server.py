@@ -25,7 +25,7 @@ from .tls import Authorization, Authorizer, TlsChannel, TlsSettings
 
 logger = logging.getLogger("nbdfleece.server")
 
-LINGER_SECONDS: Final = 0.1
+LINGER_SECONDS: Final = 0.5
 """On shutting down, once all that was asked before is answered: how long what is on its way is
 still answered (with ESHUTDOWN or ERR_SHUTDOWN)."""
 

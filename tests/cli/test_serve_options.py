@@ -19,7 +19,11 @@ from .conftest import PROGRAM, Run, Start, environment, make_image
 
 MIB = 1 << 20
 OLD_PYTHON = sys.version_info < (3, 13)
-nbd: Any = pytest.importorskip("nbd", reason="libnbd's Python binding is not installed")
+
+
+@pytest.fixture
+def nbd() -> Any:
+    return pytest.importorskip("nbd", reason="libnbd's Python binding is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +175,11 @@ def test_unix_socket_has_the_mode_and_owner_that_were_asked_for(
     assert (stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid) == (0o640, uid, gid)
 
 
-def test_client_that_starts_the_server_on_stdin_is_served(tmp_path: Path, image: Path) -> None:
+def test_client_that_starts_the_server_on_stdin_is_served(
+    tmp_path: Path, image: Path, nbd: Any
+) -> None:
     handle = nbd.NBD()
     handle.set_export_name("vda")
-    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path)
     words = ["serve", "--disk", f"vda={image}", "--stdio", "--control", "none"]
     handle.connect_command([*PROGRAM, *words])
     assert handle.pread(512, 0) == b"\7" * 512
@@ -199,7 +204,7 @@ def test_inetd_gives_its_socket_thrice_and_gets_no_log_in_it(tmp_path: Path, ima
     ours.close()
 
 
-def test_systemd_opens_the_socket(image: Path) -> None:
+def test_systemd_opens_the_socket(image: Path, nbd: Any) -> None:
     handle = nbd.NBD()
     handle.set_export_name("vda")
     words = ["serve", "--disk", f"vda={image}", "--control", "none"]
@@ -223,7 +228,9 @@ def test_vsock_is_listened_on_where_the_kernel_has_it(image: Path, start: Start,
 # -- exports and limits ---------------------------------------------------------------
 
 
-def test_export_settings_reach_clients_and_are_enforced(image: Path, start: Start) -> None:
+def test_export_settings_reach_clients_and_are_enforced(
+    image: Path, start: Start, nbd: Any
+) -> None:
     rule = "minimum-block-size=4k,preferred-block-size=64k,maximum-payload=1M,rotational=on"
     words = ("--export", f"vd*:{rule},allocation-depth=off,multi-conn=off")
     uri = start("--disk", f"vda={image}", "--listen", "unix:n", *words).ready.split()[-1]
@@ -267,7 +274,9 @@ def test_clients_that_ask_no_sizes_are_turned_away_where_it_is_wished(
         assert client.recv(20, socket.MSG_WAITALL)[12:16] == b"\x80\0\0\x08"
 
 
-def test_limits_that_are_hit_are_logged(tmp_path: Path, image: Path, start: Start) -> None:
+def test_limits_that_are_hit_are_logged(
+    tmp_path: Path, image: Path, start: Start, nbd: Any
+) -> None:
     limits = ("connections-max=2", "handshake-seconds=0.2", "idle-seconds=0.2", "options-max=3")
     words = [word for limit in limits for word in ("--limit", limit)]
     server = start("--disk", f"vda={image}", "--listen", "unix:n", *words)
