@@ -96,6 +96,9 @@ class Rules(NamedTuple):
 class ObjectAuthorizer:
     """What an ``authz-*`` object decides for every export.
 
+    Rules name clients as QEMU does: ``O=Example,CN=client`` if the certificate has the parts
+    in this order.
+
     Args:
         rules: Gives the rules that hold now.
     """
@@ -108,11 +111,19 @@ class ObjectAuthorizer:
         if identity is None:
             return f"export '{export}' is for clients that authenticate"
         try:
-            allowed = self._rules().allow(identity)
+            allowed = self._rules().allow(in_certificate_order(identity))
         except UsageError as error:
             _log.error("nobody is let in: %s", error)
             allowed = False
         return None if allowed else f"'{identity}' may not use export '{export}'"
+
+
+def in_certificate_order(identity: str) -> str:
+    """A distinguished name as QEMU's rules have it: its parts as in the certificate.
+
+    RFC 4514, and so the server, has them the other way round.
+    """
+    return ",".join(reversed(re.findall(r"(?:\\.|[^,\\])+", identity)))
 
 
 class Objects:

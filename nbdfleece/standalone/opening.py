@@ -147,9 +147,13 @@ class NodeOpener:
             if any([cache.take_switch("direct"), cache.take_switch("no-flush")]):
                 _log.warning("option '%scache' is ignored: the page cache is used", options.where)
             cache.finish("cache")
+        read_only, force_share = (
+            options.take_switch("read-only"),
+            options.take_switch("force-share"),
+        )
         return place._replace(
-            read_only=place.read_only or bool(options.take_switch("read-only")),
-            force_share=place.force_share or bool(options.take_switch("force-share")),
+            read_only=place.read_only or bool(read_only),
+            force_share=place.force_share or bool(force_share),
         )
 
     async def _open_qcow2(self, below: BlockNode, options: Options, place: Place) -> BlockNode:

@@ -10,7 +10,9 @@ import pytest
 from nbdfleece.errors import UsageError
 from nbdfleece.standalone.objects import Objects, Rule, Rules
 
-LAPTOP = "CN=laptop.example.com,O=Example Org,L=London,ST=London,C=GB"
+LAPTOP = "C=GB,O=Example\\, Inc.,CN=laptop.example.com"
+"""As the server names it; the certificate has the parts in the opposite order."""
+LAPTOP_RULE = "CN=laptop.example.com,O=Example\\, Inc.,C=GB"
 
 
 def refusal(text: str, identity: str | None) -> str | None:
@@ -20,7 +22,7 @@ def refusal(text: str, identity: str | None) -> str | None:
 
 
 def test_simple_authorization_allows_one_identity() -> None:
-    text = f"authz-simple,id=a,identity={LAPTOP.replace(',', ',,')}"
+    text = f"authz-simple,id=a,identity={LAPTOP_RULE.replace(',', ',,')}"
     assert refusal(text, LAPTOP) is None
     assert refusal(text, "CN=other") == "'CN=other' may not use export 'disk'"
     assert "authenticate" in (refusal(text, None) or "")
