@@ -40,6 +40,11 @@ owner_option = click.option(
 )
 
 
+force_share_option = click.option(
+    "--force-share", "-U", is_flag=True, help="Read an image although others may write it."
+)
+
+
 def connect(control: Path | None) -> ControlClient:
     """A session with the named server, or the one at the usual place."""
     return ControlClient(control or default_control())

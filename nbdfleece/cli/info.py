@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .client import client_options, connect
+from .client import client_options, connect, force_share_option
 from .output import format_list, print_json, print_table
 from .sizes import format_size
 
@@ -15,9 +15,19 @@ _QUERIES = ("disks", "checkpoints", "snapshots", "backups", "nbd-exports")
 
 
 @click.command()
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@force_share_option
 @client_options
-def info(control: Path | None, as_json: bool) -> None:
-    """Show a server's disks and exports (--json: everything)."""
+def info(file: Path | None, force_share: bool, control: Path | None, as_json: bool) -> None:
+    """Show a server's disks and exports (--json: everything), or what FILE is.
+
+    With FILE no server is asked: --json then is what qemu-img info --output=json prints.
+    """
+    if file is not None:
+        from .image_info import show_image
+
+        show_image(file, force_share=force_share, as_json=as_json)
+        return
     with connect(control) as client:
         status = client.execute("query-status")
         version = client.execute("query-version")["package"]

@@ -38,6 +38,8 @@ SUBCOMMANDS: Final = {
     "show": "points:show",
     "prune": "points:prune",
     "map": "map:map_export",
+    "create": "create:create",
+    "check": "check:check",
     "completion": "completion:completion",
 }
 

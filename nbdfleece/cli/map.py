@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import UsageError
+from .client import force_share_option
 
 if TYPE_CHECKING:
     from ..extents import Extents
@@ -18,7 +19,7 @@ _ROWS_MAX = 24
 
 
 @click.command("map")
-@click.argument("uri")
+@click.argument("uri", metavar="URI|FILE")
 @click.option(
     "--context",
     metavar="NAME",
@@ -31,6 +32,7 @@ _ROWS_MAX = 24
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--blocks", is_flag=True, help="Draw it on the terminal.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw it as SVG.")
+@force_share_option
 def map_export(
     uri: str,
     context: str | None,
@@ -39,8 +41,20 @@ def map_export(
     as_json: bool,
     blocks: bool,
     svg: Path | None,
+    force_share: bool,
 ) -> None:
-    """Print what an export's metadata contexts say, as nbdinfo --map does, or draw it."""
+    """Print what an export's metadata contexts say, as nbdinfo --map does, or draw it.
+
+    Of an image FILE print what qemu-img map does, with --json as its --output=json. A name that
+    begins with nbd and a colon or plus sign is a URI; put ./ before a file of such a name.
+    """
+    if not uri.startswith(("nbd:", "nbd+", "nbds:", "nbds+")):
+        from .image_map import print_image_map
+
+        if any((context, changes, totals, blocks, svg)):
+            raise UsageError(f"'{uri}' is a file: only --json and --force-share are for files")
+        print_image_map(uri, force_share=force_share, as_json=as_json)
+        return
     if context is not None and (changes is not None or blocks or svg is not None):
         raise UsageError("--context prints one context as it is: not with --changes or a picture")
     if (totals or as_json) and (blocks or svg is not None):

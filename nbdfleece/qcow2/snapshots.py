@@ -35,10 +35,21 @@ class InternalSnapshot:
     date_nanoseconds: int
     vm_clock_nanoseconds: int
     vm_state_size: int
+    instruction_count: int | None
+    """Of a guest that counts instructions; None where the entry does not say."""
+    extra_length: int
+    """Bytes of extra data in the entry; version 3 has 16 at least."""
 
 
-async def read_snapshots(file: FileNode, header: Header) -> tuple[list[InternalSnapshot], int]:
+async def read_snapshots(
+    file: FileNode, header: Header, *, strict: bool = True
+) -> tuple[list[InternalSnapshot], int]:
     """Read the snapshot table.
+
+    Args:
+        file: The image file.
+        header: Its header.
+        strict: Refuse L1 tables that cannot be where the entries say.
 
     Returns:
         The snapshots in the table's order, and the table's length in bytes.
@@ -53,7 +64,8 @@ async def read_snapshots(file: FileNode, header: Header) -> tuple[list[InternalS
             raise ImageError(file.path, "the snapshot table has no end", offset=offset)
         raw = await file.read(offset, min(_ENTRY_BYTES_MAX, file.size - offset))
         snapshot, length = _unpack_snapshot(raw, header, file.path, offset)
-        _check_l1_table(snapshot, header, file)
+        if strict:
+            _check_l1_table(snapshot, header, file)
         snapshots.append(snapshot)
         offset += length
     return snapshots, offset - header.snapshots_offset
@@ -82,8 +94,18 @@ def _unpack_snapshot(
         date_nanoseconds=nanoseconds,
         vm_clock_nanoseconds=clock,
         vm_state_size=state,
+        instruction_count=_instruction_count(raw, extra),
+        extra_length=extra,
     )
     return snapshot, -(-end // 8) * 8
+
+
+def _instruction_count(raw: bytearray, extra: int) -> int | None:
+    """The third field of the extra data, all ones where it does not apply."""
+    if extra < _EXTRA.size + 8:
+        return None
+    count = int.from_bytes(raw[_ENTRY.size + 16 : _ENTRY.size + 24], "big")
+    return None if count == (1 << 64) - 1 else count
 
 
 def _check_l1_table(snapshot: InternalSnapshot, header: Header, file: FileNode) -> None:

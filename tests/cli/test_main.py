@@ -50,7 +50,7 @@ def test_every_command_has_help(run: Run, name: str) -> None:
     assert outcome.output.startswith(f"Usage: nbdfleece {name} ")
 
 
-@pytest.mark.parametrize("words", [[], ["frob"], ["snapshot"], ["--frob"], ["info", "extra"]])
+@pytest.mark.parametrize("words", [[], ["frob"], ["snapshot"], ["--frob"], ["info", "one", "two"]])
 def test_wrong_command_is_one_line_and_status_2(run: Run, words: list[str]) -> None:
     outcome = run(*words)
     assert outcome.status == 2
