@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from ..engine.transaction import Action
 from .controlled import Controlled
 
 
@@ -26,3 +27,19 @@ class Command(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_field
         Raises:
             NbdfleeceError, OSError: Why it failed.
         """
+
+
+class ActionCommand(Command):
+    """A command that may also be an action of a transaction."""
+
+    @abstractmethod
+    def action(self, server: Controlled) -> Action:
+        """What is to be done, not done yet.
+
+        Raises:
+            NbdfleeceError: It cannot be.
+        """
+
+    async def run(self, server: Controlled) -> None:
+        """Carry it out alone."""
+        await server.engine.transact([self.action(server)])

@@ -12,12 +12,14 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from .command import Command
 from .errors import QmpError
+
+AnyCommand = TypeVar("AnyCommand", bound=Command)
 
 _CAPITAL: Final = re.compile(r"(?<!^)([A-Z])")
 
@@ -63,6 +65,10 @@ class Registry:
         """Of all commands, sorted."""
         return sorted(self._commands)
 
+    def find(self, name: str) -> type[Command] | None:
+        """The command of that name."""
+        return self._commands.get(name)
+
     def build(self, name: str, arguments: Mapping[str, Any]) -> Command:
         """The command of that name with checked arguments.
 
@@ -72,17 +78,7 @@ class Registry:
         command = self._commands.get(name)
         if command is None:
             raise QmpError(f"The command {name} has not been found", "CommandNotFound")
-        fields = {field.encode_name: field for field in msgspec.structs.fields(command)}
-        for argument in arguments:
-            if argument not in fields:
-                raise QmpError(f"Parameter '{argument}' is unexpected")
-        values = {}
-        for argument, field in fields.items():
-            if argument in arguments:
-                values[field.name] = _convert(argument, arguments[argument], field.type)
-            elif field.required:
-                raise QmpError(f"Parameter '{argument}' is missing")
-        return command(**values)
+        return fill(command, arguments)
 
     def schema(self) -> Schema:
         """Describe all commands."""
@@ -104,6 +100,30 @@ class Registry:
             for index, name in enumerate(names)
         ]
         return Schema(commands=described, definitions=definitions)
+
+
+def fill(command: type[AnyCommand], arguments: Mapping[str, Any], where: str = "") -> AnyCommand:
+    """A command with checked arguments.
+
+    Args:
+        command: Its class.
+        arguments: As they were sent.
+        where: What messages put before arguments' names: where they are inside others.
+
+    Raises:
+        QmpError: An argument is unknown, missing or of the wrong type.
+    """
+    fields = {field.encode_name: field for field in msgspec.structs.fields(command)}
+    for argument in arguments:
+        if argument not in fields:
+            raise QmpError(f"Parameter '{where}{argument}' is unexpected")
+    values = {}
+    for argument, field in fields.items():
+        if argument in arguments:
+            values[field.name] = _convert(where + argument, arguments[argument], field.type)
+        elif field.required:
+            raise QmpError(f"Parameter '{where}{argument}' is missing")
+    return command(**values)
 
 
 def _convert(argument: str, value: Any, wanted: Any) -> Any:

@@ -1,110 +1,178 @@
-"""Bitmaps of a disk that belong to no checkpoint: the steps that QEMU has for them.
+"""Bitmaps that belong to no checkpoint: the steps that QEMU has for them.
 
-Each function gives the state to come, for :meth:`Engine.change_bitmaps`. The bitmaps of the
-chain are refused: what they mean depends on one another. A change that needs bits computes
-them without awaiting anything afterwards, so that no guest write falls between (rule 2).
+Each step is an :class:`~nbdfleece.engine.transaction.Action`; one alone or several together
+are carried out by :meth:`Engine.transact`. The bitmaps of a chain are refused: what they mean
+depends on one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 from ..bitmaps.bitmap import Bitmap
 from ..errors import StateError
 from .chain import check_name
-from .disk import Disk
-from .disk_state import DiskBitmap, DiskState
+from .disk_state import DiskBitmap
+from .transaction import Action, BitmapNode, Draft
 
-GRANULARITY_MIN = 512
-GRANULARITY_MAX = 1 << 31
+GRANULARITY_MIN: Final = 512
+GRANULARITY_MAX: Final = 1 << 31
 """Bytes; QEMU's and the format's limits."""
 
 
-async def added(
-    disk: Disk, name: str, *, granularity: int | None, recording: bool, persistent: bool
-) -> DiskState:
-    """The state with one more bitmap, empty.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddBitmap(Action):
+    """Add an empty bitmap.
 
-    Args:
-        disk: The disk.
+    Attributes:
+        node: Where.
         name: The bitmap's name.
         granularity: Bytes per bit; None for the usual.
         recording: Guest writes mark it.
         persistent: The image is to hold it.
-
-    Raises:
-        StateError: The name is taken or cannot be, or the granularity cannot be.
     """
-    check_name(name, "bitmap")
-    if name in disk.state.bitmaps:
-        raise StateError(f"Bitmap already exists: {name}")
-    size = disk.default_granularity if granularity is None else granularity
-    if size & (size - 1) or not GRANULARITY_MIN <= size <= GRANULARITY_MAX:
-        raise StateError(f"Granularity must be power of 2 and at least {GRANULARITY_MIN}")
-    bits = Bitmap(disk.size, size)
-    fresh = DiskBitmap(name, size, recording, bits=bits, in_image=False, persistent=persistent)
-    return _with(disk.state, fresh)
 
+    node: BitmapNode
+    name: str
+    granularity: int | None
+    recording: bool
+    persistent: bool
 
-async def removed(disk: Disk, name: str) -> DiskState:
-    """The state without a bitmap, which may be inconsistent.
+    def nodes(self) -> Iterable[BitmapNode]:
+        """The one."""
+        return (self.node,)
 
-    Raises:
-        StateError: There is none, or it is the chain's.
-    """
-    _own(disk, name)
-    kept = {each: bitmap for each, bitmap in disk.state.bitmaps.items() if each != name}
-    return disk.state._replace(bitmaps=kept)
+    def apply(self, draft: Draft) -> None:
+        """Add it.
 
-
-async def cleared(disk: Disk, name: str) -> DiskState:
-    """The state in which a bitmap marks nothing.
-
-    Raises:
-        StateError: There is none, it is the chain's, or inconsistent.
-    """
-    bitmap = _usable(disk, name)
-    return _with(disk.state, _with_bits(bitmap, Bitmap(disk.size, bitmap.granularity)))
-
-
-async def recording(disk: Disk, name: str, *, enabled: bool) -> DiskState:
-    """The state in which guest writes mark a bitmap, or do not.
-
-    Raises:
-        StateError: There is none, it is the chain's, or inconsistent.
-    """
-    _usable(disk, name)
-    bits = await disk.bits(name)
-    return _with(disk.state, _usable(disk, name)._replace(recording=enabled, bits=bits))
-
-
-async def merged(disk: Disk, target: str, sources: Sequence[tuple[Disk, str]]) -> DiskState:
-    """The state in which a bitmap also marks what others mark, those of other disks too.
-
-    Raises:
-        StateError: One is not there, inconsistent or of a disk of another size, or the target
-            is the chain's.
-    """
-    _usable(disk, target)
-    parts = [await _source_bits(disk, *source) for source in sources]
-    bits = (await disk.bits(target)).copy()
-    for part in parts:
-        bits.merge(part)
-    return _with(disk.state, _with_bits(_usable(disk, target), bits))
-
-
-async def _source_bits(disk: Disk, source: Disk, name: str) -> Bitmap:
-    _consistent(source, name)
-    bits = await source.bits(name)
-    if bits.size != disk.size:
-        raise StateError(
-            f"Bitmaps are of different sizes (destination size is {disk.size}) and can't be merged"
+        Raises:
+            StateError: The name is taken or cannot be, or the granularity cannot be, or the
+                node has no image for a persistent one.
+        """
+        check_name(self.name, "bitmap")
+        if self.name in draft.state(self.node).bitmaps:
+            raise StateError(f"Bitmap already exists: {self.name}")
+        if self.persistent and not self.node.can_persist:
+            raise StateError(f"node '{self.node.name}' has no image for a persistent bitmap")
+        size = self.node.default_granularity if self.granularity is None else self.granularity
+        if size & (size - 1) or not GRANULARITY_MIN <= size <= GRANULARITY_MAX:
+            raise StateError(f"Granularity must be power of 2 and at least {GRANULARITY_MIN}")
+        fresh = DiskBitmap(
+            self.name,
+            size,
+            self.recording,
+            bits=Bitmap(self.node.size, size),
+            in_image=False,
+            persistent=self.persistent,
         )
-    return bits
+        draft.put(self.node, fresh)
 
 
-def _with(state: DiskState, bitmap: DiskBitmap) -> DiskState:
-    return state._replace(bitmaps={**state.bitmaps, bitmap.name: bitmap})
+@dataclass(frozen=True, slots=True)
+class RemoveBitmap(Action):
+    """Remove a bitmap, which may be inconsistent."""
+
+    node: BitmapNode
+    name: str
+
+    def nodes(self) -> Iterable[BitmapNode]:
+        """The one."""
+        return (self.node,)
+
+    def apply(self, draft: Draft) -> None:
+        """Remove it.
+
+        Raises:
+            StateError: There is none, or it is the chain's, or busy.
+        """
+        _own(draft, self.node, self.name)
+        draft.remove(self.node, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class ClearBitmap(Action):
+    """Let a bitmap mark nothing."""
+
+    node: BitmapNode
+    name: str
+
+    def nodes(self) -> Iterable[BitmapNode]:
+        """The one."""
+        return (self.node,)
+
+    def apply(self, draft: Draft) -> None:
+        """Clear it.
+
+        Raises:
+            StateError: There is none, or it is the chain's, busy or inconsistent.
+        """
+        bitmap = _usable(draft, self.node, self.name)
+        draft.put(self.node, _with_bits(bitmap, Bitmap(self.node.size, bitmap.granularity)))
+
+
+@dataclass(frozen=True, slots=True)
+class SetRecording(Action):
+    """Let guest writes mark a bitmap, or not."""
+
+    node: BitmapNode
+    name: str
+    enabled: bool
+
+    def nodes(self) -> Iterable[BitmapNode]:
+        """The one."""
+        return (self.node,)
+
+    def needs(self) -> Iterable[tuple[BitmapNode, str]]:
+        """Its bits."""
+        return ((self.node, self.name),)
+
+    def apply(self, draft: Draft) -> None:
+        """Change it; its bits become others, since the old state records until this one is stored.
+
+        Raises:
+            StateError: There is none, or it is the chain's, busy or inconsistent.
+        """
+        bitmap = _usable(draft, self.node, self.name)
+        bits = draft.bits(self.node, self.name).copy()
+        draft.put(self.node, _with_bits(bitmap, bits)._replace(recording=self.enabled))
+
+
+@dataclass(frozen=True, slots=True)
+class MergeBitmaps(Action):
+    """Let a bitmap also mark what others mark, those of other nodes too."""
+
+    node: BitmapNode
+    target: str
+    sources: Sequence[tuple[BitmapNode, str]]
+
+    def nodes(self) -> Iterable[BitmapNode]:
+        """The target's and the sources'."""
+        return (self.node, *(node for node, _ in self.sources))
+
+    def needs(self) -> Iterable[tuple[BitmapNode, str]]:
+        """The bits of all of them."""
+        return ((self.node, self.target), *self.sources)
+
+    def apply(self, draft: Draft) -> None:
+        """Merge them.
+
+        Raises:
+            StateError: One is not there, busy, inconsistent or of a node of another size, or
+                the target is the chain's.
+        """
+        target = _usable(draft, self.node, self.target)
+        bits = draft.bits(self.node, self.target).copy()
+        for node, name in self.sources:
+            _consistent(draft, node, name)
+            if node.size != self.node.size:
+                raise StateError(
+                    f"Bitmaps are of different sizes (destination size is {self.node.size})"
+                    " and can't be merged"
+                )
+            bits.merge(draft.bits(node, name))
+        draft.put(self.node, _with_bits(target, bits))
 
 
 def _with_bits(bitmap: DiskBitmap, bits: Bitmap) -> DiskBitmap:
@@ -112,27 +180,39 @@ def _with_bits(bitmap: DiskBitmap, bits: Bitmap) -> DiskBitmap:
     return bitmap._replace(bits=bits, in_image=False, log=None)
 
 
-def _own(disk: Disk, name: str) -> DiskBitmap:
-    """A bitmap that is nobody else's."""
-    bitmap = disk.state.bitmaps.get(name)
+def find_bitmap(draft: Draft, node: BitmapNode, name: str) -> DiskBitmap:
+    """A bitmap that nothing else uses.
+
+    Raises:
+        StateError: There is none, or it is busy.
+    """
+    bitmap = draft.state(node).bitmaps.get(name)
     if bitmap is None:
         raise StateError(f"Dirty bitmap '{name}' not found")
-    for checkpoint in disk.state.chain.checkpoints:
+    if node.busy[name]:
+        raise StateError(
+            f"Bitmap '{name}' is currently in use by another operation and cannot be used"
+        )
+    return bitmap
+
+
+def _own(draft: Draft, node: BitmapNode, name: str) -> DiskBitmap:
+    """A bitmap that is nobody else's."""
+    bitmap = find_bitmap(draft, node, name)
+    for checkpoint in draft.state(node).chain.checkpoints:
         if checkpoint.bitmap_name == name:
             raise StateError(f"bitmap '{name}' belongs to checkpoint '{checkpoint.name}'")
     return bitmap
 
 
-def _usable(disk: Disk, name: str) -> DiskBitmap:
+def _usable(draft: Draft, node: BitmapNode, name: str) -> DiskBitmap:
     """A bitmap that is nobody else's and consistent."""
-    _own(disk, name)
-    return _consistent(disk, name)
+    _own(draft, node, name)
+    return _consistent(draft, node, name)
 
 
-def _consistent(disk: Disk, name: str) -> DiskBitmap:
-    bitmap = disk.state.bitmaps.get(name)
-    if bitmap is None:
-        raise StateError(f"Dirty bitmap '{name}' not found")
+def _consistent(draft: Draft, node: BitmapNode, name: str) -> DiskBitmap:
+    bitmap = find_bitmap(draft, node, name)
     if bitmap.inconsistent:
         raise StateError(f"Bitmap '{name}' is inconsistent and cannot be used; remove it")
     return bitmap

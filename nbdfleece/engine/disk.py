@@ -7,6 +7,7 @@ guest -> GuestNode (marks bitmaps, has old data copied) -> Qcow2Image
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ class Disk:
         copies: Its snapshots' copy-before-write.
         state: Its bitmaps and chain; replaced whole.
         chain_problem: Why the image's chain record could not be used; None if it could.
+        busy: How often each bitmap is used by something that it must not change under.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Disk:
         self.node = GuestNode(image, self.copies)
         self.state = DiskState({}, Chain())
         self.chain_problem: str | None = None
+        self.busy: Counter[str] = Counter()
         self._store = store
 
     @classmethod
@@ -144,6 +147,19 @@ class Disk:
     def default_granularity(self) -> int:
         """Bytes per bit of a new bitmap: the cluster size within 4 KiB and 64 KiB, as in QEMU."""
         return min(max(self.image.cluster_size, 4096), 65536)
+
+    @property
+    def can_persist(self) -> bool:
+        """The image can hold bitmaps."""
+        return True
+
+    async def drain(self) -> None:
+        """Hold guest writes back, and wait for those in flight."""
+        await self.node.drain()
+
+    def resume(self) -> None:
+        """Let guest writes go on."""
+        self.node.resume()
 
     async def _load_state(self) -> None:
         chain = self._load_chain()
@@ -230,6 +246,14 @@ class Disk:
             self._discard_logs(state, old)
             raise
         self.state = state.after_store()
+        self._record_in(self.state)
+
+    def stage(self, state: DiskState) -> None:
+        """Let guest writes be recorded by a state to come, too, from this instant on."""
+        self._record_in(self.state, state)
+
+    def unstage(self) -> None:
+        """Let guest writes be recorded by the present state only."""
         self._record_in(self.state)
 
     def _record_in(self, *states: DiskState) -> None:

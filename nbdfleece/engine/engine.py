@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from ..bitmaps.bitmap import Bitmap
-from ..block.snapshot_access import SnapshotAccess
 from ..errors import StateError
 from ..export.contexts import DirtyBitmap
 from ..export.export import Export, ExportTable
@@ -29,7 +28,8 @@ from .chain import Checkpoint, CheckpointState, check_name, new_identity
 from .disk import Disk, ScratchOptions
 from .disk_state import DiskState
 from .exports import live_export, snapshot_export
-from .snapshot import BackupDisk, Release, Snapshot, SnapshotDisk
+from .snapshot import BackupDisk, Release, Snapshot, freeze_disk
+from .transaction import Action, carry_out
 
 _log = logging.getLogger("nbdfleece.engine")
 
@@ -261,16 +261,9 @@ class Engine:
         try:
             await asyncio.gather(*(disk.node.drain() for disk in disks))
             for disk in disks:
-                instant = disk.instant(freezing=states is not None)
-                layer = disk.copies.add_layer()
-                node = SnapshotAccess(
-                    disk.copies,
-                    layer,
-                    disk.size,
-                    disk.node.preferred_block_size,
-                    release_after_read=snapshot.release is Release.ON_READ,
+                snapshot.disks[disk.name] = freeze_disk(
+                    disk, snapshot.release, freezing=states is not None
                 )
-                snapshot.disks[disk.name] = SnapshotDisk(disk, node, instant)
         except BaseException:
             self._discard(states or {})
             raise
@@ -549,11 +542,11 @@ class Engine:
     async def change_bitmaps(
         self, disk: Disk, change: Callable[[Disk], Awaitable[DiskState]]
     ) -> None:
-        """Change bitmaps of a disk that belong to no checkpoint.
+        """Change bitmaps and chain of a disk together.
 
         Args:
             disk: The disk.
-            change: Gives the state to come; one of :mod:`nbdfleece.engine.bitmaps`.
+            change: Gives the state to come; one of :mod:`nbdfleece.engine.cumulative`.
 
         Raises:
             StateError: What ``change`` raises.
@@ -561,6 +554,15 @@ class Engine:
         """
         async with self._changing:
             await disk.store(await change(disk))
+
+    async def transact(self, actions: Sequence[Action]) -> None:
+        """Carry out all actions or none, in one instant.
+
+        Raises:
+            As :func:`~nbdfleece.engine.transaction.carry_out`; nothing was changed.
+        """
+        async with self._changing:
+            await carry_out(actions, self.snapshots)
 
     async def recover(self) -> None:
         """Settle what a crash left open; called once all disks are opened.

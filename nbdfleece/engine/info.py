@@ -89,7 +89,7 @@ async def disk_info(disk: Disk) -> DiskInfo:
             name=each.name,
             granularity=each.granularity,
             recording=each.recording,
-            busy=False,
+            busy=bool(disk.busy[each.name]),
             persistent=each.persistent,
             inconsistent=each.inconsistent,
             count=await disk.dirty_bytes(each.name),

@@ -41,6 +41,11 @@ class DiskOverlay:
     node: Overlay
     created_ns: int = field(default_factory=time.time_ns)
 
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return f"overlay '{self.name}'"
+
 
 class Overlays:
     """The overlays over an engine's disks.
@@ -96,7 +101,7 @@ class Overlays:
         self._engine.exports.add(_export(overlay))
         self._overlays[name] = overlay
         if view is not None:
-            view.users.add(name)
+            view.users.add(overlay.title)
         return overlay
 
     async def commit(self, name: str) -> None:
@@ -144,7 +149,7 @@ class Overlays:
 
     async def _forget(self, overlay: DiskOverlay) -> None:
         if overlay.snapshot is not None:
-            overlay.snapshot.users.discard(overlay.name)
+            overlay.snapshot.users.discard(overlay.title)
         del self._overlays[overlay.name]
         await overlay.node.close()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from ..bitmaps.bitmap import Bitmap
 from ..block.snapshot_access import SnapshotAccess
 from ..errors import StateError
 from .disk import Disk, Instant
@@ -55,6 +56,31 @@ class SnapshotDisk:
     instant: Instant
 
 
+def freeze_disk(
+    disk: Disk, release: Release, access: Bitmap | None = None, *, freezing: bool = False
+) -> SnapshotDisk:
+    """Freeze a view of a disk while its guest's writes are held back.
+
+    Args:
+        disk: The disk.
+        release: When ranges of the view are given up.
+        access: If given, only what it marks is kept and may be read.
+        freezing: As for :meth:`Disk.instant`.
+
+    Raises:
+        OSError: The scratch file cannot be made.
+    """
+    instant = disk.instant(freezing=freezing)
+    node = SnapshotAccess(
+        disk.copies,
+        disk.copies.add_layer(access),
+        disk.size,
+        disk.node.preferred_block_size,
+        release_after_read=release is Release.ON_READ,
+    )
+    return SnapshotDisk(disk, node, instant)
+
+
 @dataclass(slots=True, kw_only=True)
 class Snapshot:
     """A frozen view.
@@ -66,7 +92,7 @@ class Snapshot:
         release: When ranges of it are given up.
         is_pending: The checkpoint is kept only if the backup is committed.
         exports: Names of the exports that show the snapshot.
-        users: Names of the overlays that stand on it; it is not dropped under them.
+        users: The overlays and nodes that stand on it; it is not dropped under them.
         backup: What the backup that it was taken for reads; None if it is no backup's.
         created_ns: Nanoseconds since the epoch.
     """
@@ -87,13 +113,13 @@ class Snapshot:
         return self.is_pending or self.backup is not None
 
     def check_unused(self) -> None:
-        """Refuse to be dropped under an overlay.
+        """Refuse to be dropped under an overlay or a node.
 
         Raises:
             StateError: One stands on it.
         """
-        for overlay in self.users:
-            raise StateError(f"overlay '{overlay}' stands on snapshot '{self.name}'")
+        for user in self.users:
+            raise StateError(f"{user} stands on snapshot '{self.name}'")
 
     @property
     def error(self) -> str | None:

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from ..registry import Registry
-from . import backups, bitmaps, block, checkpoints, disks, exports, general, overlays, snapshots
+from . import (
+    backups,
+    bitmaps,
+    block,
+    checkpoints,
+    disks,
+    exports,
+    general,
+    overlays,
+    snapshots,
+    transactions,
+)
 
 
 def all_commands() -> Registry:
     """Every command that there is."""
-    modules = (general, block, bitmaps, disks, snapshots, exports, checkpoints, backups, overlays)
+    modules = (
+        general,
+        block,
+        bitmaps,
+        transactions,
+        disks,
+        snapshots,
+        exports,
+        checkpoints,
+        backups,
+        overlays,
+    )
     return Registry(command for module in modules for command in module.COMMANDS)

@@ -1,23 +1,18 @@
 """QEMU's commands on dirty bitmaps, for those that belong to no checkpoint.
 
-A node is a disk. Nothing holds such a bitmap busy.
-
 Spec: QEMU qapi/block-core.json, "block-dirty-bitmap-add" and those after it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Final
 
 import msgspec
 
-from ...engine import bitmaps
-from ...engine.disk import Disk
-from ...engine.disk_state import DiskState
-from ..command import Command
+from ...engine.bitmaps import AddBitmap, ClearBitmap, MergeBitmaps, RemoveBitmap, SetRecording
+from ...engine.transaction import Action, BitmapNode
+from ..command import ActionCommand, Command
 from ..controlled import Controlled
 from ..errors import QmpError
 
@@ -38,8 +33,8 @@ class BitmapHash(msgspec.Struct):
     sha256: str
 
 
-def find_node(server: Controlled, node: str) -> Disk:
-    """The disk that is the node, in QEMU's words if there is none.
+def find_node(server: Controlled, node: str) -> BitmapNode:
+    """The node that has bitmaps, in QEMU's words if there is none.
 
     Raises:
         QmpError: There is none.
@@ -50,8 +45,8 @@ def find_node(server: Controlled, node: str) -> Disk:
     return disk
 
 
-class BlockDirtyBitmapAdd(Command):
-    """Add a dirty bitmap to a disk; as in QEMU it is transient unless told otherwise."""
+class BlockDirtyBitmapAdd(ActionCommand):
+    """Add a dirty bitmap to a node; as in QEMU it is transient unless told otherwise."""
 
     node: str
     name: str
@@ -59,67 +54,63 @@ class BlockDirtyBitmapAdd(Command):
     persistent: bool = False
     disabled: bool = False
 
-    async def run(self, server: Controlled) -> None:
-        """Carry it out."""
-        await _change(
-            server,
-            self.node,
-            partial(
-                bitmaps.added,
-                name=self.name,
-                granularity=self.granularity,
-                recording=not self.disabled,
-                persistent=self.persistent,
-            ),
+    def action(self, server: Controlled) -> Action:
+        """What is to be done."""
+        return AddBitmap(
+            node=find_node(server, self.node),
+            name=self.name,
+            granularity=self.granularity,
+            recording=not self.disabled,
+            persistent=self.persistent,
         )
 
 
-class BlockDirtyBitmapRemove(Command):
+class BlockDirtyBitmapRemove(ActionCommand):
     """Remove a dirty bitmap, also from the image."""
 
     node: str
     name: str
 
-    async def run(self, server: Controlled) -> None:
-        """Carry it out."""
-        await _change(server, self.node, partial(bitmaps.removed, name=self.name))
+    def action(self, server: Controlled) -> Action:
+        """What is to be done."""
+        return RemoveBitmap(find_node(server, self.node), self.name)
 
 
-class BlockDirtyBitmapClear(Command):
+class BlockDirtyBitmapClear(ActionCommand):
     """Let a dirty bitmap mark nothing."""
 
     node: str
     name: str
 
-    async def run(self, server: Controlled) -> None:
-        """Carry it out."""
-        await _change(server, self.node, partial(bitmaps.cleared, name=self.name))
+    def action(self, server: Controlled) -> Action:
+        """What is to be done."""
+        return ClearBitmap(find_node(server, self.node), self.name)
 
 
-class BlockDirtyBitmapEnable(Command):
+class BlockDirtyBitmapEnable(ActionCommand):
     """Let guest writes mark a dirty bitmap."""
 
     node: str
     name: str
 
-    async def run(self, server: Controlled) -> None:
-        """Carry it out."""
-        await _change(server, self.node, partial(bitmaps.recording, name=self.name, enabled=True))
+    def action(self, server: Controlled) -> Action:
+        """What is to be done."""
+        return SetRecording(find_node(server, self.node), self.name, enabled=True)
 
 
-class BlockDirtyBitmapDisable(Command):
+class BlockDirtyBitmapDisable(ActionCommand):
     """Let guest writes no longer mark a dirty bitmap."""
 
     node: str
     name: str
 
-    async def run(self, server: Controlled) -> None:
-        """Carry it out."""
-        await _change(server, self.node, partial(bitmaps.recording, name=self.name, enabled=False))
+    def action(self, server: Controlled) -> Action:
+        """What is to be done."""
+        return SetRecording(find_node(server, self.node), self.name, enabled=False)
 
 
-class BlockDirtyBitmapMerge(Command):
-    """Let ``target`` also mark what ``bitmaps`` mark, those of checkpoints and other disks too.
+class BlockDirtyBitmapMerge(ActionCommand):
+    """Let ``target`` also mark what ``bitmaps`` mark, those of checkpoints and other nodes too.
 
     The target is not cleared before; on an error it is as it was.
     """
@@ -128,15 +119,14 @@ class BlockDirtyBitmapMerge(Command):
     target: str
     bitmaps: list[str | BitmapReference]
 
-    async def run(self, server: Controlled) -> None:
-        """Carry it out."""
-        disk = find_node(server, self.node)
+    def action(self, server: Controlled) -> Action:
+        """What is to be done."""
+        node = find_node(server, self.node)
         sources = [
-            (disk, each) if isinstance(each, str) else (find_node(server, each.node), each.name)
+            (node, each) if isinstance(each, str) else (find_node(server, each.node), each.name)
             for each in self.bitmaps
         ]
-        change = partial(bitmaps.merged, target=self.target, sources=sources)
-        await server.engine.change_bitmaps(disk, change)
+        return MergeBitmaps(node, self.target, sources)
 
 
 class XDebugBlockDirtyBitmapSha256(Command):
@@ -153,12 +143,6 @@ class XDebugBlockDirtyBitmapSha256(Command):
         packed = bytes((await disk.bits(self.name)).data)
         whole = packed.ljust(-(-len(packed) // _HASHED_BYTES) * _HASHED_BYTES, b"\0")
         return BitmapHash(hashlib.sha256(whole).hexdigest())
-
-
-async def _change(
-    server: Controlled, node: str, change: Callable[[Disk], Awaitable[DiskState]]
-) -> None:
-    await server.engine.change_bitmaps(find_node(server, node), change)
 
 
 COMMANDS: Final = (
