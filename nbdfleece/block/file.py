@@ -201,13 +201,15 @@ class FileNode(BlockNode):
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` at ``offset``; the file grows if it must."""
-        if len(data) <= INLINE_BYTES_MAX:
-            _write_fully(self._fd, offset, data)
+        length = len(data)
+        if length <= INLINE_BYTES_MAX:
+            if os.pwrite(self._fd, data, offset) < length:
+                _write_fully(self._fd, offset, data)
         else:
             await in_thread(_write_fully, self._fd, offset, data)
         self._writes_done += 1
-        if offset + len(data) > self.size:
-            self.size = offset + len(data)
+        if offset + length > self.size:
+            self.size = offset + length
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

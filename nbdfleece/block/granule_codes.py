@@ -26,6 +26,9 @@ FORGOTTEN: Final = 4
 COPIED: Final = 16
 """This and all above: granule ``code - COPIED`` of the scratch."""
 
+_ZERO: Final = int(BlockStatus.ZERO)
+_HOLE: Final = int(BlockStatus.HOLE)
+
 _STATUS_OF_CODE: Final = np.zeros(COPIED + 1, dtype=np.uint32)
 _STATUS_OF_CODE[ZERO_DATA] = block_status_word(BlockStatus.ZERO, 1)
 _STATUS_OF_CODE[ZERO_HOLE] = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 1)
@@ -49,9 +52,9 @@ def status_of_codes(codes: Codes) -> Status:
 
 def code_of_status(status: int) -> int:
     """The code of a granule that has this status word all over."""
-    if not status & BlockStatus.ZERO:
+    if not status & _ZERO:
         return UNTOUCHED
-    if not status & BlockStatus.HOLE:
+    if not status & _HOLE:
         return ZERO_DATA
     return ZERO_HOLE if status >> DEPTH_SHIFT else UNALLOCATED
 

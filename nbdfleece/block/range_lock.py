@@ -52,13 +52,15 @@ class HeldRange:
         self.end = end
 
     async def __aenter__(self) -> HeldRange:
-        earlier = [
-            held for held in self._lock._ranges if held.offset < self.end and self.offset < held.end
-        ]
-        self._lock._ranges.append(self)
+        ranges = self._lock._ranges
+        if not ranges:
+            ranges.append(self)
+            return self
+        earlier = [held for held in ranges if held.offset < self.end and self.offset < held.end]
+        ranges.append(self)
         try:
             for held in earlier:
-                while held in self._lock._ranges:
+                while held in ranges:
                     waiter = asyncio.get_running_loop().create_future()
                     held._waiters.append(waiter)
                     await waiter

@@ -14,8 +14,6 @@ import errno
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 from .file import FileNode
@@ -78,28 +76,33 @@ class Scratch:
 
     async def write(self, granule: int, data: memoryview) -> None:
         """Store the data of adjacent granules from number ``granule`` on."""
-        with self._in_use_by_someone():
+        self._busy += 1
+        try:
             await self._file.write(granule * self._granularity, data)
+        finally:
+            self._end_use()
 
     async def write_part(self, granule: int, skip: int, data: memoryview) -> None:
         """Overwrite bytes from ``skip`` bytes into a granule on that nobody else reads."""
-        with self._in_use_by_someone():
+        self._busy += 1
+        try:
             await self._file.write(granule * self._granularity + skip, data)
+        finally:
+            self._end_use()
 
     async def read_into(self, granule: int, skip: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``skip`` bytes into granule number ``granule`` on."""
-        with self._in_use_by_someone():
-            await self._file.read_into(granule * self._granularity + skip, view)
-
-    @contextmanager
-    def _in_use_by_someone(self) -> Iterator[None]:
         self._busy += 1
         try:
-            yield
+            await self._file.read_into(granule * self._granularity + skip, view)
         finally:
-            self._busy -= 1
-            if not self._busy and self._idle is not None and not self._idle.done():
-                self._idle.set_result(None)
+            self._end_use()
+
+    def _end_use(self) -> None:
+        """A read or write has ended; :meth:`close` waits for the last one."""
+        self._busy -= 1
+        if not self._busy and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
     def free(self, granule: int, count: int) -> None:
         """Give ``count`` adjacent granules back; their space returns to the file system soon."""

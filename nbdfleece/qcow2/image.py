@@ -66,7 +66,7 @@ from .quarantine import Quarantine
 from .refcounts import Refcounts, unpack_refcount_table
 from .snapshots import InternalSnapshot, find_snapshot, read_snapshots
 from .space import DataFileSpace, GuestSpace, ImageSpace
-from .status import describe
+from .status import describe, uniform
 from .subclusters import subcluster_runs
 from .tables import CACHE_BYTES, Mapping, MetadataMap
 from .write import Writer
@@ -428,6 +428,10 @@ class Qcow2Image(BlockNode):
     ) -> Extents:
         """Describe a guest range through the whole backing chain."""
         return await describe(self, offset, length, extents_max)
+
+    def uniform_status(self, offset: int, length: int) -> int | None:
+        """The status word of a range inside one cluster, if it is known without reading."""
+        return uniform(self, offset, length)
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write guest bytes; one cluster that is ours alone is overwritten where it is."""

@@ -20,6 +20,7 @@ from .entries import (
     Entries,
     Kind,
     L2Table,
+    kind_of,
 )
 from .subclusters import subcluster_runs
 
@@ -36,6 +37,13 @@ _NOTHING: Final = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 0)
 _PAST_BACKING: Final = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 2)
 """Zeroes past the end of a shorter backing file count as the backing file's, as in QEMU."""
 
+_STATUS_OF_KIND: Final = {
+    Kind.NORMAL: _DATA,
+    Kind.COMPRESSED: _DATA,
+    Kind.ZERO_ALLOC: _ZERO_ALLOC,
+    Kind.ZERO_PLAIN: _ZERO_PLAIN,
+}
+"""Of a whole cluster of a kind that needs no further look."""
 
 _ASK_BACKING: Final = 1 << 31
 """In place of a status word: the backing file knows."""
@@ -58,6 +66,19 @@ async def describe(image: Qcow2Image, offset: int, length: int, extents_max: int
         if offset < stop or offset == end or count >= extents_max:
             break
     return Extents.concatenate(parts).limited(extents_max)
+
+
+def uniform(image: Qcow2Image, offset: int, length: int) -> int | None:
+    """The status word of a range inside one cluster, if its L2 table is in memory and says all."""
+    if offset // image.cluster_size != (offset + length - 1) // image.cluster_size:
+        return None
+    nothing = _NOTHING if image.backing is None else None
+    l1_index, index = divmod(offset // image.cluster_size, image.layout.l2_entries)
+    table = image.mapping.tables.get(l1_index)
+    if table is None:
+        return None if image.mapping.has_table(l1_index) else nothing
+    kind = kind_of(table.entries[index])
+    return nothing if kind is Kind.UNALLOCATED else _STATUS_OF_KIND.get(kind)
 
 
 async def _own_status(image: Qcow2Image, offset: int, length: int) -> Extents:

@@ -99,7 +99,19 @@ async def compare(path: Path, rng: random.Random, *, sees_holes_below: bool = Fa
     if not sees_holes_below:
         assert zeroes == qemu_zeroes(path)
     assert merged([(length, s >> DEPTH_SHIFT) for length, s in ours]) == qemu_depths(path)
+    await check_uniform_status(image, rng)
     await image.close()
+
+
+async def check_uniform_status(image: Qcow2Image, rng: random.Random) -> None:
+    """What is known at once is what is found by looking."""
+    for _ in range(300):
+        offset = rng.randrange(image.size)
+        length = min(rng.choice([1, 512, 4096, 70_000]), image.size - offset)
+        known = image.uniform_status(offset, length)
+        assert known is None or (await image.block_status(offset, length)).pairs() == [
+            (length, known)
+        ]
 
 
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 * MIB])
