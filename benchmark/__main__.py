@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ QUICK = ("nbdfleece", "io_uring", "nbdkit")
 def main() -> None:
     """Run what the command line says."""
     arguments = _parser().parse_args()
+    # However it is ended, servers and folders do not stay behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments.command == "report":
         _write_report(arguments.output)
         return

@@ -97,6 +97,15 @@ def _table_line(result: Result, metric: Metric) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _processor_time(contestant: Contestant) -> str:
+    """The median, of the whole run or of one request, as the row has it."""
+    values = contestant.samples.get("server-cpu")
+    if not values:
+        return ""
+    seconds = statistics.median(values)
+    return f"{seconds * 1e6:.1f} µs each" if seconds < 1e-3 else f"{seconds:.2f} s"
+
+
 def _median(contestant: Contestant, metric: Metric) -> str:
     values = contestant.samples.get(metric.key)
     if not values:
@@ -115,7 +124,8 @@ def details(results: list[Result]) -> str:
         lines = [f"### {result.title}", ""]
         keys = [metric.key for metric in result.metrics]
         lines.append(f"| server | {' | '.join(f'{key} | ours to it' for key in keys)} |")
-        lines.append("|---" * (1 + 2 * len(keys)) + "|")
+        lines[-1] += " server's processor time |"
+        lines.append("|---" * (2 + 2 * len(keys)) + "|")
         ours = next(it for it in result.contestants if it.is_ours)
         for contestant in result.contestants:
             lines.append(_details_line(result, ours, contestant))
@@ -129,5 +139,6 @@ def _details_line(result: Result, ours: Contestant, contestant: Contestant) -> s
         ratio = None if contestant.is_ours else ratio_to(metric, ours, contestant)
         cells.append(_median(contestant, metric))
         cells.append("" if ratio is None else f"{ratio.median:.2f}")
+    cells.append(_processor_time(contestant))
     failure = "" if contestant.failure is None else f" ({contestant.failure.splitlines()[0][:100]})"
     return f"| {' | '.join(cells)}{failure} |"

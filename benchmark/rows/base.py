@@ -41,7 +41,12 @@ class Row(ABC):
 
     @abstractmethod
     def measure(self, server: Server, running: Running) -> dict[str, float]:
-        """Run the workload once; the metrics' values."""
+        """Run the workload once.
+
+        Returns:
+            The metrics' values. With ``operations``, the processor time that the server has
+            used, which every row's results have beside its metrics, is for each of them.
+        """
 
     def check(self, server: Server) -> None:
         """Look, outside the measured time, that a server's data are right."""
@@ -52,7 +57,11 @@ class Row(ABC):
         for path in self.warm_files(setup):
             warm(path)
         with server.serve(setup) as running:
-            return self.measure(server, running)
+            before = running.process.cpu_seconds()
+            values = self.measure(server, running)
+            used = running.process.cpu_seconds() - before
+        values["server-cpu"] = used / values.pop("operations", 1)
+        return values
 
     def warm_files(self, setup: Setup) -> list[Path]:
         """What has to be in the page cache when a run begins."""

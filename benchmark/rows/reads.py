@@ -76,7 +76,8 @@ class RandomReads(Row):
         return Setup({"vda": self.images.full}, {"vda": self.images.raw})
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
-        return {"iops": self._run(running)["iops"]}
+        figures = self._run(running)
+        return {"iops": figures["iops"], "operations": figures["total_ios"]}
 
     def _run(self, running: Running) -> dict[str, float]:
         seconds = self.place.seconds
@@ -102,6 +103,7 @@ class ReadLatency(RandomReads):
         return {
             "p50": percentile_microseconds(figures, 50),
             "p99": percentile_microseconds(figures, 99),
+            "operations": figures["total_ios"],
         }
 
 

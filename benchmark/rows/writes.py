@@ -37,7 +37,7 @@ class RandomWrites(Row):
             self.place, running.uri(), "randwrite", runtime=seconds, time_based=1,
             size=self.images.size, norandommap=1,
         )  # fmt: skip
-        return {"iops": figures["iops"]}
+        return {"iops": figures["iops"], "operations": figures["total_ios"]}
 
 
 class AllocatingWrites(Row):
