@@ -132,7 +132,7 @@ if TYPE_CHECKING:
 )
 @click.pass_context
 def serve(ctx: click.Context, /, **values: Any) -> None:
-    """Serve disks over NBD until SIGTERM, SIGINT or quit.
+    """Serve disks over NBD until SIGTERM, SIGINT, SIGHUP or quit.
 
     A second signal ends the server at once; images survive that as they survive a crash.
     """
@@ -241,7 +241,7 @@ def _handle_signals(daemon: Daemon) -> None:
         daemon.request_stop("host-signal")
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, handle, number)
 
 

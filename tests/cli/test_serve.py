@@ -67,7 +67,7 @@ def test_control_none_makes_no_control_socket(tmp_path: Path, image: Path, start
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_ends_in_good_order(
     tmp_path: Path, image: Path, start: Start, run: Run, number: int, loop: str
 ) -> None:
