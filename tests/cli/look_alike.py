@@ -63,12 +63,28 @@ def uri(socket: Path, export: str = "") -> str:
 
 
 def wait_gone(pid: int) -> None:
-    """Wait until a process that is not our child has ended."""
-    fd = os.pidfd_open(pid)
+    """Wait until a process that is not our child has ended; one that does not is killed."""
     try:
-        assert select.select([fd], [], [], SECONDS_MAX)[0], f"process {pid} does not end"
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not select.select([fd], [], [], SECONDS_MAX)[0]:
+            os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"process {pid} did not end")
     finally:
         os.close(fd)
+
+
+def end_by(pid_file: Path) -> None:
+    """End the server that wrote its process id there, if it did."""
+    if not pid_file.exists():
+        return
+    pid = int(pid_file.read_text())
+    pid_file.unlink()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    wait_gone(pid)
 
 
 @dataclass
@@ -95,15 +111,11 @@ class Twin:
         done = call(
             *self.command, "-k", self.socket, "--fork", f"--pid-file={pid_file}", "-t", *words
         )
-        assert done.returncode == 0 or "guessed raw" in done.stderr, done.stderr
-        pid = int(pid_file.read_text())
         try:
+            assert done.returncode == 0 or "guessed raw" in done.stderr, done.stderr
             yield uri(self.socket, export)
         finally:
-            os.kill(pid, signal.SIGTERM)
-            with contextlib.suppress(ProcessLookupError):
-                wait_gone(pid)
-            pid_file.unlink()
+            end_by(pid_file)
 
     def info(self, *words: str | Path, export: str = "") -> Any:
         """What nbdinfo says of an image that is served with these flags, and of its maps."""

@@ -28,6 +28,7 @@ from .look_alike import (
     Twin,
     call,
     checked,
+    end_by,
     environment,
     need,
     ours,
@@ -426,9 +427,12 @@ def test_script_finds_the_stand_in_on_its_path(images: Path, tmp_path: Path) -> 
     """
     env = {**environment(), "PATH": f"{program.parent}:{os.environ['PATH']}"}
     env["NBDSH"] = " ".join(NBDSH)
-    done = subprocess.run(
-        ["sh", "-c", script], cwd=images, env=env, capture_output=True, text=True, timeout=30
-    )
+    try:
+        done = subprocess.run(
+            ["sh", "-c", script], cwd=images, env=env, capture_output=True, text=True, timeout=30
+        )
+    finally:
+        end_by(images / "pid")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{8 * MIB}\nbytearray(b'\\x04\\x04\\x04\\x04')\n"
 
