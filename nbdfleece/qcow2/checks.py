@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+
 from ..block.file import FileNode
-from ..errors import ImageError, UnsupportedImageError
+from ..errors import ImageError
+from .check import Repair, examine, read_header
+from .check_repair import repair_image
 from .header import Header, Incompatible
+
+_log = logging.getLogger(__name__)
 
 
 def check_supported(header: Header, file: FileNode) -> None:
     """Refuse what we cannot read rightly, and what must not be written.
 
     Raises:
-        UnsupportedImageError: A feature that we do not have, by its name.
-        ImageError: The image is marked corrupt and is to be written.
+        ImageError: The image contradicts itself, or is marked corrupt and is to be written.
     """
     if header.has_data_file and header.snapshot_count:
         raise ImageError(file.path, "an image with an external data file cannot have snapshots")
@@ -23,12 +28,34 @@ def check_supported(header: Header, file: FileNode) -> None:
             file.path,
             "marked corrupt: open it read-only, or repair it with 'qemu-img check -r all'",
         )
-    if header.incompatible_features & Incompatible.DIRTY:
-        raise UnsupportedImageError(
-            file.path,
-            "not closed cleanly, and its refcounts are lazy:"
-            " open it read-only, or repair it with 'qemu-img check -r all'",
-        )
+
+
+async def repair_refcounts(header: Header, file: FileNode) -> Header:
+    """Before an image is written, put right the refcounts that another program was lazy with.
+
+    The dirty bit says that it did not close the image; it stays until they are durable. We
+    are never lazy ourselves.
+
+    Returns:
+        The header as it is then.
+
+    Raises:
+        OSError: The file could not be read or written.
+        ImageError: There is more wrong than refcounts: the image must not be written.
+    """
+    if file.read_only or not header.incompatible_features & Incompatible.DIRTY:
+        return header
+    first, findings = await examine(file)
+    result = await repair_image(file, first, findings, Repair.ALL)
+    if result.corruptions or result.check_errors:
+        found = next((text for text in result.messages if text.startswith("ERROR")), "too much")
+        raise ImageError(file.path, f"not closed cleanly, and beyond repair: {found}")
+    _log.warning(
+        "%s: not closed cleanly: %d refcounts repaired",
+        file.path,
+        result.corruptions_fixed + result.leaks_fixed,
+    )
+    return await read_header(file)
 
 
 def check_refcount_table(blocks: list[int], header: Header, file: FileNode) -> None:

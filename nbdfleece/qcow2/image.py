@@ -37,7 +37,7 @@ from .backing import (
     check_chain,
     resolve_name,
 )
-from .checks import check_refcount_table, check_supported
+from .checks import check_refcount_table, check_supported, repair_refcounts
 from .compressed import compressed_range, inflate
 from .entries import (
     COPIED,
@@ -192,6 +192,7 @@ class Qcow2Image(BlockNode):
             raw = await file.read(0, min(file.size, HEADER_BYTES_MAX))
             header = unpack_header(raw, file.path, file.size)
             check_supported(header, file)
+            header = await repair_refcounts(header, file)
             snapshots, snapshots_bytes = await read_snapshots(file, header)
             disk = _choose_disk(file, header, snapshots, snapshot)
             data_file = _open_data_file(file, header, backing_policy, force_share)

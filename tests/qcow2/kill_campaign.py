@@ -41,7 +41,7 @@ PROGRAM = str(Path(sys.executable).with_name("nbdfleece"))
 IMAGE_OPTIONS = [
     "cluster_size=65536",
     "cluster_size=4096",
-    "cluster_size=512",
+    "cluster_size=2048",
     "cluster_size=65536,extended_l2=on",
 ]
 """Of the images that take turns."""
