@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import warnings
 
 from conformance.case import (
     TLS_FORCED,
@@ -271,9 +272,11 @@ def tls_1_1_is_refused(server: Server) -> str:
     """TLS 1.1 is not accepted by default."""
     context = server.tls_context(ssl.TLSVersion.TLSv1_2)
     context.set_ciphers("ALL:@SECLEVEL=0")
-    # The deprecated version is what this case is about: the constant alone would warn.
-    context.options |= ssl.OP_NO_TLSv1_2 | ssl.OP_NO_TLSv1_3
-    context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+    with warnings.catch_warnings():
+        # The deprecated version is what this case is about.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.options |= ssl.OP_NO_TLSv1_2 | ssl.OP_NO_TLSv1_3
+        context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
     with plain(server) as client:
         try:
             client.start_tls(context)
