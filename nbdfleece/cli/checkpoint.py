@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
+from ..errors import UsageError
 from .client import client_options, disks_option, execute, owner_option
+from .image_checkpoint import (
+    create_checkpoint,
+    delete_checkpoint,
+    images_option,
+    query_checkpoints,
+)
 from .output import format_time, print_json, print_table
 from .sizes import format_size, parse_age
 
@@ -21,11 +28,22 @@ def checkpoint() -> None:
 @click.argument("name")
 @disks_option
 @owner_option
+@images_option
 @client_options
 def create(
-    name: str, disks: tuple[str, ...], owner: str, control: Path | None, as_json: bool
+    name: str,
+    disks: tuple[str, ...],
+    owner: str,
+    images: tuple[Path, ...],
+    control: Path | None,
+    as_json: bool,
 ) -> None:
     """Make a checkpoint without a snapshot."""
+    if images:
+        if disks:
+            raise UsageError("--disk is a server's: not with --image")
+        create_checkpoint(images, name, owner)
+        return
     arguments = {"name": name, "disks": disks or None, "owner": owner}
     result = execute(control, "checkpoint-create", arguments)
     if as_json:
@@ -33,10 +51,11 @@ def create(
 
 
 @checkpoint.command("list")
+@images_option
 @client_options
-def list_checkpoints(control: Path | None, as_json: bool) -> None:
+def list_checkpoints(images: tuple[Path, ...], control: Path | None, as_json: bool) -> None:
     """List checkpoints, oldest first, with what changed after each."""
-    found = execute(control, "query-checkpoints")
+    found = query_checkpoints(images) if images else execute(control, "query-checkpoints")
     if as_json:
         print_json(found)
         return
@@ -63,9 +82,13 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
 
 @checkpoint.command()
 @click.argument("name")
+@images_option
 @client_options
-def delete(name: str, control: Path | None, as_json: bool) -> None:
+def delete(name: str, images: tuple[Path, ...], control: Path | None, as_json: bool) -> None:
     """Delete a checkpoint; its changes go to the one before it."""
+    if images:
+        delete_checkpoint(images, name)
+        return
     result = execute(control, "checkpoint-delete", {"name": name})
     if as_json:
         print_json(result)

@@ -73,6 +73,39 @@ class Checkpoint(msgspec.Struct, frozen=True, array_like=True, omit_defaults=Tru
         return msgspec.structs.replace(self, state=state, disks=disks)
 
 
+class PendingChange(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw_only=True):
+    """A change of bitmaps of several images that is under way (:mod:`.offline`).
+
+    Attributes:
+        operation: ``add``, ``remove``, ``clear``, ``enable``, ``disable`` or ``merge``.
+        bitmap: The bitmap that it is about.
+        id: The same on every image.
+        disks: Identities of all images.
+        names: Their file names at that time, for people.
+        done: It has been done on this image.
+        sources: What is merged into the bitmap.
+        granularity: Of a bitmap that is added; 0 for the usual.
+        recording: Whether a bitmap that is added records.
+    """
+
+    operation: str
+    bitmap: str
+    id: str = ""
+    disks: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    done: bool = False
+    sources: tuple[str, ...] = ()
+    granularity: int = 0
+    recording: bool = True
+
+    def describe(self, path: str) -> str:
+        """What to say of an image on which it was interrupted, to whoever wants to use that."""
+        return (
+            f"{path}: '{self.operation}' of bitmap '{self.bitmap}' was interrupted on the images"
+            f" {', '.join(self.names)}: run 'nbdfleece bitmap settle' with all of them"
+        )
+
+
 class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw_only=True):
     """The checkpoints of one disk, oldest first.
 
@@ -81,12 +114,14 @@ class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw
             as long as the image holds no record.
         logged: Whether the stored bits of what records are kept a superset by activity
             logs, so that they can be believed although they are in use.
+        change: A change of bitmaps that was begun on several images and not settled.
     """
 
     version: int = 1
     disk_id: str = ""
     checkpoints: tuple[Checkpoint, ...] = ()
     logged: bool = False
+    change: PendingChange | None = None
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -117,6 +152,10 @@ class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw
     def with_logs(self, logged: bool) -> Chain:
         """The chain of a disk whose recording bitmaps are logged, or not."""
         return msgspec.structs.replace(self, logged=logged)
+
+    def with_change(self, change: PendingChange | None) -> Chain:
+        """The chain of an image on which a change is under way, or not any more."""
+        return msgspec.structs.replace(self, change=change)
 
     def with_identity(self) -> Chain:
         """The chain of a disk that can be named by others."""

@@ -128,6 +128,7 @@ class Disk:
         Raises:
             OSError: The image cannot be opened.
             ImageError: It is damaged, in use, or of a kind that is not supported.
+            StateError: A change of its bitmaps was interrupted and must be settled first.
         """
         image = await Qcow2Image.open(path, read_only=False)
         try:
@@ -191,10 +192,14 @@ class Disk:
         if record is None:
             return Chain()
         try:
-            return unpack_chain(record.payload)
+            chain = unpack_chain(record.payload)
         except StateError as error:
             self.chain_problem = str(error)
             return Chain()
+        if chain.change is not None:
+            # What is done late must not meet bits recorded in between (rule 2).
+            raise StateError(chain.change.describe(self.image.path))
+        return chain
 
     async def ensure_identity(self) -> None:
         """Give the disk an identity in its image, if it has none, before others refer to it.
