@@ -25,6 +25,8 @@ KEPT_BYTES = 50_000
 DROPPED_BYTES = 300_000
 ROUNDS_BETWEEN = 2
 INCREMENTS = 2
+ROUNDS_AHEAD_MAX = 2
+"""How far the disk may be ahead of what the console has said: a round, and a line on its way."""
 
 
 def content(number: int, length: int) -> bytes:
@@ -72,7 +74,7 @@ class Backups:
         parent = ("--since", mode[1]) if len(mode) > 1 else ()
         words = ("backup", "begin", name, "--checkpoint", name, *parent, "--json")
         begun = checked(self.run(*words, "--control", "c")).json
-        self.rounds[name] = (first, self._synced() + 1)
+        self.rounds[name] = (first, self._synced() + ROUNDS_AHEAD_MAX)
         self._wait_rounds()
         uri = "vda=" + begun["disks"][0]["uris"][0]
         checked(self.run("pull", uri, "--to", self.folder, "--checkpoint", name, *mode))
