@@ -74,7 +74,9 @@ class LazyGroup(click.Group):
 def cli(verbose: int) -> None:
     """Live qcow2 disks over NBD: dirty bitmaps, checkpoints and snapshots.
 
-    ``serve`` runs a server; all other commands talk to a running one over its control socket.
+    ``serve`` runs a server; commands on disks, snapshots and backups talk to a running one over
+    its control socket. check, create, bitmap, and all others that are given a FILE or --image
+    work on images that no server has open.
     """
     logs.configure(verbose)
 

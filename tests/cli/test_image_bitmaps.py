@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,53 @@ def test_checkpoint_that_one_image_cannot_take_is_made_on_none(
     assert (outcome.status, len(outcome.errors.splitlines())) == (1, 1)
     assert as_qemu_sees(images[0]) == {}
     assert run("checkpoint", "list", "--json", *words).json == []
+
+
+def test_changes_after_a_kill_of_the_server_keep_the_checkpoint(
+    run: Run, start: Start, images: list[Path], tmp_path: Path
+) -> None:
+    """What the recording bitmap's log promises holds through a change made offline."""
+    server = start("--disk", "vda=a.qcow2", "--scratch-dir", tmp_path)
+    done(run, "checkpoint", "create", "monday")
+    uri = f"nbd+unix:///vda?socket={tmp_path}/nbdfleece/nbd.sock"
+    words = ["qemu-io", "-f", "raw", "-c", "write 1M 64k", "-c", "flush", uri]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    server.end(signal.SIGKILL)
+    done(run, "bitmap", "add", "x", *images)
+    [found] = run("checkpoint", "list", "--json", "--image", images[0]).json
+    link = found["disks"][str(images[0])]
+    assert link["problem"] is None
+    assert link["changed"] >= 65536
+    start("--disk", "vda=a.qcow2", "--scratch-dir", tmp_path)
+    [found] = run("checkpoint", "list", "--json").json
+    assert found["disks"]["vda"]["problem"] is None
+
+
+def test_killed_command_is_settled_by_the_next(run: Run, images: list[Path]) -> None:
+    """A real process, ended by SIGKILL at one of its writes."""
+    for image in images:
+        done(run, "bitmap", "add", "b", image)
+    script = (
+        "import os, sys\n"
+        "from nbdfleece.block.file import FileNode\n"
+        "from nbdfleece.cli.main import main\n"
+        "left, write = int(sys.argv[1]), FileNode.write\n"
+        "async def mortal(*arguments):\n"
+        "    global left\n"
+        "    left -= 1\n"
+        "    if left < 0:\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    await write(*arguments)\n"
+        "FileNode.write = mortal\n"
+        "sys.exit(main(sys.argv[2:]))\n"
+    )
+    for write in range(1, 60, 14):
+        name = f"new{write}"
+        words = [sys.executable, "-c", script, str(write), "bitmap", "add", name, *images]
+        ended = subprocess.run(words, capture_output=True)
+        assert ended.returncode in (0, -signal.SIGKILL)
+        assert run("bitmap", "settle", *images).status == 0
+        found = [name in as_qemu_sees(image) for image in images]
+        assert found[0] == found[1], f"killed at write {write}"
+        if ended.returncode == 0:
+            assert found[0]
