@@ -307,12 +307,44 @@ class Writer:
         )
 
     async def _write_zero_data(self, offset: int, end: int) -> None:
-        """Write zeroes as data, cluster by cluster, where the range is not zero already."""
+        """Write zeroes as data, cluster by cluster, where the range is not zero already.
+
+        Whole subclusters get their zero bits instead.
+        """
         while offset < end:
             stop = min(end, (offset | self._cluster_size - 1) + 1)
             if not await self._is_zero(offset):
-                await self._write(offset, memoryview(bytes(stop - offset)))
+                mask = self._subcluster_size - 1
+                first, last = offset + mask & ~mask, stop & ~mask
+                if self._subcluster_size and first < last:
+                    await self._zero_subclusters(offset, first, last, stop)
+                else:
+                    await self._write(offset, memoryview(bytes(stop - offset)))
             offset = stop
+
+    async def _zero_subclusters(self, offset: int, first: int, last: int, end: int) -> None:
+        """Zero ``[offset, end)`` inside a cluster, whole subclusters from ``first`` to ``last``."""
+        for low, high in ((offset, first), (last, end)):
+            if low < high:
+                await self._write(low, memoryview(bytes(high - low)))
+        await self._space.zero(first, last - first, unmap=False)
+        await self._for_each_part(first, last, partial(self._set_zero_bits, first, last))
+
+    async def _set_zero_bits(self, offset: int, end: int, part: _Part) -> None:
+        """Let subclusters read as zeroes, by their bits if the cluster's entry can have such."""
+        index, entry = part.first, part.table.entries[part.first]
+        kind = kind_of(entry)
+        if not (_may_be_partial(Run(kind, 1, entry)) or (kind is Kind.NORMAL and entry & COPIED)):
+            await self._write(offset, memoryview(bytes(end - offset)))
+            return
+        within = offset & self._cluster_size - 1
+        first = within // self._subcluster_size
+        touched = (1 << first + (end - offset) // self._subcluster_size) - (1 << first)
+        bitmap = bitmap_of(entry, part.table.bitmap(index)) & ~touched
+        bitmap |= touched << SUBCLUSTERS_PER_CLUSTER
+        part.table.set_bitmap(index, bitmap)
+        host_and_copied = entry & (OFFSET_MASK | COPIED)
+        self._set(part, index, 1, entry_with_bitmap(host_and_copied, bitmap), 0)
 
     async def _change_clusters(self, first: int, last: int, change: _Change) -> None:
         """Apply a change to every run of the whole clusters in ``[first, last)``."""

@@ -223,6 +223,38 @@ async def test_write_zeroes_without_unmap_keeps_and_takes_space(folder: Path) ->
     assert qemu_content(path) == bytes(MIB)
 
 
+@pytest.mark.parametrize("has_backing", [False, True])
+async def test_zeroes_over_whole_subclusters_are_bits_and_no_data(
+    folder: Path, has_backing: bool
+) -> None:
+    path = folder / "disk.qcow2"
+    content = bytearray(b"\x05" * 65536 * 2) if has_backing else bytearray(65536 * 2)
+    backing: dict[str, str] = {}
+    if has_backing:
+        (folder / "base.raw").write_bytes(content)
+        backing = {"backing_file": "base.raw", "backing_format": "raw"}
+    await create_image(path, 65536 * 2, extended_l2=True, **backing)
+    image = await Qcow2Image.open(path, read_only=False)
+    await image.write(0, memoryview(b"x" * 65536))
+    content[:65536] = b"x" * 65536
+    await image.flush()
+    for offset, length in ((4096, 6144), (65536 + 2048, 30000), (60000, 10000)):
+        await image.write_zeroes(offset, length)
+        content[offset : offset + length] = bytes(length)
+    buffer = bytearray(len(content))
+    await image.read_into(0, memoryview(buffer))
+    assert buffer == content
+    status = await image.block_status(4096, 6144)
+    assert status.pairs() == [(6144, 0x102)]  # zero, with a host cluster
+    used = path.stat().st_blocks
+    await image.write_zeroes(65536 + 40960, 20480)
+    content[65536 + 40960 : 65536 + 61440] = bytes(20480)
+    await image.close()
+    assert path.stat().st_blocks <= used
+    check(path)
+    assert qemu_content(path) == content
+
+
 async def test_fast_zero_of_part_of_a_data_cluster_is_refused(folder: Path) -> None:
     path = folder / "disk.qcow2"
     await create_image(path, MIB)
