@@ -135,6 +135,7 @@ class Negotiation:
         self._option_length = 0
         self._skip_left = 0
         self._options = 0
+        self._excesses: dict[str, None] = {}
         self._shutting_down = False
         self._structured_replies = False
         self._extended_headers = False
@@ -179,6 +180,11 @@ class Negotiation:
         Spec: proto.md, "Termination of the session during option haggling".
         """
         self._shutting_down = True
+
+    def take_excesses(self) -> list[str]:
+        """Limits that options have exceeded since the last call, for the log; each once."""
+        excesses, self._excesses = self._excesses, {}
+        return list(excesses)
 
     # The machine.
 
@@ -277,6 +283,8 @@ class Negotiation:
             if self._option == Option.EXPORT_NAME:
                 self._close(f"EXPORT_NAME refused: {error.text}")
             else:
+                if error.reply is OptionReply.ERR_TOO_BIG:
+                    self._excesses[f"option {self._option} refused: {error.text}"] = None
                 self._reply(error.reply, encode_error_text(error.text))
 
     def _check_admissible(self) -> None:

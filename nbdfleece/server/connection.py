@@ -33,18 +33,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from enum import Enum
 from typing import Final, Protocol
 
-from ..errors import NbdfleeceError, ProtocolError
+from ..errors import ProtocolError
 from ..export.export import Export
 from ..nbd.negotiation import MayAccess, Negotiation
 from ..nbd.outcomes import Closed, Negotiated, Outcome, StartTls, TlsMode
 from .buffers import BufferPool
 from .catalogue import Catalogue
 from .channel import Channel, SocketChannel
+from .connection_log import ConnectionLog
 from .inbox import Inbox
 from .limits import Limits
 from .outbox import Outbox
@@ -55,9 +55,6 @@ logger = logging.getLogger("nbdfleece.server")
 
 LINGER_SECONDS: Final = 1.0
 """How long a client may take to notice that the server has ended its connection."""
-
-FAILURES_LOGGED_MAX: Final = 10
-"""Failed requests that are logged for each connection and minute; a broken disk fails thousands."""
 
 
 class State(Enum):
@@ -99,9 +96,12 @@ class Handshake:
 
     needed = 1
 
-    def __init__(self, negotiation: Negotiation, outbox: Outbox, limits: Limits) -> None:
+    def __init__(
+        self, negotiation: Negotiation, outbox: Outbox, limits: Limits, log: ConnectionLog
+    ) -> None:
         self._negotiation = negotiation
         self._outbox = outbox
+        self._log = log
         self._reply_bytes_max = limits.wire.reply_bytes_max
         self._has_more = True
 
@@ -136,6 +136,8 @@ class Handshake:
                 self._has_more = False
                 break
             self._outbox.put(reply)
+        for excess in self._negotiation.take_excesses():
+            self._log.limit(excess, level=logging.WARNING)
         return self._has_more
 
     def receive_eof(self) -> None:
@@ -170,6 +172,7 @@ class Connection:
         self._is_shutting_down = False
         self.outbox = Outbox(host.pool)
         self.peer = channel.peer
+        self._log = ConnectionLog(self.peer)
         self._host = host
         self._limits = host.limits
         self._channel = channel
@@ -183,7 +186,6 @@ class Connection:
         self._timer: asyncio.TimerHandle | None = None
         self._drain_waiters: list[asyncio.Future[None]] = []
         self._progress = (0, 0)
-        self._failures = FailureLog(self.peer)
         self._ends_first = False
         self._is_released = False
 
@@ -416,7 +418,7 @@ class Connection:
         )
         if self._is_shutting_down:
             negotiation.shut_down()
-        return Handshake(negotiation, self.outbox, self._limits)
+        return Handshake(negotiation, self.outbox, self._limits, self._log)
 
     def _begin_tls(self, outcome: StartTls) -> None:
         """Everything received so far is forgotten; the handshake begins anew inside TLS."""
@@ -562,38 +564,13 @@ class Connection:
         self._is_released = True
         if self._tick is not None:
             self._tick.cancel()
-        self._failures.close()
+        self._log.close()
         self._host.closed(self)
 
     def log_failure(self, text: str, error: BaseException) -> None:
         """Note a request that failed for a reason of ours, not more often than is readable."""
-        self._failures.log(text, error)
+        self._log.failure(text, error)
 
-
-class FailureLog:
-    """Failed requests in the log, at most :data:`FAILURES_LOGGED_MAX` a minute."""
-
-    def __init__(self, peer: str) -> None:
-        self._peer = peer
-        self._minute = 0
-        self._logged = 0
-        self._left_out = 0
-
-    def log(self, text: str, error: BaseException) -> None:
-        """Write one line; with a traceback if the error is a bug of ours."""
-        minute = int(time.monotonic() / 60)
-        if minute != self._minute:
-            self.close()
-            self._minute, self._logged = minute, 0
-        if self._logged >= FAILURES_LOGGED_MAX:
-            self._left_out += 1
-            return
-        self._logged += 1
-        known = isinstance(error, (OSError, NbdfleeceError))
-        logger.error("%s: %s: %s", self._peer, text, error, exc_info=None if known else error)
-
-    def close(self) -> None:
-        """Say how many lines were left out."""
-        if self._left_out:
-            logger.error("%s: %d more requests failed", self._peer, self._left_out)
-            self._left_out = 0
+    def log_pause(self, text: str) -> None:
+        """Note what makes this client wait."""
+        self._log.limit(text, level=logging.INFO)

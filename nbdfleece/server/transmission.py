@@ -98,6 +98,9 @@ class Host(Protocol):
     def log_failure(self, text: str, error: BaseException) -> None:
         """Note a request that failed for a reason of ours."""
 
+    def log_pause(self, text: str) -> None:
+        """Note which limit makes the client wait."""
+
 
 class Transmission:
     """The requests of one connection.
@@ -193,7 +196,18 @@ class Transmission:
                 is_open = self.is_open
             elif self.requests_in_flight:
                 is_open = self.is_open
+        if not is_open:
+            self._host.log_pause(self._describe_pause())
         return True
+
+    def _describe_pause(self) -> str:
+        """Which limit the client must wait for."""
+        wire = self._limits.wire
+        if self._outbox.queued_bytes >= self._limits.queued_bytes_max:
+            return f"paused: more than {self._limits.queued_bytes_max} bytes of replies are unread"
+        if self.requests_in_flight >= wire.requests_in_flight_max:
+            return f"paused: {wire.requests_in_flight_max} requests are in flight, the limit"
+        return f"paused: {wire.bytes_in_flight_max} bytes in flight are the limit"
 
     def _handle_next(self, inbox: Inbox) -> int | None:
         """Handle the next request; returns its length, or None if not all of it is here."""

@@ -12,8 +12,9 @@ import struct
 import pytest
 
 from nbdfleece.nbd.constants import Command, Option, OptionReply
+from nbdfleece.nbd.limits import Limits as WireLimits
 from nbdfleece.server.channel import SocketChannel
-from nbdfleece.server.connection import FAILURES_LOGGED_MAX
+from nbdfleece.server.connection_log import FAILURES_LOGGED_MAX, LIMITS_LOGGED_MAX
 from nbdfleece.server.limits import Limits
 from tests.memory_node import MemoryNode
 
@@ -117,6 +118,44 @@ async def test_busy_client_does_not_starve_another(serve: Serve) -> None:
         turns += 1
     assert await reading == bytes(512)
     assert turns < 200
+
+
+async def test_pauses_are_logged_once(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    node = MemoryNode(MIB)
+    wire = WireLimits(requests_in_flight_max=4)
+    served = serve(node, limits=Limits(queued_bytes_max=MIB, wire=wire))
+    hog = await served.open()
+    await flood(hog, 2_000, 64 * KIB)
+    client = await served.open()
+    gate = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: gate
+    for _ in range(3):
+        await client.send(pack_request(Command.FLUSH, 0, 0) * 8)
+        await settled()
+    gate.set_result(None)
+    for _ in range(24):
+        await client.reply()
+    assert caplog.text.count("more than 1048576 bytes of replies are unread") == 1
+    assert caplog.text.count("paused: 4 requests are in flight, the limit") == 1
+
+
+async def test_options_that_exceed_limits_are_logged(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serve(MemoryNode(MIB), limits=Limits(wire=WireLimits(queries_max=2)))
+    client = await served.connect()
+    await client.receive(18)
+    await client.send(HELLO)
+    for _ in range(3):
+        queries = b"\0\0\0\5base:" * 3
+        await client.option(Option.LIST_META_CONTEXT, b"\0\0\0\1x\0\0\0\3" + queries)
+        assert (await client.option_reply())[0] == OptionReply.ERR_TOO_BIG
+    for length in range(300_000, 300_050):
+        await client.option(Option.INFO, bytes(length))
+        assert (await client.option_reply())[0] == OptionReply.ERR_TOO_BIG
+    assert caplog.text.count("option 9 refused: 3 queries are too many, 2 are allowed") == 1
+    assert caplog.text.count("bytes of data are too many") == LIMITS_LOGGED_MAX - 1
 
 
 async def test_pipelined_options_are_all_answered(serve: Serve) -> None:

@@ -12,6 +12,7 @@ from nbdfleece.errors import SnapshotError
 from nbdfleece.export.export import Export
 from nbdfleece.extents import Extents
 from nbdfleece.nbd.constants import Command, CommandFlag, Error, ReplyType
+from nbdfleece.nbd.limits import Limits as WireLimits
 from nbdfleece.server.limits import Limits
 from nbdfleece.server.transmission import BAD_BLOCKS_MAX
 from tests.memory_node import MemoryNode
@@ -457,3 +458,41 @@ async def test_export_below_its_minimum_block_size_is_refused(serve: Serve) -> N
     export: Export = export_of(MemoryNode(CONTENT), minimum_block_size=4096)
     client = await serve([export]).open()
     assert (await client.perform(Command.READ, 512, 512)).error == Error.EINVAL
+
+
+async def test_flush_on_one_connection_covers_writes_of_another(serve: Serve) -> None:
+    """69: what CAN_MULTI_CONN promises."""
+    node = MemoryNode(MIB)
+    order: list[str] = []
+    node.pause = lambda operation: order.append(operation)
+    served = serve(node)
+    writer, flusher = await served.open(), await served.open()
+    assert (await writer.perform(Command.WRITE, 0, payload=b"m" * 512)).error == 0
+    assert (await flusher.perform(Command.FLUSH)).error == 0
+    assert order == ["write", "flush"], "one node, one cache, one flush"
+    assert await flusher.read(0, 512) == b"m" * 512
+
+
+async def test_walk_goes_on_where_a_reply_was_cut(serve: Serve) -> None:
+    """155, 156: no more extents than the limit, and the next request continues."""
+    node = sparse_node(*(range(block, block + 3) for block in range(0, 256, 7)))
+    limits = Limits(wire=WireLimits(extents_max=3))
+    client = await serve(node, limits=limits).open(contexts=["base:allocation"])
+    offset, found = 0, []
+    while offset < MIB:
+        await client.request(Command.BLOCK_STATUS, offset, MIB - offset)
+        _, extents = extents_of(await client.reply())
+        assert 1 <= len(extents) <= 3
+        found += extents
+        offset += sum(length for length, _ in extents)
+    assert offset == MIB
+    holes = {
+        block
+        for index, (length, status) in enumerate(found)
+        for block in range(
+            sum(length for length, _ in found[:index]) // 4096,
+            sum(length for length, _ in found[: index + 1]) // 4096,
+        )
+        if status
+    }
+    assert holes == {block for block in node.holes if block < 256}
