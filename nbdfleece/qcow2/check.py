@@ -270,25 +270,24 @@ async def _count_bitmap(references: References, entry: BitmapEntry) -> None:
 
 def _count_blocks(references: References, table: U64) -> bool:
     """Count the refcount blocks; return whether the structures must be built anew."""
-    header, result = references.header, references.result
-    must_rebuild = False
-    for index in np.flatnonzero(table).tolist():
-        value = int(table[index])
-        offset = value & ~REFCOUNT_TABLE_RESERVED
-        cluster = offset >> header.cluster_bits
-        if value & REFCOUNT_TABLE_RESERVED:
-            result.corrupt(f"refcount table entry {index} has reserved bits set")
-        elif offset % header.cluster_size:
-            result.corrupt(f"refcount block {index} is not at a cluster's start")
-        elif cluster >= references.clusters:
-            result.corrupt(f"refcount block {index} lies past the end of the file")
-        else:
-            references.add_range(offset, header.cluster_size)
-            if references.counts[cluster] == 1:
-                continue
-            result.corrupt(f"refcount block {index} has {references.counts[cluster]} references")
-        must_rebuild = True
-    return must_rebuild
+    size, found = references.header.cluster_size, references.result.corruptions
+    values = table[table != 0]
+    offsets = values & ~np.uint64(REFCOUNT_TABLE_RESERVED)
+    is_odd = (values & np.uint64(REFCOUNT_TABLE_RESERVED)) != 0
+    is_unaligned = ~is_odd & (offsets % np.uint64(size) != 0)
+    is_outside = ~is_odd & ~is_unaligned & (offsets >= np.uint64(references.clusters * size))
+    references.count_damage(is_odd, values, "refcount table entry {:#x} has reserved bits set")
+    references.count_damage(is_unaligned, offsets, "refcount block at {:#x}, not at a cluster")
+    references.count_damage(is_outside, offsets, "refcount block at {:#x}, outside the file")
+    places, repeats = np.unique(offsets[~is_odd & ~is_unaligned & ~is_outside], return_counts=True)
+    before = references.counts[(places >> np.uint64(references.cluster_bits)).astype(np.int64)]
+    weights = repeats.astype(np.uint32)
+    references.add_spans(places, np.full(len(places), size, dtype=np.uint64), weights)
+    if references.count_max > 1:  # else the count stays 1, and the excess is damage already
+        weights[before == 0] -= 1
+        text = "refcount block at {:#x} is something else too"
+        references.count_damage(weights != 0, places, text, weights)
+    return references.result.corruptions > found
 
 
 async def _compare(findings: Findings) -> None:

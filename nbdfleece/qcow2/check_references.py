@@ -143,7 +143,7 @@ class References:
             self.overflowed.add(first + index)
         part[over] = self.count_max
 
-    def _add_spans(self, offsets: Entries, lengths: Entries, weights: Counts32) -> None:
+    def add_spans(self, offsets: Entries, lengths: Entries, weights: Counts32) -> None:
         """Count references to many ranges of at most a few clusters each."""
         size, bits = self.header.cluster_size, np.uint64(self.cluster_bits)
         limit = self.file.size + size
@@ -185,7 +185,7 @@ class References:
         if not self.uses:
             return
         spans = np.full(len(offsets), header.cluster_size, dtype=np.uint64)
-        self._add_spans(offsets, spans, total.astype(np.uint32))
+        self.add_spans(offsets, spans, total.astype(np.uint32))
         for batch in self._batches():
             await self._add_l2_tables(batch)
 
@@ -195,17 +195,18 @@ class References:
         raw = await self.file.read(offset, 8 * size)
         entries = np.frombuffer(raw, dtype=">u8").astype(np.uint64)
         entries = entries[entries != 0]
-        self._count_damage(
+        self.count_damage(
             (entries & np.uint64(L1_RESERVED)) != 0, entries, "L1 entry {:#x} has reserved bits set"
         )
         offsets: Entries = entries & np.uint64(OFFSET_MASK)
         unaligned = (offsets & np.uint64(self.header.cluster_size - 1)) != 0
-        self._count_damage(unaligned, offsets, "L2 table at {:#x} is not at a cluster's start")
+        self.count_damage(unaligned, offsets, "L2 table at {:#x} is not at a cluster's start")
         return offsets
 
-    def _count_damage(
+    def count_damage(
         self, bad: Flags, values: Entries, text: str, weights: Counts32 | None = None
     ) -> None:
+        """Note damage of some of many values; ``text`` tells of the first."""
         if bad.any():
             count = int(bad.sum()) if weights is None else int(weights[bad].sum())
             message = text.format(int(values[bad][0]))
@@ -230,20 +231,20 @@ class References:
         result, header = self.result, self.header
         entries, weights = tables.entries, tables.weights
         compressed = tables.is_compressed
-        self._count_damage(
+        self.count_damage(
             ~compressed & ((entries & np.uint64(L2_RESERVED)) != 0),
             entries,
             "L2 entry {:#x} has reserved bits set",
             weights,
         )
-        self._count_damage(
+        self.count_damage(
             compressed & ((entries & np.uint64(COPIED)) != 0),
             entries,
             "L2 entry {:#x} of a compressed cluster has the copied flag",
             weights,
         )
         self._add_compressed(tables)
-        self._count_damage(
+        self.count_damage(
             tables.is_unallocated & ((tables.bitmaps & np.uint64(ALL_ALLOCATED)) != 0),
             entries,
             "L2 entry {:#x} without a cluster has allocated subclusters",
@@ -253,7 +254,7 @@ class References:
         if not header.has_data_file:
             offsets = entries[tables.is_standard] & np.uint64(OFFSET_MASK)
             lengths = np.full(len(offsets), header.cluster_size, dtype=np.uint64)
-            self._add_spans(offsets, lengths, weights[tables.is_standard])
+            self.add_spans(offsets, lengths, weights[tables.is_standard])
         active = tables.active
         result.allocated_clusters += int(active[tables.is_standard | tables.is_counted].sum())
         result.compressed_clusters += int(active[tables.is_counted].sum())
@@ -264,23 +265,23 @@ class References:
         bad_bitmap = tables.is_compressed & (tables.bitmaps != 0)
         if self.header.has_data_file:
             text = "compressed L2 entry {:#x} in an image with a data file"
-            self._count_damage(tables.is_compressed, tables.entries, text, tables.weights)
+            self.count_damage(tables.is_compressed, tables.entries, text, tables.weights)
             return
         text = "compressed L2 entry {:#x} has subclusters"
-        self._count_damage(bad_bitmap, tables.entries, text, tables.weights)
+        self.count_damage(bad_bitmap, tables.entries, text, tables.weights)
         tables.is_counted = tables.is_compressed & ~bad_bitmap
         entries = tables.entries[tables.is_counted]
         offset_bits = 62 - (self.cluster_bits - 8)
         offsets = entries & np.uint64((1 << offset_bits) - 1)
         sectors = entries >> np.uint64(offset_bits) & np.uint64((1 << self.cluster_bits - 8) - 1)
         lengths = (sectors + np.uint64(1)) * np.uint64(512) - (offsets & np.uint64(511))
-        self._add_spans(offsets, lengths, tables.weights[tables.is_counted])
+        self.add_spans(offsets, lengths, tables.weights[tables.is_counted])
 
     def _check_standard(self, tables: L2Batch) -> None:
         """What cannot be in entries with a host cluster."""
         standard, entries, bitmaps = tables.is_standard, tables.entries, tables.bitmaps
         overlap = (bitmaps >> np.uint64(32)) & bitmaps & np.uint64(ALL_ALLOCATED)
-        self._count_damage(
+        self.count_damage(
             standard & (overlap != 0),
             entries,
             "L2 entry {:#x} has subclusters both allocated and zero",
@@ -289,7 +290,7 @@ class References:
         offsets = entries & np.uint64(OFFSET_MASK)
         unaligned = standard & ((offsets & np.uint64(self.header.cluster_size - 1)) != 0)
         text = "cluster at {:#x} is not at a cluster's start"
-        self._count_damage(unaligned, offsets, text, tables.weights)
+        self.count_damage(unaligned, offsets, text, tables.weights)
         if self.header.has_extended_l2:
             empty = (bitmaps & np.uint64(ALL_ALLOCATED)) == 0
         else:
