@@ -19,6 +19,7 @@ EXTRA_BYTES_MAX: Final = 1024
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
 _EXTRA: Final = struct.Struct(">QQ")
+_ENTRY_BYTES_USUAL: Final = 512
 _ENTRY_BYTES_MAX: Final = _ENTRY.size + EXTRA_BYTES_MAX + 2 * 65535 + 8
 
 
@@ -62,7 +63,10 @@ async def read_snapshots(
     for _ in range(header.snapshot_count):
         if offset + _ENTRY.size > file.size or offset - header.snapshots_offset > TABLE_BYTES_MAX:
             raise ImageError(file.path, "the snapshot table has no end", offset=offset)
-        raw = await file.read(offset, min(_ENTRY_BYTES_MAX, file.size - offset))
+        raw = await file.read(offset, min(_ENTRY_BYTES_USUAL, file.size - offset))
+        *_, id_bytes, name_bytes, _, _, _, _, extra = _ENTRY.unpack_from(raw)
+        if _ENTRY.size + extra + id_bytes + name_bytes > len(raw):
+            raw = await file.read(offset, min(_ENTRY_BYTES_MAX, file.size - offset))
         snapshot, length = _unpack_snapshot(raw, header, file.path, offset)
         if strict:
             _check_l1_table(snapshot, header, file)
