@@ -163,6 +163,10 @@ class FileNode(BlockNode):
         """The file descriptor."""
         return self._fd
 
+    def allocated_bytes(self) -> int:
+        """How much space the file takes, which is less than its size if it has holes."""
+        return os.fstat(self._fd).st_blocks * 512
+
     def stable_place(self, offset: int, length: int) -> StablePlace | None:
         """The range itself, if nobody else can write the file and it is in memory."""
         stable = self._stable

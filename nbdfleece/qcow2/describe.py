@@ -7,14 +7,11 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-
 from ..block.file import FileNode
 from ..block.node import BlockNode, BlockStatus
 from ..errors import ImageError
 from .backing import BackingPolicy
 from .bitmap_directory import BitmapGeometry, list_directory, unpack_extension
-from .check import RefcountBlocks
 from .entries import OFFSET_MASK, SUBCLUSTERS_PER_CLUSTER, Kind, Run, find_runs
 from .header import (
     EXTENSION_BITMAPS,
@@ -28,6 +25,7 @@ from .header import (
 )
 from .image import Qcow2Image
 from .snapshots import InternalSnapshot, read_snapshots
+from .status import looks_preallocated
 from .subclusters import subcluster_runs
 
 _COMPRESSION_NAMES: Final = {0: "zlib", 1: "zstd"}
@@ -281,29 +279,10 @@ async def _sparse_images(node: BlockNode | None) -> Sparse:
     """The images of a chain behind whose clusters holes are looked for."""
     found: set[Qcow2Image] = set()
     while isinstance(node, Qcow2Image):
-        if await _looks_preallocated(node):
+        if await looks_preallocated(node):
             found.add(node)
         node = node.backing
     return frozenset(found)
-
-
-async def _looks_preallocated(image: Qcow2Image) -> bool:
-    """Whether more clusters are allocated than the file can have space for."""
-    file = image.file
-    real = os.fstat(file.fileno()).st_blocks * 512 // image.cluster_size
-    threshold = max(real * 10 // 9, real + 2)
-    end = -(-file.size // image.cluster_size)
-    if end < threshold:
-        return False
-    blocks = await RefcountBlocks.read(file, image.header)
-    allocated = 0
-    for index in range(-(-end // blocks.per_block)):
-        block = await blocks.block(index) if blocks.is_readable(index) else None
-        if block is not None:
-            allocated += int(np.count_nonzero(block[: end - index * blocks.per_block]))
-        if allocated >= threshold:
-            return True
-    return False
 
 
 async def _with_holes(image: Qcow2Image, entry: MapEntry) -> list[MapEntry]:

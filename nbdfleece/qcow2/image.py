@@ -121,6 +121,8 @@ class Qcow2Image(BlockNode):
         self.quarantine = Quarantine()
         self.snapshots: list[InternalSnapshot] = []
         """The internal snapshots that the image has."""
+        self.has_holes_below: bool | None = None
+        """Whether data clusters may lie in holes of the file; None until it was looked."""
         self._tables = self.mapping.tables
         self._cluster_bits = header.cluster_bits
         self._cluster_mask = header.cluster_size - 1

@@ -1,4 +1,10 @@
-"""Block status of a qcow2 image: what is allocated where in the chain, and what is zero."""
+"""Block status of a qcow2 image: what is allocated where in the chain, and what is zero.
+
+An image with preallocated metadata calls all of its disk data. As in QEMU, where more
+clusters are allocated than the file has space for, the file below is asked for holes, and
+data clusters in them are zero. That is true whenever it is said; the guess only spares other
+images the question.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ import numpy as np
 
 from ..block.node import DEPTH_SHIFT, BlockStatus, block_status_word
 from ..extents import Extents, Status
+from .check import RefcountBlocks
 from .entries import (
     COMPRESSED,
     COPIED,
@@ -20,6 +27,7 @@ from .entries import (
     Entries,
     Kind,
     L2Table,
+    find_runs,
     kind_of,
 )
 from .subclusters import subcluster_runs
@@ -45,12 +53,17 @@ _STATUS_OF_KIND: Final = {
 }
 """Of a whole cluster of a kind that needs no further look."""
 
+_HOLES_MAX: Final = 1 << 14
+"""Pieces of one L2 table's clusters that holes are sought in; beyond it is all data."""
+
 _ASK_BACKING: Final = 1 << 31
 """In place of a status word: the backing file knows."""
 
 
 async def describe(image: Qcow2Image, offset: int, length: int, extents_max: int) -> Extents:
     """The block status of a guest range; see :meth:`BlockNode.block_status`."""
+    if image.has_holes_below is None:
+        image.has_holes_below = await looks_preallocated(image)
     end = offset + length
     table_bytes = image.layout.l2_entries * image.cluster_size
     parts: list[Extents] = []
@@ -78,6 +91,8 @@ def uniform(image: Qcow2Image, offset: int, length: int) -> int | None:
     if table is None:
         return None if image.mapping.has_table(l1_index) else nothing
     kind = kind_of(table.entries[index])
+    if kind is Kind.NORMAL and image.has_holes_below is not False:
+        return None
     return nothing if kind is Kind.UNALLOCATED else _STATUS_OF_KIND.get(kind)
 
 
@@ -99,7 +114,62 @@ async def _own_status(image: Qcow2Image, offset: int, length: int) -> Extents:
     bounds = np.clip(bounds, within, within + length)
     lengths = bounds[1:] - bounds[:-1]
     inside = lengths > 0
-    return Extents(lengths[inside], status[inside]).merged()
+    own = Extents(lengths[inside], status[inside]).merged()
+    if image.has_holes_below:
+        own = _with_holes(own, await _holes_below(image, table, first, offset, length))
+    return own
+
+
+async def _holes_below(
+    image: Qcow2Image, table: L2Table, first: int, offset: int, length: int
+) -> Extents:
+    """Where host clusters lie in holes of the file: status 1; what is said to be no data, any."""
+    size = image.cluster_size
+    position = -(offset % size)
+    end = first + (length - position - 1) // size + 1
+    pairs: list[tuple[int, int]] = []
+    for run in find_runs(table, first, end, size):
+        start, stop = max(position, 0), min(position + run.clusters * size, length)
+        host = (run.entry & OFFSET_MASK) + start - position
+        position += run.clusters * size
+        if run.kind not in (Kind.NORMAL, Kind.SUBCLUSTERS) or len(pairs) > _HOLES_MAX:
+            pairs.append((stop - start, 0))
+            continue
+        while start < stop:
+            below = await image.data_file.block_status(host, stop - start)
+            is_zero = (below.status & np.uint32(BlockStatus.ZERO)) != 0
+            pairs += zip(below.lengths.tolist(), is_zero.tolist(), strict=True)
+            start, host = start + below.total(), host + below.total()
+    return Extents.from_pairs(pairs)
+
+
+def _with_holes(own: Extents, holes: Extents) -> Extents:
+    """Make data that lie in holes zeroes."""
+    own_ends, holes_ends = np.cumsum(own.lengths), np.cumsum(holes.lengths)
+    ends = np.union1d(own_ends, holes_ends)
+    status = own.status[np.searchsorted(own_ends, ends)]
+    is_hole = holes.status[np.searchsorted(holes_ends, ends)] != 0
+    status[is_hole & (status == _DATA)] = _ZERO_ALLOC
+    return Extents(np.diff(ends, prepend=0), status).merged()
+
+
+async def looks_preallocated(image: Qcow2Image) -> bool:
+    """Whether more clusters are allocated than the file can have space for."""
+    file = image.file
+    real = file.allocated_bytes() // image.cluster_size
+    threshold = max(real * 10 // 9, real + 2)
+    end = -(-file.size // image.cluster_size)
+    if end < threshold:
+        return False
+    blocks = await RefcountBlocks.read(file, image.header)
+    allocated = 0
+    for index in range(-(-end // blocks.per_block)):
+        block = await blocks.block(index) if blocks.is_readable(index) else None
+        if block is not None:
+            allocated += int(np.count_nonzero(block[: end - index * blocks.per_block]))
+        if allocated >= threshold:
+            return True
+    return False
 
 
 def _with_subclusters(

@@ -196,6 +196,9 @@ class FakeDisk(FileNode):
         self._meet_fault()
         self.log.flushes.append(Flush(begin, len(self.log.records)))
 
+    def allocated_bytes(self) -> int:
+        return len(self.content)
+
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20
     ) -> Extents:
