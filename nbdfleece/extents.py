@@ -45,6 +45,8 @@ class Extents(NamedTuple):
     def concatenate(cls, parts: Iterable[Extents]) -> Extents:
         """The parts one after another, adjacent equal extents merged."""
         rows = list(parts)
+        if len(rows) == 1:
+            return rows[0].merged()
         return cls(
             np.concatenate([part.lengths for part in rows]),
             np.concatenate([part.status for part in rows]),
@@ -60,20 +62,20 @@ class Extents(NamedTuple):
 
     def merged(self) -> Extents:
         """The same description with adjacent equal extents joined."""
-        count = len(self.status)
-        if count < 2:
+        if len(self.status) < 2:
             return self
-        starts = np.flatnonzero(self.status[1:] != self.status[:-1]) + 1
-        if len(starts) == count - 1:
+        differs = self.status[1:] != self.status[:-1]
+        if differs.all():
             return self
+        starts = np.flatnonzero(differs) + 1
         starts = np.concatenate([np.zeros(1, dtype=starts.dtype), starts])
         return Extents(np.add.reduceat(self.lengths, starts), self.status[starts])
 
     def clipped(self, length: int) -> Extents:
         """At most the first ``length`` bytes; the last extent is cut where it reaches over."""
-        ends = np.cumsum(self.lengths)
-        if not len(ends) or ends[-1] <= length:
+        if self.total() <= length:
             return self
+        ends = np.cumsum(self.lengths)
         count = int(np.searchsorted(ends, length, side="left")) + 1
         lengths = self.lengths[:count].copy()
         lengths[-1] -= ends[count - 1] - length

@@ -236,28 +236,41 @@ class Bitmap:
             return
         end = offset + length
         array = self.array()
-        first_byte = offset >> self._shift + 3
-        byte_end = (end - 1 >> self._shift + 3) + 1
+        bits = self._shift + 3
+        """Of a byte's number in an offset."""
+        first_byte = offset >> bits
+        byte_end = (end - 1 >> bits) + 1
         found = 0
         while first_byte < byte_end and (extents_max is None or found <= extents_max):
             stop = min(first_byte + _SCAN_BYTES, byte_end)
+            begin, limit = max(offset, first_byte << bits), min(end, stop << bits)
             part = _uniform(array, first_byte, stop)
             if part is None:
-                bits = np.unpackbits(array[first_byte:stop], bitorder="little")
-                edges = np.flatnonzero(bits[1:] != bits[:-1]) + 1
-                starts = np.concatenate([np.zeros(1, dtype=np.int64), edges])
-                states = bits[starts]
+                extents = self._alternating(begin, limit)
             else:
-                starts = np.zeros(1, dtype=np.int64)
-                states = np.array([part], dtype=np.uint8)
-            base = first_byte << self._shift + 3
-            bounds = np.append(base + (starts << self._shift), stop << self._shift + 3)
-            np.clip(bounds, offset, end, out=bounds)
-            lengths = np.diff(bounds)
-            inside = lengths > 0
-            yield Extents(lengths[inside], states[inside].astype(np.uint32))
-            found += int(inside.sum()) - 1
+                extents = Extents.single(limit - begin, part)
+            yield extents
+            found += len(extents.lengths) - 1  # the first may be joined to the one before
             first_byte = stop
+
+    def _alternating(self, offset: int, end: int) -> Extents:
+        """The range ``[offset, end)`` with all its changes from clean to dirty and back."""
+        first, last = offset >> self._shift, (end - 1 >> self._shift) + 1
+        skipped = first >> 3 << 3
+        bits = np.unpackbits(self.array()[first >> 3 : (last + 7) >> 3], bitorder="little")
+        bits = bits[first - skipped : last - skipped]
+        edges = np.flatnonzero(bits[1:] != bits[:-1])
+        bounds = np.empty(len(edges) + 2, dtype=np.int64)
+        bounds[0], bounds[-1] = 0, last - first
+        bounds[1:-1] = edges
+        bounds[1:-1] += 1
+        bounds += first
+        bounds <<= self._shift
+        bounds[0], bounds[-1] = offset, end
+        status = np.empty(len(bounds) - 1, dtype=np.uint32)
+        status[::2] = bits[0]
+        status[1::2] = 1 - bits[0]
+        return Extents(bounds[1:] - bounds[:-1], status)
 
     def _clear_tail(self) -> None:
         """Clear the bits of the last byte that lie past the end of the disk."""
