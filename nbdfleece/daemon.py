@@ -27,6 +27,9 @@ from .control.dispatcher import Dispatcher
 from .control.server import ControlServer
 from .engine.disk import ScratchOptions
 from .engine.engine import Engine
+from .engine.graph import Graph
+from .engine.jobs import Jobs
+from .engine.node_exports import NodeExports
 from .engine.overlays import Overlays
 from .errors import StateError, UsageError
 from .export.export import Export, ExportTable
@@ -85,6 +88,9 @@ class Daemon:
         exports: What is served.
         engine: Its disks, snapshots and checkpoints.
         overlays: What is written beside them.
+        graph: The nodes of QEMU's commands over them.
+        node_exports: The exports of such nodes.
+        jobs: The backup jobs of QEMU's commands.
         server: The NBD side.
         commands: What the control socket can be told.
         control: Its sessions; None without a socket, and before the start.
@@ -106,8 +112,17 @@ class Daemon:
             event=self._tell,
         )
         self.overlays = Overlays(self.engine, options.scratch, self.server.close_export)
+        self.graph = Graph(self.engine)
+        self.node_exports = NodeExports(
+            self.engine,
+            self.graph,
+            lambda name, hard: self.server.close_export(name, hard=hard),
+            self._tell,
+        )
+        self.jobs = Jobs(self.graph, self.node_exports, self._tell)
         self.commands = all_commands()
         self._listeners: list[Listener] = []
+        self._added_listeners: list[Listener] = []
         self._control_listener: Listener | None = None
         self.control: ControlServer | None = None
         self._stdio_ended: asyncio.Future[None] | None = None
@@ -153,6 +168,37 @@ class Daemon:
         describe_export(export, self.options.limits.wire)
         if export.tls_only and self.options.tls is None:
             raise UsageError(f"export '{export.name}' needs TLS, and the server has no certificate")
+
+    @property
+    def scratch(self) -> ScratchOptions:
+        """How snapshots are kept."""
+        return self.options.scratch
+
+    def start_listening(self, uri: NbdUri) -> None:
+        """Accept NBD clients at one more place.
+
+        Raises:
+            StateError: There is one more place already, or it cannot be listened on.
+        """
+        if self._added_listeners:
+            raise StateError("NBD server already running")
+        try:
+            self._added_listeners = listen_uri(uri, self.options.socket_file)
+        except UsageError as error:
+            raise StateError(str(error)) from error
+        for listener in self._added_listeners:
+            self.server.add_listener(listener)
+
+    def stop_listening(self) -> None:
+        """Undo :meth:`start_listening`; clients stay.
+
+        Raises:
+            StateError: There is no such place.
+        """
+        if not self._added_listeners:
+            raise StateError("NBD server not running")
+        while self._added_listeners:
+            self.server.remove_listener(self._added_listeners.pop())
 
     def request_stop(self, reason: str) -> None:
         """Have :meth:`wait_stop_requested` return; the first reason counts.
@@ -218,6 +264,9 @@ class Daemon:
     async def _close_disks(self) -> None:
         try:
             await self.overlays.close()
+            await self.jobs.close()
+            await self.node_exports.close()
+            await self.graph.close()
         finally:
             await self.engine.close()
 

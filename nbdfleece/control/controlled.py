@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from ..engine.disk import ScratchOptions
 from ..engine.engine import Engine
+from ..engine.graph import Graph
+from ..engine.jobs import Jobs
+from ..engine.node_exports import NodeExports
 from ..engine.overlays import Overlays
+from ..nbd.uri import NbdUri
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -23,11 +28,41 @@ class Controlled(Protocol):
         """The writable overlays over its disks and snapshots."""
 
     @property
+    def graph(self) -> Graph:
+        """The nodes of QEMU's commands."""
+
+    @property
+    def node_exports(self) -> NodeExports:
+        """Exports that were added to its own."""
+
+    @property
+    def jobs(self) -> Jobs:
+        """Backup jobs of QEMU's commands."""
+
+    @property
+    def scratch(self) -> ScratchOptions:
+        """How snapshots are kept."""
+
+    @property
     def commands(self) -> Registry:
         """What it can be told."""
 
     def export_uris(self, export: str) -> list[str]:
         """How clients name an export: one NBD URI per listener."""
+
+    def start_listening(self, uri: NbdUri) -> None:
+        """Accept NBD clients at one more place.
+
+        Raises:
+            StateError: There is one more place already, or it cannot be listened on.
+        """
+
+    def stop_listening(self) -> None:
+        """Undo :meth:`start_listening`; clients stay.
+
+        Raises:
+            StateError: There is no such place.
+        """
 
     def request_stop(self, reason: str) -> None:
         """Have the server shut down soon.

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..errors import NbdfleeceError
 
-ErrorClass = Literal["GenericError", "CommandNotFound", "DeviceNotFound"]
+ErrorClass = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "DeviceNotFound"]
 
 
 class QmpError(NbdfleeceError):

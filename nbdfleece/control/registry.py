@@ -136,6 +136,8 @@ def _convert(argument: str, value: Any, wanted: Any) -> Any:
         return msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:
         kinds = [_kind(each) for each in _alternatives(wanted)]
+        if isinstance(value, str) and typing.get_origin(wanted) is typing.Literal:
+            raise QmpError(f"Parameter '{argument}' does not accept value '{value}'") from None
         if _kind(type(value)) not in kinds:
             raise QmpError(
                 f"Invalid parameter type for '{argument}', expected: {kinds[0]}"

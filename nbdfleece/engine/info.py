@@ -7,6 +7,7 @@ import msgspec
 from .chain import CheckpointState
 from .disk import Disk
 from .engine import Engine
+from .transaction import BitmapNode
 
 
 class BitmapInfo(msgspec.Struct, kw_only=True, rename="kebab"):
@@ -82,26 +83,30 @@ class ExportInfo(msgspec.Struct, kw_only=True, rename="kebab"):
     connections: int
 
 
-async def disk_info(disk: Disk) -> DiskInfo:
-    """Describe a disk."""
-    bitmaps = [
+async def bitmap_infos(node: BitmapNode) -> list[BitmapInfo]:
+    """Describe the bitmaps of a disk or of another node that has some."""
+    return [
         BitmapInfo(
             name=each.name,
             granularity=each.granularity,
             recording=each.recording,
-            busy=bool(disk.busy[each.name]),
+            busy=bool(node.busy[each.name]),
             persistent=each.persistent,
             inconsistent=each.inconsistent,
-            count=await disk.dirty_bytes(each.name),
+            count=None if each.inconsistent else (await node.bits(each.name)).dirty_bytes(),
         )
-        for each in disk.state.bitmaps.values()
+        for each in node.state.bitmaps.values()
     ]
+
+
+async def disk_info(disk: Disk) -> DiskInfo:
+    """Describe a disk."""
     return DiskInfo(
         name=disk.name,
         file=str(disk.image.path),
         size=disk.size,
         cluster_size=disk.image.cluster_size,
-        bitmaps=bitmaps,
+        bitmaps=await bitmap_infos(disk),
         checkpoints=[each.name for each in disk.state.chain.checkpoints],
         chain_problem=disk.chain_problem,
         scratch_bytes=disk.copies.scratch_bytes,

@@ -26,6 +26,7 @@ from typing import Protocol
 
 from ..bitmaps.bitmap import Bitmap
 from ..errors import StateError
+from .chain import check_name
 from .disk import Disk
 from .disk_state import DiskBitmap, DiskState
 from .snapshot import Release, Snapshot, freeze_disk
@@ -222,6 +223,63 @@ def _persistent_differ(node: BitmapNode, state: DiskState) -> bool:
     old = {id(each) for each in node.state.bitmaps.values() if each.persistent}
     new = {id(each) for each in state.bitmaps.values() if each.persistent}
     return old != new
+
+
+class Freeze(Action):
+    """Take a snapshot.
+
+    Args:
+        name: What to call it.
+        disks: Of what.
+        limit: A node's bitmap that marks what is to be kept and may be read; None for all.
+        release: When ranges of it are given up.
+
+    Attributes:
+        snapshot: The snapshot, once it has been taken.
+    """
+
+    snapshot: Snapshot
+
+    def __init__(
+        self,
+        name: str,
+        disks: Sequence[Disk],
+        *,
+        limit: tuple[BitmapNode, str] | None = None,
+        release: Release = Release.NEVER,
+    ) -> None:
+        self._name = name
+        self._disks = disks
+        self._limit = limit
+        self._release = release
+
+    def nodes(self) -> Sequence[BitmapNode]:
+        """The disks."""
+        return self._disks
+
+    def needs(self) -> Iterable[tuple[BitmapNode, str]]:
+        """The limiting bitmap's bits."""
+        return () if self._limit is None else (self._limit,)
+
+    def apply(self, draft: Draft) -> None:
+        """Take it.
+
+        Raises:
+            StateError: The name is taken, or the bitmap is not there or inconsistent.
+            OSError: The scratch file cannot be made.
+        """
+        check_name(self._name, "snapshot")
+        access = None if self._limit is None else _usable_bits(draft, *self._limit)
+        self.snapshot = draft.freeze(self._name, self._disks, access, self._release)
+
+
+def _usable_bits(draft: Draft, node: BitmapNode, name: str) -> Bitmap:
+    bitmap = draft.state(node).bitmaps.get(name)
+    if bitmap is None:
+        raise StateError(f"Dirty bitmap '{name}' not found")
+    if bitmap.inconsistent:
+        raise StateError(f"Bitmap '{name}' is inconsistent and cannot be used; remove it")
+    return draft.bits(node, name)
 
 
 async def carry_out(actions: Sequence[Action], snapshots: dict[str, Snapshot]) -> None:

@@ -79,7 +79,7 @@ def test_unknown_command_is_refused() -> None:
             "Invalid parameter type for 'persistent', expected: boolean",
         ),
         ({"node-name": "n", "mode": 1}, "Invalid parameter type for 'mode', expected: string"),
-        ({"node-name": "n", "mode": "x"}, "Invalid parameter 'mode': Invalid enum value 'x'"),
+        ({"node-name": "n", "mode": "x"}, "Parameter 'mode' does not accept value 'x'"),
         ({"node-name": "n", "inner": 1}, "Invalid parameter type for 'inner', expected: object"),
         (
             {"node-name": "n", "inner": {"number": 1, "x": 2}},

@@ -37,12 +37,9 @@ def find_node(server: Controlled, node: str) -> BitmapNode:
     """The node that has bitmaps, in QEMU's words if there is none.
 
     Raises:
-        QmpError: There is none.
+        StateError: There is none.
     """
-    disk = server.engine.disks.get(node)
-    if disk is None:
-        raise QmpError(f"Cannot find device='{node}' nor node-name='{node}'")
-    return disk
+    return server.graph.find_bitmaps(node)
 
 
 class BlockDirtyBitmapAdd(ActionCommand):
@@ -56,6 +53,7 @@ class BlockDirtyBitmapAdd(ActionCommand):
 
     def action(self, server: Controlled) -> Action:
         """What is to be done."""
+        server.graph.find(self.node, self.node)  # QEMU's message here differs from the others'
         return AddBitmap(
             node=find_node(server, self.node),
             name=self.name,

@@ -1,7 +1,8 @@
 """QEMU's own queries: our disks, snapshots and exports as block nodes.
 
 A disk is the node and the device of its name; a snapshot of a disk is the node
-``SNAPSHOT/DISK``. The shapes are QEMU's; of what is optional there, what we have is given.
+``SNAPSHOT/DISK``; nodes that were added are listed after them. The shapes are QEMU's; of what
+is optional there, what we have is given.
 
 Spec: QEMU qapi/block-core.json, qapi/block-export.json.
 """
@@ -15,7 +16,8 @@ import msgspec
 
 from ...engine.disk import Disk
 from ...engine.engine import Engine
-from ...engine.info import BitmapInfo, disk_info
+from ...engine.graph import GraphNode
+from ...engine.info import BitmapInfo, bitmap_infos, disk_info
 from ...engine.snapshot import Snapshot
 from ..command import Command
 from ..controlled import Controlled
@@ -39,12 +41,12 @@ _UNUSED: Final = {
 
 
 class BlockExportInfo(msgspec.Struct, kw_only=True, rename="kebab"):
-    """An export in QEMU's shape; ``id`` is its name."""
+    """An export in QEMU's shape; ``id`` of one that was not added is its name."""
 
     id: str
-    type: str
+    type: str = "nbd"
     node_name: str
-    shutting_down: bool
+    shutting_down: bool = False
 
 
 class QueryBlockExports(Command):
@@ -52,15 +54,15 @@ class QueryBlockExports(Command):
 
     async def run(self, server: Controlled) -> list[BlockExportInfo]:
         """Carry it out."""
+        added = {id(each.export): each for each in server.node_exports}
         names = _node_names(server.engine)
         return [
-            BlockExportInfo(
-                id=export.name,
-                type="nbd",
-                node_name=names[id(export.node)],
-                shutting_down=False,
-            )
+            BlockExportInfo(id=each.id, node_name=each.node.name, shutting_down=each.is_ending)
+            for each in added.values()
+        ] + [
+            BlockExportInfo(id=export.name, node_name=names.get(id(export.node), export.name))
             for export in server.engine.exports
+            if id(export) not in added
         ]
 
 
@@ -78,7 +80,7 @@ class QueryNamedBlockNodes(Command):
         nodes = [await _disk_node(disk) for disk in engine.disks.values()]
         for snapshot in engine.snapshots.values():
             nodes += [_snapshot_node(snapshot, disk) for disk in snapshot.disks]
-        return nodes
+        return nodes + [await _added_node(node) for node in server.graph]
 
 
 class QueryBlock(Command):
@@ -132,6 +134,22 @@ async def _disk_node(disk: Disk) -> dict[str, Any]:
         "image": image,
         "dirty-bitmaps": [_dirty_bitmap(bitmap) for bitmap in info.bitmaps],
     }
+
+
+async def _added_node(node: GraphNode) -> dict[str, Any]:
+    """BlockDeviceInfo of a node that was added."""
+    size = os.stat(node.filename).st_size if node.view is None else node.view.size
+    found: dict[str, Any] = {
+        **_UNUSED,
+        "node-name": node.name,
+        "drv": node.driver,
+        "ro": node.read_only,
+        "file": node.filename,
+        "image": {"filename": node.filename, "format": node.driver, "virtual-size": size},
+    }
+    if node.bitmaps and (bitmaps := await bitmap_infos(node.bitmaps[0])):
+        found["dirty-bitmaps"] = [_dirty_bitmap(bitmap) for bitmap in bitmaps]
+    return found
 
 
 def _dirty_bitmap(bitmap: BitmapInfo) -> dict[str, Any]:

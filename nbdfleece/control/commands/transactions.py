@@ -5,14 +5,12 @@ Spec: QEMU qapi/transaction.json.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import msgspec
 
-from ...engine.disk import Disk
 from ...engine.snapshot import Release
-from ...engine.transaction import Action, BitmapNode, Draft
+from ...engine.transaction import Action, Draft, Freeze
 from ...errors import StateError
 from ..command import ActionCommand, Command
 from ..controlled import Controlled
@@ -39,23 +37,6 @@ class AbortAction(Action):
         raise StateError("Transaction aborted using Abort action")
 
 
-class FreezeAction(Action):
-    """Take a snapshot of some disks."""
-
-    def __init__(self, name: str, disks: Sequence[Disk], release: Release) -> None:
-        self._name = name
-        self._disks = disks
-        self._release = release
-
-    def nodes(self) -> Sequence[BitmapNode]:
-        """The disks."""
-        return self._disks
-
-    def apply(self, draft: Draft) -> None:
-        """Take it."""
-        draft.freeze(self._name, self._disks, release=self._release)
-
-
 class Abort(ActionCommand):
     """Have a transaction fail, after all the checks of the actions before it."""
 
@@ -76,7 +57,7 @@ class SnapshotAction(ActionCommand):
         names = list(server.engine.disks) if self.disks is None else self.disks
         if not names or len(set(names)) < len(names):
             raise QmpError("name each disk once")
-        return FreezeAction(self.name, [find_disk(server, name) for name in names], self.release)
+        return Freeze(self.name, [find_disk(server, name) for name in names], release=self.release)
 
 
 class Transaction(Command):
