@@ -114,3 +114,22 @@ async def backing_format(image_path: str, header: Header, below: FileNode) -> st
         raise UnsupportedImageError(image_path, f"backing format {named!r} is not supported")
     start = await below.read(0, 4)
     return "qcow2" if start == MAGIC.to_bytes(4, "big") else "raw"
+
+
+def open_data_file(
+    file: FileNode, header: Header, policy: BackingPolicy, force_share: bool
+) -> FileNode:
+    """Open the external data file that a header names; the image file itself if it needs none.
+
+    Raises:
+        OSError: It cannot be opened.
+        ImageError: It is not named, must not be opened, is in use, or is the image itself.
+    """
+    if not header.has_data_file:
+        return file
+    if header.data_file is None:
+        raise ImageError(file.path, "needs an external data file, but does not name it")
+    path = resolve_name(file.path, header.data_file, policy)
+    if os.path.samefile(path, file.path):
+        raise ImageError(file.path, "names itself as its external data file")
+    return FileNode.open(path, read_only=file.read_only, force_share=force_share)

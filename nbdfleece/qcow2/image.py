@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
@@ -27,7 +27,6 @@ from ..block.file import INLINE_BYTES_MAX, FileNode, in_thread
 from ..block.node import BlockNode
 from ..block.range_lock import RangeLock
 from ..block.stable import StablePlace
-from ..errors import ImageError, UsageError
 from ..extents import Extents
 from .backing import (
     BackingPolicy,
@@ -35,6 +34,7 @@ from .backing import (
     OpenBacking,
     backing_format,
     check_chain,
+    open_data_file,
     resolve_name,
 )
 from .checks import check_refcount_table, check_supported, repair_refcounts
@@ -64,7 +64,7 @@ from .header import (
 )
 from .quarantine import Quarantine
 from .refcounts import Refcounts, unpack_refcount_table
-from .snapshots import InternalSnapshot, find_snapshot, read_snapshots
+from .snapshots import InternalSnapshot, choose_disk, read_snapshots
 from .space import DataFileSpace, GuestSpace, ImageSpace
 from .status import describe, uniform
 from .subclusters import subcluster_runs
@@ -196,8 +196,8 @@ class Qcow2Image(BlockNode):
             check_supported(header, file)
             header = await repair_refcounts(header, file)
             snapshots, snapshots_bytes = await read_snapshots(file, header)
-            disk = _choose_disk(file, header, snapshots, snapshot)
-            data_file = _open_data_file(file, header, backing_policy, force_share)
+            disk = choose_disk(file, header, snapshots, snapshot)
+            data_file = open_data_file(file, header, backing_policy, force_share)
             opened.push_async_callback(data_file.close)
             chain |= {file.identity, data_file.identity}
             if open_backing is None:
@@ -536,41 +536,8 @@ class Qcow2Image(BlockNode):
                 await self.epochs.settle()
 
 
-class _Disk(NamedTuple):
-    """The L1 table and size of the disk to show: the image's own or a snapshot's."""
-
-    l1_table_offset: int
-    l1_size: int
-    size: int
-
-
-def _choose_disk(
-    file: FileNode, header: Header, snapshots: list[InternalSnapshot], wanted: str | None
-) -> _Disk:
-    if wanted is None:
-        return _Disk(header.l1_table_offset, header.l1_size, header.size)
-    if not file.read_only:
-        raise UsageError(f"{file.path}: an internal snapshot can only be read")
-    found = find_snapshot(snapshots, wanted, file.path)
-    return _Disk(found.l1_table_offset, found.l1_size, found.disk_size)
-
-
 def _unpack_l1(raw: bytearray) -> Entries:
     return np.frombuffer(raw, dtype=">u8").astype(np.uint64)
-
-
-def _open_data_file(
-    file: FileNode, header: Header, policy: BackingPolicy, force_share: bool
-) -> FileNode:
-    """Open the external data file that a header names; the image file itself if it needs none."""
-    if not header.has_data_file:
-        return file
-    if header.data_file is None:
-        raise ImageError(file.path, "needs an external data file, but does not name it")
-    path = resolve_name(file.path, header.data_file, policy)
-    if os.path.samefile(path, file.path):
-        raise ImageError(file.path, "names itself as its external data file")
-    return FileNode.open(path, read_only=file.read_only, force_share=force_share)
 
 
 async def _open_backing(

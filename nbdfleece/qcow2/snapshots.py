@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..block.file import FileNode
-from ..errors import ImageError, StateError
+from ..errors import ImageError, StateError, UsageError
 from .header import L1_BYTES_MAX, Header
 
 TABLE_BYTES_MAX: Final = 64 << 20
@@ -139,3 +139,28 @@ def find_snapshot(snapshots: list[InternalSnapshot], wanted: str, path: str) -> 
         if snapshot.name == wanted:
             return snapshot
     raise StateError(f"{path}: no internal snapshot {wanted!r}")
+
+
+class ShownDisk(NamedTuple):
+    """The L1 table and size of the disk to show: the image's own or a snapshot's."""
+
+    l1_table_offset: int
+    l1_size: int
+    size: int
+
+
+def choose_disk(
+    file: FileNode, header: Header, snapshots: list[InternalSnapshot], wanted: str | None
+) -> ShownDisk:
+    """The disk to show: the image's own, or that of the snapshot that is wanted by id or name.
+
+    Raises:
+        StateError: There is no such snapshot.
+        UsageError: It is to be written.
+    """
+    if wanted is None:
+        return ShownDisk(header.l1_table_offset, header.l1_size, header.size)
+    if not file.read_only:
+        raise UsageError(f"{file.path}: an internal snapshot can only be read")
+    found = find_snapshot(snapshots, wanted, file.path)
+    return ShownDisk(found.l1_table_offset, found.l1_size, found.disk_size)
