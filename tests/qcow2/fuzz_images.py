@@ -241,9 +241,7 @@ def _too_long(*_arguments: object) -> None:
     raise AssertionError(f"no end after {SECONDS_MAX} s")
 
 
-def run_fuzzer(
-    folder: Path, images: int, seed: int, keep: Path | None = None
-) -> collections.Counter[str]:
+def run_fuzzer(folder: Path, images: int, seed: int) -> collections.Counter[str]:
     """Damage ``images`` images; return how often what became of them.
 
     Raises:
