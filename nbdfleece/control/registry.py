@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from .command import Command
+from .drafts import final_form
 from .errors import QmpError
 
 AnyCommand = TypeVar("AnyCommand", bound=Command)
@@ -70,12 +71,13 @@ class Registry:
         return self._commands.get(name)
 
     def build(self, name: str, arguments: Mapping[str, Any]) -> Command:
-        """The command of that name with checked arguments.
+        """The command of that name, or draft name, with checked arguments.
 
         Raises:
             QmpError: There is none, or an argument is unknown, missing or of the wrong type.
         """
-        command = self._commands.get(name)
+        final_name, arguments = final_form(name, arguments)
+        command = self._commands.get(final_name)
         if command is None:
             raise QmpError(f"The command {name} has not been found", "CommandNotFound")
         return fill(command, arguments)

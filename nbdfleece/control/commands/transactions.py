@@ -14,6 +14,7 @@ from ...engine.transaction import Action, Draft, Freeze
 from ...errors import StateError
 from ..command import ActionCommand, Command
 from ..controlled import Controlled
+from ..drafts import final_form
 from ..errors import QmpError
 from ..registry import fill
 from .disks import find_disk
@@ -107,10 +108,11 @@ def _build(server: Controlled, where: str, given: dict[str, Any]) -> ActionComma
             raise QmpError(f"Parameter '{where}{member}' is missing")
         if not isinstance(given[member], kind):
             raise QmpError(f"Invalid parameter type for '{where}{member}', expected: {word}")
-    command = _ACTIONS.get(given["type"]) or server.commands.find(given["type"])
+    name, arguments = final_form(given["type"], given["data"])
+    command = _ACTIONS.get(name) or server.commands.find(name)
     if command is None or not issubclass(command, ActionCommand):
         raise QmpError(f"Parameter 'type' does not accept value '{given['type']}'")
-    return fill(command, given["data"], f"{where}data.")
+    return fill(command, arguments, f"{where}data.")
 
 
 COMMANDS: Final = (Transaction,)
