@@ -24,6 +24,7 @@ from .addresses import (
     parse_listen,
     runtime_directory,
 )
+from .config import config_option
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
 from .listen_options import keep_stderr_from_client, listen_options, parse_socket_file
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
+@config_option
 @click.option(
     "--disk",
     "disks",
