@@ -345,9 +345,13 @@ class Graph:
             raise StateError(f"Failed to find node with node-name='{name}'")
         if any(name in each.children for each in self):
             raise StateError(f"Block device {name} is in use")
-        if node.driver == "copy-before-write" and node.snapshot is not None:
-            await self.end_snapshot(node.snapshot, f"node '{name}'")
         del self._nodes[name]
+        if node.driver == "copy-before-write" and node.snapshot is not None:
+            try:
+                await self.end_snapshot(node.snapshot, f"node '{name}'")
+            except StateError:
+                self._nodes[name] = node
+                raise
 
     async def end_snapshot(self, snapshot: Snapshot, user: str) -> None:
         """Drop a snapshot on which only ``user`` stands.

@@ -149,6 +149,8 @@ class NodeExports:
         held = [self._bitmap(node, each, writable) for each in bitmaps]
         added = NodeExport(id=identity, node=node, export=export)
         self._exports[identity] = added
+        if node.snapshot is not None:
+            node.snapshot.users.add(f"export '{identity}'")
         try:
             await self._hold(added, held)
             self._check_name(export.name)
@@ -156,8 +158,6 @@ class NodeExports:
         except BaseException:
             self._forget(added)
             raise
-        if node.snapshot is not None:
-            node.snapshot.users.add(f"export '{identity}'")
 
     def _check_name(self, name: str) -> None:
         if self._table.has(name):
