@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import UsageError
-from ..export.policy import ExportRule
 from .sizes import parse_size
+
+if TYPE_CHECKING:
+    from ..export.policy import ExportRule
 
 
 def parse_export_rule(text: str) -> ExportRule:
@@ -16,6 +18,8 @@ def parse_export_rule(text: str) -> ExportRule:
     Raises:
         UsageError: It is none.
     """
+    from ..export.policy import ExportRule
+
     pattern, colon, rest = text.rpartition(":")
     if not colon:
         raise UsageError(f"--export is PATTERN:KEY=VALUE,..., '{text}' is not")
