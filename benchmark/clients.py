@@ -16,6 +16,9 @@ from .place import Place
 CLIENT_SECONDS: Final = 300
 """No run of a client takes longer unless something hangs."""
 
+SETTLE_SECONDS: Final = 0.3
+"""From fio's word that it begins to its first requests."""
+
 
 class WrongContent(Exception):
     """A server's data are not what was put into the image."""
@@ -62,15 +65,26 @@ class Fio:
 
     def __init__(self, place: Place, uri: str, workload: str, **options: str | int | float) -> None:
         self._output = place.path(".json")
+        self._started = place.path(".run")
         merged: dict[str, str | int | float] = {"bs": "4k", "iodepth": 32, "randseed": 1}
         merged |= options
         argv = ["fio", "--name=v", "--ioengine=nbd", f"--uri={uri}", f"--rw={workload}"]
         argv += [f"--{name}={value}" for name, value in merged.items()]
         argv += ["--output-format=json", f"--output={self._output}"]
+        argv.append(f"--exec_prerun=touch {self._started}")
         self._argv = argv
         self._process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
+
+    def wait_until_running(self) -> None:
+        """Wait until it has begun to send requests, or nearly."""
+        deadline = time.monotonic() + CLIENT_SECONDS
+        while not self._started.exists() and self._process.poll() is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError("fio does not begin")
+            time.sleep(0.01)
+        time.sleep(SETTLE_SECONDS)
 
     def stop(self) -> None:
         """Let it end early, with its figures."""
@@ -85,6 +99,7 @@ class Fio:
         _, errors = self._process.communicate(timeout=CLIENT_SECONDS)
         text = self._output.read_text() if self._output.exists() else ""
         self._output.unlink(missing_ok=True)
+        self._started.unlink(missing_ok=True)
         begin = text.find("{")
         if self._process.returncode not in (0, 128) or begin < 0:
             raise subprocess.CalledProcessError(

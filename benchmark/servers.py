@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .place import SYSTEM, Place
-from .processes import Process, free_port
+from .processes import START_SECONDS, Process, free_port
 from .qmp import Qmp
 
 
@@ -350,6 +351,15 @@ class QemuStorageDaemon(Server):
             writable=writable,
             **more,
         )
+
+    def unexport(self, running: Running, name: str) -> None:
+        """End an export; it goes in its own time."""
+        running.qmp.execute("block-export-del", id=f"e-{name}", mode="hard")
+        deadline = time.monotonic() + START_SECONDS
+        while any(it["id"] == f"e-{name}" for it in running.qmp.execute("query-block-exports")):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"export {name} does not go")
+            time.sleep(0.001)
 
 
 def _virtual_size(running: Running, node: str) -> int:

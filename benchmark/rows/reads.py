@@ -173,6 +173,7 @@ class NeighbourLatency(Row):
             self.place, running.uri("vda"), "randread", iodepth=1, runtime=60, time_based=1,
             size=self.images.size, norandommap=1,
         )  # fmt: skip
+        reader.wait_until_running()
         seconds = clients.pull(running.uri("vdb"))
         reader.stop()
         figures = reader.finish()

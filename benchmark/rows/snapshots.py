@@ -68,6 +68,7 @@ class PullWhileWriting(Row):
             self.place, running.uri(), "randwrite", iodepth=8, size=self.images.size,
             norandommap=1, runtime=120, time_based=1,
         )  # fmt: skip
+        writer.wait_until_running()
         seconds = clients.pull(running.uri("snap0"))
         writer.stop()
         return {
@@ -81,6 +82,7 @@ class PullWhileWriting(Row):
                 self.place, running.uri(), "randwrite", iodepth=8, size=self.images.size,
                 norandommap=1, runtime=120, time_based=1,
             )  # fmt: skip
+            writer.wait_until_running()
             expected = self.images.content_hash(self.images.raw)
             clients.check_content(self.place, running.uri("snap0"), expected)
             writer.stop()
