@@ -48,13 +48,6 @@ INLINE_BYTES_MAX: Final = 1 << 20
 THREADS_MAX: Final = 16
 """Threads of the pool, for all files: as many operations may wait for disks at one time."""
 
-BULK_BYTES_MIN: Final = 64 << 10
-"""Cold reads from this size on have a pool of their own, so that few of them copy at a time."""
-
-BULK_THREADS_MAX: Final = 4
-"""Threads of that pool. Large reads keep a disk busy at any depth; sixteen threads that copy them
-kept the loop's thread from its processor for milliseconds."""
-
 _ZEROES: Final = bytes(1 << 20)
 """What is written where the file system cannot zero a range by itself."""
 
@@ -73,17 +66,14 @@ _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODE
 _Result = TypeVar("_Result")
 
 _pool = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="nbdfleece-file")
-_bulk_pool = ThreadPoolExecutor(BULK_THREADS_MAX, thread_name_prefix="nbdfleece-bulk")
 
 
-async def in_thread(
-    function: Callable[..., _Result], *args: object, pool: ThreadPoolExecutor = _pool
-) -> _Result:
-    """Run a blocking function in one of the block layer's thread pools and wait for it.
+async def in_thread(function: Callable[..., _Result], *args: object) -> _Result:
+    """Run a blocking function in the block layer's thread pool and wait for it.
 
     A cancelled caller waits all the same: the function may be using its buffers.
     """
-    future = asyncio.get_running_loop().run_in_executor(pool, function, *args)
+    future = asyncio.get_running_loop().run_in_executor(_pool, function, *args)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
@@ -203,8 +193,7 @@ class FileNode(BlockNode):
         if count == len(view):
             return
         if offset + count < self.size:
-            pool = _pool if len(view) - count < BULK_BYTES_MIN else _bulk_pool
-            await in_thread(_read_fully, self._fd, offset + count, view[count:], pool=pool)
+            await in_thread(_read_fully, self._fd, offset + count, view[count:])
         else:
             _fill_zeroes(view[count:])
 
