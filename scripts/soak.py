@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -272,7 +273,7 @@ class Soak:
     def delete(self, name: str) -> None:
         """Delete a checkpoint and its restore point."""
         self.server.execute("checkpoint-delete", name=name)
-        run(NBDFLEECE, "prune", self.backup, "--point", name)
+        self._remove_point(name)
         del self.points[name]
         self.counts["deletions"] += 1
 
@@ -290,7 +291,14 @@ class Soak:
         names = [each["name"] for each in self.server.execute("query-checkpoints")]
         assert name not in names, "a pending checkpoint survived"
         if status == 0:
+            self._remove_point(name)
+
+    def _remove_point(self, name: str) -> None:
+        """Remove a restore point, and the backup with it if there is no other."""
+        if self.points:
             run(NBDFLEECE, "prune", self.backup, "--point", name)
+        else:
+            shutil.rmtree(self.backup)
 
     def restart(self, *, kill: bool) -> None:
         """End the server under the writers, and start it; what was flushed is there."""
