@@ -31,7 +31,8 @@ What may be trusted
     Codes change only between awaits, and a code other than UNTOUCHED is set only
     after the copy is complete and before the guest's write begins. So a snapshot
     reader never locks the guest out: it notes the codes, reads, and looks at the
-    codes again; where they changed meanwhile, it reads again (rule 1).
+    codes again; what moved meanwhile, and only that, it reads again (rule 1). A granule
+    moves a few times at most, so no guest, however busy, keeps a reader waiting for ever.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class CopyBeforeWrite:
         self._layers: list[Layer] = []
         self._copying = RangeLock()
         self._version = 0
-        """Counts changes of codes, layers and access: what a reader has noted is void after one."""
+        """Counts changes of codes, layers and access: a reader must look again after one."""
 
     @property
     def granularity(self) -> int:
@@ -435,16 +436,19 @@ class CopyBeforeWrite:
         """
         first = offset >> self._shift
         end = (offset + len(view) - 1 >> self._shift) + 1
-        while True:
-            layer.check()
+        self._check_access(layer, offset, len(view))
+        version = self._version
+        if self._is_untouched(layer, first, end):
+            await self._source.read_into(offset, view)
+            codes = np.zeros(end - first, dtype=np.uint32) if version != self._version else None
+        else:
+            codes = self._resolve(layer, first, end)
+            await self._read_resolved(codes, first, offset, view)
+        while codes is not None and version != self._version:
             self._check_access(layer, offset, len(view))
-            version = self._version
-            if self._is_untouched(layer, first, end):
-                await self._source.read_into(offset, view)
-            else:
-                await self._read_resolved(self._resolve(layer, first, end), first, offset, view)
-            if version == self._version:
-                return
+            version, noted, codes = self._version, codes, self._resolve(layer, first, end)
+            for start, stop in true_runs(codes != noted):
+                await self._read_resolved(codes[start:stop], first + start, offset, view)
 
     def _is_untouched(self, layer: Layer, first: int, end: int) -> bool:
         """Whether the guest has written nothing near the granules since the snapshot."""
@@ -463,6 +467,7 @@ class CopyBeforeWrite:
         return codes
 
     def _check_access(self, layer: Layer, offset: int, length: int) -> None:
+        layer.check()
         access = layer.access
         if access is not None and access.extents(offset, length).status.min() == 0:
             raise OSError(
@@ -508,15 +513,26 @@ class CopyBeforeWrite:
         """A first part of the range, and nothing in it moved while it was looked at."""
         while True:
             layer.check()
-            version = self._version
-            part = await self._status_part(layer, offset, limit, extents_max)
-            if version == self._version:
-                return part
+            stop, codes = self._look(layer, offset, limit)
+            if len(codes):
+                first = offset >> self._shift
+                bounds = np.arange(first, first + len(codes) + 1, dtype=np.int64) << self._shift
+                lengths = np.diff(np.clip(bounds, offset, stop))
+                return Extents(lengths, status_of_codes(codes)).merged()
+            length = stop - offset
+            part = await self._source.block_status(offset, length, extents_max=extents_max)
+            layer.check()
+            stop, codes = self._look(layer, offset, stop)
+            if not len(codes):
+                return part.clipped(stop - offset)
 
-    async def _status_part(
-        self, layer: Layer, offset: int, limit: int, extents_max: int
-    ) -> Extents:
-        """The status up to the next page that the guest touched, or inside one page."""
+    def _look(self, layer: Layer, offset: int, limit: int) -> tuple[int, Codes]:
+        """How far the disk itself shows a first part of a range, or why it does not.
+
+        Returns:
+            Where the part ends, and the codes of its granules, shape (n,); none if no guest
+            write has touched it.
+        """
         first = offset >> self._shift
         end = (limit - 1 >> self._shift) + 1
         newer = self._layers[self._layers.index(layer) :]
@@ -526,12 +542,8 @@ class CopyBeforeWrite:
             codes = self._resolve(layer, first, min(end, page_end(first)))
             untouched = codes == UNTOUCHED
             run_end = first + next(runs(untouched[1:] == untouched[:-1]))[1]
-        stop = min(limit, run_end << self._shift)
-        if not len(codes) or codes[0] == UNTOUCHED:
-            return await self._source.block_status(offset, stop - offset, extents_max=extents_max)
-        bounds = np.arange(first, run_end + 1, dtype=np.int64) << self._shift
-        lengths = np.diff(np.clip(bounds, offset, stop))
-        return Extents(lengths, status_of_codes(codes[: run_end - first])).merged()
+            codes = codes[: 0 if untouched[0] else run_end - first]
+        return min(limit, run_end << self._shift), codes
 
     # -- giving up ranges ---------------------------------------------------------
 
