@@ -74,7 +74,11 @@ class Fio:
         argv.append(f"--exec_prerun=touch {self._started}")
         self._argv = argv
         self._process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            argv,
+            cwd=place.memory,  # fio leaves a file of its own for a prerun command
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
 
     def wait_until_running(self) -> None:
