@@ -12,7 +12,7 @@ from ..block.node import BlockNode, BlockStatus
 from ..errors import ImageError
 from .backing import BackingPolicy
 from .bitmap_directory import BitmapGeometry, list_directory, unpack_extension
-from .entries import OFFSET_MASK, SUBCLUSTERS_PER_CLUSTER, Kind, Run, find_runs
+from .entries import COPIED, OFFSET_MASK, SUBCLUSTERS_PER_CLUSTER, Kind, Run, find_runs
 from .header import (
     EXTENSION_BITMAPS,
     HEADER_BYTES_MAX,
@@ -308,12 +308,13 @@ def _parts(run: Run, start: int, size: int, bitmap: int) -> list[MapEntry]:
     length = run.clusters * size
     if run.kind is Kind.SUBCLUSTERS:
         sub = size // SUBCLUSTERS_PER_CLUSTER
+        has_host = bool(run.entry & (OFFSET_MASK | COPIED))  # in a data file it may be at 0
         return [
             _part(
                 part.kind,
                 start + part.first * sub,
                 (part.end - part.first) * sub,
-                host + part.first * sub if host else None,
+                host + part.first * sub if has_host else None,
             )
             for part in subcluster_runs(bitmap, 0, SUBCLUSTERS_PER_CLUSTER)
         ]
