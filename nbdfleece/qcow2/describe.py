@@ -258,7 +258,7 @@ async def _qcow2_entries(
             run_end = cluster + run.clusters * size
             is_mixed = run.kind is Kind.SUBCLUSTERS
             bitmap = table.bitmap(cluster // size % per_table) if is_mixed else 0
-            for part in _parts(run, cluster, size, bitmap):
+            for part in _parts(run, cluster, size, bitmap, image.header.has_extended_l2):
                 inside = _clip(part, start, stop, depth)
                 if inside is None:
                     continue
@@ -302,7 +302,7 @@ async def _with_holes(image: Qcow2Image, entry: MapEntry) -> list[MapEntry]:
     return pieces
 
 
-def _parts(run: Run, start: int, size: int, bitmap: int) -> list[MapEntry]:
+def _parts(run: Run, start: int, size: int, bitmap: int, is_extended: bool) -> list[MapEntry]:
     """A run as entries; those that are not present are the backing file's to tell."""
     host = run.entry & OFFSET_MASK
     length = run.clusters * size
@@ -318,6 +318,10 @@ def _parts(run: Run, start: int, size: int, bitmap: int) -> list[MapEntry]:
             )
             for part in subcluster_runs(bitmap, 0, SUBCLUSTERS_PER_CLUSTER)
         ]
+    if run.kind is Kind.ZERO_ALLOC and not host and not is_extended:
+        # To QEMU zeroes at 0 of a data file are zeroes without a place.
+        rest = _part(run.kind, start + size, length - size, size)
+        return [_part(run.kind, start, size, None), rest][: run.clusters]
     has_host = run.kind in (Kind.NORMAL, Kind.ZERO_ALLOC)
     return [_part(run.kind, start, length, host if has_host else None)]
 

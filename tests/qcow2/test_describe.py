@@ -66,6 +66,8 @@ async def test_external_data_file_is_named_and_mapped(
     qemu("qemu-io", "-c", "write 4k 4k", "-c", "write 64k 64k", image)
     assert await describe_image(image) == qemu_json("info", image)
     assert await our_map(image) == qemu_json("map", image)
+    qemu("qemu-io", "-c", "write -z 0 64k", "-c", "write -z 64k 64k", image)
+    assert await our_map(image) == qemu_json("map", image)
 
 
 async def test_raw_file_is_described(folder: Path) -> None:
