@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from nbdfleece.qcow2.header import (
     with_extension,
 )
 from nbdfleece.qcow2.image import Qcow2Image
-from tests.qcow2.guest import check, qemu_img
+from tests.qcow2.guest import qemu_img
 
 MIB = 1 << 20
 
@@ -152,29 +151,6 @@ async def test_unknown_autoclear_bits_stay_when_reading_and_go_when_writing(fold
     assert read_header(path)[0].autoclear_features == 1 << 20
     await (await Qcow2Image.open(path, read_only=False)).close()
     assert read_header(path)[0].autoclear_features == 0
-
-
-async def test_update_header_of_an_open_image_is_durable_and_sound(folder: Path) -> None:
-    path = await make(folder)
-    image = await Qcow2Image.open(path, read_only=False)
-    await image.write(0, memoryview(b"x" * 100_000))
-    await image.update_header(lambda old: with_extension(old, 0x4E424446, b"payload", first=True))
-    header, _ = read_header(path)
-    assert header.extensions[0].data == b"payload"
-    await image.update_header(lambda old: replace(old, autoclear_features=1 << 63))
-    assert read_header(path)[0].autoclear_features == 1 << 63
-    await image.close()
-    check(path)
-
-
-async def test_header_too_big_to_update_changes_nothing(folder: Path) -> None:
-    path = await make(folder)
-    image = await Qcow2Image.open(path, read_only=False)
-    before = path.read_bytes()
-    with pytest.raises(ImageError, match="does not fit"):
-        await image.update_header(lambda old: with_extension(old, 77, bytes(70_000), first=True))
-    assert path.read_bytes() == before
-    await image.close()
 
 
 async def test_mutated_images_neither_hang_nor_escape(folder: Path) -> None:
