@@ -91,7 +91,7 @@ class Qemu:
         """Read a disk through qemu-nbd."""
         options = [word for name in bitmaps for word in ("-B", name)]
         with self.nbd(path, "-A", *options) as socket:
-            client = _connect(socket, _contexts(bitmaps))
+            client = connect(socket, _contexts(bitmaps))
             size = client.get_size()
             pieces = [
                 bytes(client.pread(min(PIECE, size - at), at)) for at in range(0, size, PIECE)
@@ -101,11 +101,11 @@ class Qemu:
         return View(b"".join(pieces), depths, dict(zip(bitmaps, marks, strict=True)))
 
     @contextlib.contextmanager
-    def nbd(self, path: Path, *options: str) -> Iterator[Path]:
-        """Serve a disk for reading; the value is the path of a socket, which will come."""
+    def nbd(self, path: Path, *options: str, read_only: bool = True) -> Iterator[Path]:
+        """Serve a disk; the value is the path of a socket, which will come."""
         socket = self.folder / "qemu-nbd.sock"
-        words = ["-r", "-t", "-f", "qcow2", "-k", str(socket), *options, str(path)]
-        server = subprocess.Popen(self._programs.argv("qemu-nbd", *words))
+        words = ["-t", "-f", "qcow2", "-k", str(socket), *["-r"] * read_only, *options]
+        server = subprocess.Popen(self._programs.argv("qemu-nbd", *words, str(path)))
         try:
             yield socket
         finally:
@@ -118,7 +118,7 @@ def _contexts(bitmaps: Sequence[str]) -> list[str]:
     return ["qemu:allocation-depth", *(f"qemu:dirty-bitmap:{name}" for name in bitmaps)]
 
 
-def _connect(socket: Path, contexts: Sequence[str]) -> nbd.NBD:
+def connect(socket: Path, contexts: Sequence[str] = ()) -> nbd.NBD:
     """A client, as soon as there is somebody who listens."""
     deadline = time.monotonic() + SECONDS_MAX
     while True:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from nbdfleece.bitmaps.bitmap import Bitmap
 from nbdfleece.errors import ImageError, NbdfleeceError, UnsupportedImageError
+from nbdfleece.qcow2.bitmap_store import BitmapStore
 from nbdfleece.qcow2.create import create_image
 from nbdfleece.qcow2.header import (
     EXTENSION_BACKING_FORMAT,
@@ -19,7 +21,9 @@ from nbdfleece.qcow2.header import (
     with_extension,
 )
 from nbdfleece.qcow2.image import Qcow2Image
-from tests.qcow2.guest import qemu_img
+from nbdfleece.qcow2.resize import resize_image
+from tests.qcow2.guest import check, qemu_img
+from tests.qcow2.stored_bitmaps import insert_extension, recording
 
 MIB = 1 << 20
 
@@ -151,6 +155,23 @@ async def test_unknown_autoclear_bits_stay_when_reading_and_go_when_writing(fold
     assert read_header(path)[0].autoclear_features == 1 << 20
     await (await Qcow2Image.open(path, read_only=False)).close()
     assert read_header(path)[0].autoclear_features == 0
+
+
+async def test_unknown_compatible_bits_and_extensions_survive_a_writer(folder: Path) -> None:
+    """Whatever the header is changed for: bitmaps, the size, the place of a table."""
+    path = await make(folder)
+    patch(path, 80, 1 << 40, 8)
+    insert_extension(path, 0x12345678, b"of another program")
+    image = await Qcow2Image.open(path, read_only=False)
+    await image.write(0, memoryview(b"x" * 100_000))
+    await resize_image(image, 40 << 30)
+    store = await BitmapStore.load(image)
+    await store.replace([recording("b", Bitmap(image.size, 1 << 20), in_use=False)], b"record")
+    await image.close()
+    header, _ = read_header(path)
+    assert header.compatible_features == 1 << 40
+    assert b"of another program" in [each.data for each in header.extensions]
+    check(path)
 
 
 async def test_mutated_images_neither_hang_nor_escape(folder: Path) -> None:

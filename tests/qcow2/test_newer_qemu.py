@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from nbdfleece.errors import ImageLockedError
 from nbdfleece.qcow2.backing import BackingPolicy
 from nbdfleece.qcow2.check import Repair, check_image
 from nbdfleece.qcow2.compressed import ZSTD
 from nbdfleece.qcow2.create import create_image
 from nbdfleece.qcow2.describe import describe_image, map_image
+from nbdfleece.qcow2.image import Qcow2Image
 from nbdfleece.qcow2.preallocate import Preallocation
-from tests.qcow2.qemu import Qemu
+from tests.qcow2.qemu import Qemu, connect
 from tests.qcow2.test_check import OPTIONS, damage, make, shown
 from tests.tree import debian_13
 
@@ -49,6 +51,23 @@ async def check_same(qemu: Qemu, image: Path) -> None:
     assert shown(await check_image(image)) == qemu.check(image)
     assert await describe_image(image) == info(qemu, image)
     assert await our_map(image) == json.loads(qemu.img("map", "--output=json", image))
+
+
+async def test_locks_are_those_of_qemu(newer: Qemu) -> None:
+    """Each refuses what the other holds for writing, and reads it if forced."""
+    image = make(newer.folder, "cluster_size=64k", 0)
+    ours = await Qcow2Image.open(image, read_only=False)
+    refused = newer.run("qemu-img", "info", image, statuses=(1,))
+    assert "lock" in refused.stderr
+    assert "format: qcow2" in newer.img("info", "-U", image)
+    await ours.close()
+    with newer.nbd(image, read_only=False) as socket:
+        client = connect(socket)
+        for read_only in (False, True):
+            with pytest.raises(ImageLockedError):
+                await Qcow2Image.open(image, read_only=read_only)
+        await (await Qcow2Image.open(image, read_only=True, force_share=True)).close()
+        client.shutdown()
 
 
 @pytest.mark.parametrize("options", OPTIONS)
