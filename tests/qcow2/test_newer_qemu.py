@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from nbdfleece.errors import ImageLockedError
-from nbdfleece.qcow2.backing import BackingPolicy
 from nbdfleece.qcow2.check import Repair, check_image
 from nbdfleece.qcow2.compressed import ZSTD
 from nbdfleece.qcow2.create import create_image
-from nbdfleece.qcow2.describe import describe_image, map_image
+from nbdfleece.qcow2.describe import describe_image
 from nbdfleece.qcow2.image import Qcow2Image
 from nbdfleece.qcow2.preallocate import Preallocation
 from tests.qcow2.qemu import Qemu, connect
 from tests.qcow2.test_check import OPTIONS, damage, make, shown
+from tests.qcow2.turns_campaign import json_map, our_map
 from tests.tree import debian_13
 
 MIB = 1 << 20
@@ -40,17 +40,12 @@ def info(qemu: Qemu, image: Path) -> dict[str, Any]:
     return found
 
 
-async def our_map(image: Path) -> list[dict[str, Any]]:
-    policy = BackingPolicy.SAME_FOLDER
-    entries = [each._asdict() async for each in map_image(image, backing_policy=policy)]
-    return [{key: value for key, value in each.items() if value is not None} for each in entries]
-
-
 async def check_same(qemu: Qemu, image: Path) -> None:
     """Findings, properties and map are those of QEMU."""
     assert shown(await check_image(image)) == qemu.check(image)
     assert await describe_image(image) == info(qemu, image)
-    assert await our_map(image) == json.loads(qemu.img("map", "--output=json", image))
+    theirs = json_map(qemu, image)
+    assert await our_map(image, theirs) == theirs
 
 
 async def test_locks_are_those_of_qemu(newer: Qemu) -> None:
