@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from .block.guest_options import DEFAULT_POLICY, GuestPolicy
 from .control.commands import all_commands
 from .control.dispatcher import Dispatcher
 from .control.server import ControlServer
@@ -54,6 +55,8 @@ class DaemonOptions:
 
     Attributes:
         disks: Images by the disk's name.
+        policies: What becomes of discards and zeroes, by the disk's name; those that are not
+            named have discards done and zeroes written.
         listen: Where NBD clients are accepted; export names in it are of no matter.
         control: Path of the control socket; None for none.
         scratch: How snapshots are kept.
@@ -68,6 +71,7 @@ class DaemonOptions:
     """
 
     disks: Mapping[str, Path]
+    policies: Mapping[str, GuestPolicy] = field(default_factory=dict)
     listen: Sequence[NbdUri] = ()
     control: Path | None = None
     scratch: ScratchOptions = field(default_factory=ScratchOptions)
@@ -220,7 +224,8 @@ class Daemon:
         self._listen()
         _check_scratch(self.options.scratch.directory)
         for name, path in self.options.disks.items():
-            await self.engine.open_disk(name, path)
+            policy = self.options.policies.get(name, DEFAULT_POLICY)
+            await self.engine.open_disk(name, path, policy)
         await self.engine.recover()
         while self._listeners:
             self.server.add_listener(self._listeners.pop(0))

@@ -142,10 +142,6 @@ class Bitmap:
         bit = offset >> self._shift
         return bool(self._bits[bit >> 3] >> (bit & 7) & 1)
 
-    def is_any_set(self, offset: int, length: int) -> bool:
-        """Whether any granule that the range touches is dirty."""
-        return any(status for _, status in self._runs(offset, length, extents_max=2))
-
     def is_empty(self) -> bool:
         """Whether no granule is dirty."""
         return not self.array().any()

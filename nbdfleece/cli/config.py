@@ -9,6 +9,10 @@ File names in it are relative to its own folder. Whatever is wrong is told with 
     [disks]
     vda = "/images/vda.qcow2"
 
+    [disks.vdb]
+    file = "/images/vdb.qcow2"
+    detect-zeroes = "unmap"
+
     [scratch]
     directory = "/var/tmp"
     quota = "10G"
@@ -47,6 +51,14 @@ class _Part(msgspec.Struct, kw_only=True, rename="kebab", forbid_unknown_fields=
     """A table of the file; what is not there is None."""
 
 
+class DiskConfig(_Part):
+    """A disk of which more is said than its file."""
+
+    file: str
+    discard: Literal["unmap", "ignore"] | None = None
+    detect_zeroes: Literal["off", "on", "unmap"] | None = None
+
+
 class ScratchConfig(_Part):
     """``[scratch]``: how snapshots are kept."""
 
@@ -70,7 +82,7 @@ class TlsConfig(_Part):
 class ServerConfig(_Part):
     """The whole file."""
 
-    disks: dict[str, str] = {}
+    disks: dict[str, str | DiskConfig] = {}
     listen: list[str] = []
     control: str | None = None
     socket_mode: str | None = None
@@ -144,7 +156,7 @@ class _Checked:
         for index, address in enumerate(config.listen):
             self._check(["listen", str(index)], parse_listen, address)
         found: dict[str, Any] = {
-            "disks": [f"{name}={self._file(file)}" for name, file in config.disks.items()],
+            **self._disks(config.disks),
             "listen": config.listen,
             "control": config.control
             if config.control in (None, NO_CONTROL)
@@ -169,6 +181,19 @@ class _Checked:
             ],
         }
         return {name: value for name, value in found.items() if value not in (None, [])}
+
+    def _disks(self, disks: dict[str, str | DiskConfig]) -> dict[str, list[str]]:
+        each = {
+            name: disk if isinstance(disk, DiskConfig) else DiskConfig(file=disk)
+            for name, disk in disks.items()
+        }
+        return {
+            "disks": [f"{name}={self._file(disk.file)}" for name, disk in each.items()],
+            "discard": [f"{name}={disk.discard}" for name, disk in each.items() if disk.discard],
+            "detect_zeroes": [
+                f"{name}={disk.detect_zeroes}" for name, disk in each.items() if disk.detect_zeroes
+            ],
+        }
 
     def _file(self, name: str | None) -> str | None:
         return None if name is None else str(self._path.parent / name)

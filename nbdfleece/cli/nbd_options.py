@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+from ..block.guest_options import DetectZeroes
 from ..errors import UsageError
 from ..nbd.constants import DEFAULT_PORT
 from ..nbd.uri import TCP_PORT_MAX
 from ..qcow2.backing import BackingPolicy
 from ..server.limits import Limits
 from ..standalone.disk import DiskOptions
-from ..standalone.guest_options import DetectZeroes
 from ..standalone.image_server import ServeOptions
 from ..standalone.listing import list_exports
 from ..standalone.node_options import parse_image_opts

@@ -25,6 +25,7 @@ from .addresses import (
     runtime_directory,
 )
 from .config import config_option
+from .disk_options import disk_options, parse_disks, parse_policies
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
 from .listen_options import keep_stderr_from_client, listen_options, parse_socket_file
@@ -37,14 +38,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @config_option
-@click.option(
-    "--disk",
-    "disks",
-    multiple=True,
-    required=True,
-    metavar="NAME=FILE",
-    help="Serve a qcow2 image, read and write, as export NAME; may be repeated.",
-)
+@disk_options
 @click.option(
     "--listen",
     multiple=True,
@@ -166,8 +160,10 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
     if not (listen or is_activated or values["stdio"]):
         listen = [default_listen()]
         make_runtime_directory()
+    disks = parse_disks(values["disks"])
     return DaemonOptions(
-        disks=parse_disks(values["disks"]),
+        disks=disks,
+        policies=parse_policies(disks, values["discard"], values["detect_zeroes"]),
         listen=listen,
         control=choose_control(values["control"]),
         limits=parse_limits(values["limits"]),
@@ -185,23 +181,6 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
             timeout_seconds=values["cbw_timeout"],
         ),
     )
-
-
-def parse_disks(words: tuple[str, ...]) -> dict[str, Path]:
-    """Read ``NAME=FILE``.
-
-    Raises:
-        UsageError: One is not of that form, or a name is given twice.
-    """
-    disks: dict[str, Path] = {}
-    for word in words:
-        name, equals, path = word.partition("=")
-        if not (name and equals and path):
-            raise UsageError(f"--disk is NAME=FILE, '{word}' is not")
-        if name in disks:
-            raise UsageError(f"--disk names '{name}' twice")
-        disks[name] = Path(path)
-    return disks
 
 
 def choose_control(word: str | None) -> Path | None:

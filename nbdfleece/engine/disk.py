@@ -1,6 +1,6 @@
 """A disk that the server holds: its image, its bitmaps and chain, and the nodes over it.
 
-guest -> GuestNode (marks bitmaps, has old data copied) -> Qcow2Image
+guest -> (GuestOptions ->) GuestNode (marks bitmaps, has old data copied) -> Qcow2Image
                       ^ CopyBeforeWrite <- SnapshotAccess (one per snapshot)
 """
 
@@ -16,6 +16,7 @@ from typing import Final, NamedTuple, TypeVar
 from ..bitmaps.bitmap import Bitmap
 from ..block.copy_before_write import CopyBeforeWrite, Layer, OnCbwError
 from ..block.guest import GuestNode
+from ..block.guest_options import DEFAULT_POLICY, GuestPolicy
 from ..errors import StateError, UsageError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
@@ -78,6 +79,7 @@ class Disk:
     Attributes:
         name: As the operator calls it; also the name of its live export.
         node: What the guest writes through.
+        policy: What becomes of the guest's discards and zeroes.
         copies: Its snapshots' copy-before-write.
         state: Its bitmaps and chain; replaced whole.
         chain_problem: Why the image's chain record could not be used; None if it could.
@@ -91,6 +93,7 @@ class Disk:
         store: BitmapStore,
         scratch: ScratchOptions,
         on_broken: Callable[[Layer], None],
+        policy: GuestPolicy,
     ) -> None:
         self.name = name
         self.image = image
@@ -103,7 +106,9 @@ class Disk:
             timeout_seconds=scratch.timeout_seconds,
             on_broken=on_broken,
         )
-        self.node = GuestNode(image, self.copies)
+        self._guest = GuestNode(image, self.copies)
+        self.policy = policy
+        self.node = policy.over(self._guest)
         self.state = DiskState({}, Chain())
         self.chain_problem: str | None = None
         self.busy: Counter[str] = Counter()
@@ -116,6 +121,7 @@ class Disk:
         path: Path,
         scratch: ScratchOptions,
         on_broken: Callable[[Layer], None] = lambda layer: None,
+        policy: GuestPolicy = DEFAULT_POLICY,
     ) -> Disk:
         """Open an image for writing, load what records, and mark it in use before any write.
 
@@ -124,6 +130,7 @@ class Disk:
             path: The image.
             scratch: How snapshots of it are kept.
             on_broken: Called when a copy failed and a snapshot was broken for it.
+            policy: What becomes of the guest's discards and zeroes.
 
         Raises:
             OSError: The image cannot be opened.
@@ -132,7 +139,7 @@ class Disk:
         """
         image = await Qcow2Image.open(path, read_only=False)
         try:
-            disk = cls(name, image, await BitmapStore.load(image), scratch, on_broken)
+            disk = cls(name, image, await BitmapStore.load(image), scratch, on_broken, policy)
             await disk._load_state()
         except BaseException:
             await image.close()
@@ -156,11 +163,11 @@ class Disk:
 
     async def drain(self) -> None:
         """Hold guest writes back, and wait for those in flight."""
-        await self.node.drain()
+        await self._guest.drain()
 
     def resume(self) -> None:
         """Let guest writes go on."""
-        self.node.resume()
+        self._guest.resume()
 
     async def _load_state(self) -> None:
         chain = self._load_chain()
@@ -185,7 +192,7 @@ class Disk:
             await self.store(self.state)
         else:
             await self._store.mark_in_use()
-            self.node.recording = self.state.recording
+            self._guest.recording = self.state.recording
 
     def _load_chain(self) -> Chain:
         record = self._store.record
@@ -263,8 +270,8 @@ class Disk:
 
     def _record_in(self, *states: DiskState) -> None:
         """Let guest writes be recorded in the bitmaps and logs of all these states."""
-        self.node.recording = _union(*(state.recording for state in states))
-        self.node.logs = _union(*(state.logs for state in states))
+        self._guest.recording = _union(*(state.recording for state in states))
+        self._guest.logs = _union(*(state.logs for state in states))
 
     async def _with_log(self, state: DiskState, name: str) -> DiskState:
         """Give a log to a bitmap of a state in whose bits guest writes are recorded already.
@@ -313,8 +320,8 @@ class Disk:
         are kept up too.
         """
         old, self.state = self.state, state
-        self.node.recording = state.recording
-        self.node.logs = _union(old.logs, state.logs)
+        self._guest.recording = state.recording
+        self._guest.logs = _union(old.logs, state.logs)
 
     async def store_installed(self) -> None:
         """Put the installed state into the image.
@@ -398,7 +405,7 @@ class Disk:
 
     async def close(self) -> None:
         """Store all bitmaps as no longer in use, and give the image up."""
-        await self.node.drain()
+        await self._guest.drain()
         try:
             await self._write(self.state, closing=True)
         finally:

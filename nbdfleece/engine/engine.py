@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.guest_options import DEFAULT_POLICY, GuestPolicy
 from ..errors import StateError
 from ..export.contexts import DirtyBitmap
 from ..export.export import Export, ExportTable
@@ -67,8 +68,8 @@ class Engine:
 
     # -- disks --------------------------------------------------------------------
 
-    async def open_disk(self, name: str, path: Path) -> Disk:
-        """Open an image for the guest, and export it under the disk's name.
+    async def open_disk(self, name: str, path: Path, policy: GuestPolicy = DEFAULT_POLICY) -> Disk:
+        """Open an image for a guest of whom ``policy`` holds; export it under the disk's name.
 
         Raises:
             StateError: The name is taken.
@@ -80,7 +81,9 @@ class Engine:
                 raise StateError(f"disk '{name}' exists already")
             if self.exports.has(name):
                 raise StateError(f"export '{name}' exists already")
-            disk = await Disk.open(name, path, self._scratch, lambda _: self._tell_broken(name))
+            disk = await Disk.open(
+                name, path, self._scratch, lambda _: self._tell_broken(name), policy
+            )
             try:
                 self.exports.add(live_export(disk))
             except BaseException:
@@ -259,7 +262,7 @@ class Engine:
     ) -> None:
         """Hold the guests' writes for as long as it takes to freeze all disks, without I/O."""
         try:
-            await asyncio.gather(*(disk.node.drain() for disk in disks))
+            await asyncio.gather(*(disk.drain() for disk in disks))
             for disk in disks:
                 snapshot.disks[disk.name] = freeze_disk(
                     disk, snapshot.release, freezing=states is not None
@@ -272,7 +275,7 @@ class Engine:
                 self.disks[name].install(state)
         finally:
             for disk in disks:
-                disk.node.resume()
+                disk.resume()
 
     async def _drop(self, name: str) -> None:
         snapshot = self.snapshots.pop(name)

@@ -307,19 +307,17 @@ class BitmapStore:
 
     # Changing
 
-    async def mark_in_use(self, *, keep_private_bit: bool = False) -> None:
+    async def mark_in_use(self) -> None:
         """Durably mark what is recording as in use; before the first guest write (rule 2).
 
-        Args:
-            keep_private_bit: The caller keeps up what its record promises while it writes.
-                Otherwise the private bit is cleared: after a crash the record is stale.
+        The private bit is cleared: until the bitmaps are stored again the record is stale.
 
         Raises:
             OSError: It may not be durable: do not write to the disk.
         """
-        await to_its_end(self._mark_in_use(keep_private_bit))
+        await to_its_end(self._mark_in_use())
 
-    async def _mark_in_use(self, keep_private_bit: bool) -> None:
+    async def _mark_in_use(self) -> None:
         async with self._lock:
             if self._switch is None or self._image.read_only:
                 return
@@ -332,8 +330,7 @@ class BitmapStore:
                     entry = held.entry._replace(flags=held.entry.flags | BitmapFlags.IN_USE)
                     self._held[name] = held._replace(entry=entry)
             await self._switch.note_generation()
-            if not keep_private_bit:
-                await self._switch.disown()
+            await self._switch.disown()
 
     async def _mark_entries(self, directory: BitmapsExtension, positions: list[int]) -> None:
         """Mark those of the directory's entries that record; none is torn, flags are 4 bytes."""

@@ -12,7 +12,7 @@ from ..block.node import BlockNode, BlockStatus
 from ..errors import ImageError
 from .backing import BackingPolicy
 from .bitmap_directory import BitmapGeometry, list_directory, unpack_extension
-from .entries import OFFSET_MASK, SUBCLUSTERS_PER_CLUSTER, Kind, Run, find_runs
+from .entries import COPIED, OFFSET_MASK, SUBCLUSTERS_PER_CLUSTER, Kind, Run, find_runs
 from .header import (
     EXTENSION_BITMAPS,
     HEADER_BYTES_MAX,
@@ -258,7 +258,7 @@ async def _qcow2_entries(
             run_end = cluster + run.clusters * size
             is_mixed = run.kind is Kind.SUBCLUSTERS
             bitmap = table.bitmap(cluster // size % per_table) if is_mixed else 0
-            for part in _parts(run, cluster, size, bitmap):
+            for part in _parts(run, cluster, size, bitmap, image.header.has_extended_l2):
                 inside = _clip(part, start, stop, depth)
                 if inside is None:
                     continue
@@ -302,21 +302,26 @@ async def _with_holes(image: Qcow2Image, entry: MapEntry) -> list[MapEntry]:
     return pieces
 
 
-def _parts(run: Run, start: int, size: int, bitmap: int) -> list[MapEntry]:
+def _parts(run: Run, start: int, size: int, bitmap: int, is_extended: bool) -> list[MapEntry]:
     """A run as entries; those that are not present are the backing file's to tell."""
     host = run.entry & OFFSET_MASK
     length = run.clusters * size
     if run.kind is Kind.SUBCLUSTERS:
         sub = size // SUBCLUSTERS_PER_CLUSTER
+        has_host = bool(run.entry & (OFFSET_MASK | COPIED))  # in a data file it may be at 0
         return [
             _part(
                 part.kind,
                 start + part.first * sub,
                 (part.end - part.first) * sub,
-                host + part.first * sub if host else None,
+                host + part.first * sub if has_host else None,
             )
             for part in subcluster_runs(bitmap, 0, SUBCLUSTERS_PER_CLUSTER)
         ]
+    if run.kind is Kind.ZERO_ALLOC and not host and not is_extended:
+        # To QEMU zeroes at 0 of a data file are zeroes without a place.
+        rest = _part(run.kind, start + size, length - size, size)
+        return [_part(run.kind, start, size, None), rest][: run.clusters]
     has_host = run.kind in (Kind.NORMAL, Kind.ZERO_ALLOC)
     return [_part(run.kind, start, length, host if has_host else None)]
 

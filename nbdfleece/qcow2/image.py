@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Final
@@ -59,7 +58,6 @@ from .header import (
     Autoclear,
     Header,
     Incompatible,
-    pack_header,
     unpack_header,
 )
 from .quarantine import Quarantine
@@ -76,8 +74,6 @@ _INFLATE_INLINE_BYTES_MAX: Final = 64 << 10
 
 _INFLATED_MAX: Final = 8
 """Inflated clusters kept for reads smaller than a cluster."""
-
-_SECTOR: Final = 512
 
 _log = logging.getLogger(__name__)
 
@@ -491,39 +487,6 @@ class Qcow2Image(BlockNode):
         """Give metadata clusters up, to which nothing durable leads any more."""
         self.metadata.remove(offset, count << self._cluster_bits)
         self.quarantine.add(offset, count << self._cluster_bits)
-
-    async def update_header(self, change: Callable[[Header], Header]) -> None:
-        """Flush, then make a change of the header durable, in the sectors that differ.
-
-        A change within one sector is atomic. Of a wider one the first sector, with the
-        feature bits, is written last, when the others are durable.
-
-        Args:
-            change: Makes the new header from the present one, which it leaves alone.
-                Called when everything written before this call is durable.
-
-        Raises:
-            ImageError: The header does not fit the first cluster; nothing was changed.
-        """
-        self.check_writable()
-        await self.epochs.exclusively(partial(self._write_header, change))
-
-    async def _write_header(self, change: Callable[[Header], Header]) -> None:
-        new = change(self.header)
-        data = memoryview(pack_header(new, self.path))
-        old = await self.file.read(0, len(data))
-        differing = [
-            start
-            for start in range(0, len(data), _SECTOR)
-            if data[start : start + _SECTOR] != old[start : start + _SECTOR]
-        ]
-        for start in reversed(differing):
-            if start == 0 and len(differing) > 1:
-                await self.file.flush()
-            await self.file.write(start, data[start : start + _SECTOR])
-        self.header.extensions = new.extensions
-        self.header.autoclear_features = new.autoclear_features
-        self.header.compatible_features = new.compatible_features
 
     async def close(self) -> None:
         """Flush, and give up the files and locks, the backing chain's too."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..bitmaps.bitmap import Bitmap
 from ..block.file import FileNode
+from ..block.guest_options import DetectZeroes, GuestOptions
 from ..block.node import BlockNode
 from ..block.raw import RawNode
 from ..errors import StateError, UsageError
@@ -18,7 +19,6 @@ from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.create import create_image
 from ..qcow2.header import Header
 from ..qcow2.image import Qcow2Image
-from .guest_options import DetectZeroes, GuestOptions
 from .node_options import Options, parse_image_opts, parse_name
 from .opening import NodeOpener, Place, SnapshotChoice
 from .recording_node import RecordingNode

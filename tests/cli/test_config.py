@@ -21,6 +21,11 @@ socket-mode = "660"
 [disks]
 vda = "a.qcow2"
 
+[disks.vdb]
+file = "b.qcow2"
+discard = "ignore"
+detect-zeroes = "on"
+
 [scratch]
 directory = "."
 quota = "1M"
@@ -52,7 +57,9 @@ def test_whole_file_becomes_the_options_of_serve(tmp_path: Path) -> None:
         "control": "none",
         "listen": ["tcp:127.0.0.1:0"],
         "socket_mode": "660",
-        "disks": [f"vda={tmp_path}/a.qcow2"],
+        "disks": [f"vda={tmp_path}/a.qcow2", f"vdb={tmp_path}/b.qcow2"],
+        "discard": ["vdb=ignore"],
+        "detect_zeroes": ["vdb=on"],
         "scratch_dir": str(tmp_path),
         "scratch_quota": "1M",
         "scratch_granularity": "8192",
@@ -77,7 +84,9 @@ def test_whole_file_becomes_the_options_of_serve(tmp_path: Path) -> None:
         ("[limits]\nhandshake-second = 3\n", ":2: --limit: there is no 'handshake-second'"),
         ("[exports.'a.b']\nfast = true\n", ":2: --export: there is no 'fast'"),
         ("[tls]\nmode = 'maybe'\n", ":2: tls.mode: Invalid enum value 'maybe'"),
-        ("[disks]\nvda = 3\n", ":1: disks: Expected `str`"),
+        ("[disks]\nvda = 3\n", ":1: disks: Expected `str | object`"),
+        ("[disks.vda]\nfile = 'a'\ndiscard = 'x'\n", ":1: disks.discard: Invalid enum value 'x'"),
+        ("[disks.vda]\ndiscard = 'unmap'\n", ":1: disks: Object missing required field `file`"),
     ],
 )
 def test_error_names_the_line(tmp_path: Path, text: str, complaint: str) -> None:

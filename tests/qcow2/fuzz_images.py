@@ -241,8 +241,8 @@ def _too_long(*_arguments: object) -> None:
     raise AssertionError(f"no end after {SECONDS_MAX} s")
 
 
-def run_fuzzer(folder: Path, images: int, seed: int) -> collections.Counter[str]:
-    """Damage ``images`` images; return how often what became of them.
+def run_fuzzer(folder: Path, images: int, seed: int, first: int = 0) -> collections.Counter[str]:
+    """Damage ``images`` images, from number ``first`` on; return how often what became of them.
 
     Raises:
         Exception: Whatever it was that should not have been; the image is in a note.
@@ -252,11 +252,11 @@ def run_fuzzer(folder: Path, images: int, seed: int) -> collections.Counter[str]
     bases = [asyncio.run(make_base(folder, options)) for options in BASES.values()]
     _limit_memory()
     outcomes: collections.Counter[str] = collections.Counter()
-    for number in range(images):
+    for number in range(first, first + images):
         try:
             outcomes[fuzz_once(folder, bases[number % len(bases)], f"{seed}:{number}")] += 1
         except BaseException as error:
-            error.add_note(f"image {number} of seed {seed}")
+            error.add_note(f"again: --seed {seed} --first {number} --images 1")
             raise
     return outcomes
 
@@ -273,10 +273,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="fuzz-images", description=__doc__)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="number of the first image")
     options = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir="/dev/shm") as name:
-        outcomes = run_fuzzer(Path(name), options.images, options.seed)
+        outcomes = run_fuzzer(Path(name), options.images, options.seed, options.first)
     print(json.dumps(outcomes), file=sys.stdout)
     seconds = time.monotonic() - begun
     print(f"{options.images} images in {seconds:.0f} s, seed {options.seed}")

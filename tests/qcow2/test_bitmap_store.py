@@ -217,7 +217,7 @@ async def test_mark_in_use_marks_only_what_records(path: Path) -> None:
     await store_in(path, [frozen("old", content), recording("live", content, in_use=False)], b"r")
     image = await Qcow2Image.open(path, read_only=False)
     store = await BitmapStore.load(image)
-    await store.mark_in_use(keep_private_bit=True)
+    await store.mark_in_use()
     assert not any(entry.inconsistent for entry in store.entries)
     await image.close()
     assert listed_bitmaps(path) == {"old": (65536, set()), "live": (65536, {"auto", "in-use"})}
@@ -228,7 +228,7 @@ async def test_mark_in_use_marks_only_what_records(path: Path) -> None:
         ("old", False),
         ("live", True),
     ]
-    assert store.record == (b"r", True)
+    assert store.record == (b"r", False)
     assert bits["live"] == content
 
 

@@ -6,11 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.qcow2 import crash_campaign, kill_campaign
+from tests.qcow2 import crash_campaign, kill_campaign, turns_campaign
+from tests.tree import debian_13
 
 
 def test_power_cuts_at_random_leave_sound_images() -> None:
     assert crash_campaign.run_campaign(states=150, seed=20).total() == 150
+
+
+def test_images_that_qemu_and_we_write_in_turns_are_the_same_to_both() -> None:
+    seen = turns_campaign.run_campaign(images=4, turns=4, operations=40, seed=5)
+    assert seen["version 3"] > 1
+
+
+def test_images_that_a_newer_qemu_and_we_write_in_turns_are_the_same_to_both() -> None:
+    turns_campaign.run_campaign(images=2, turns=4, operations=40, seed=6, tree=debian_13())
 
 
 def test_killed_server_loses_nothing_that_was_flushed_and_no_checkpoint(folder: Path) -> None:

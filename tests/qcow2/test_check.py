@@ -221,3 +221,18 @@ async def test_header_that_cannot_be_is_refused(folder: Path) -> None:
     image.write_bytes(b"QFI\xfb" + bytes(1000))
     with pytest.raises(ImageError):
         await check_image(image)
+
+
+@pytest.mark.parametrize("offset", [1 << 40, 1 << 63])
+async def test_snapshot_whose_l1_table_no_file_can_reach_is_a_corruption(
+    folder: Path, offset: int
+) -> None:
+    image = make(folder, "cluster_size=4k", 0)
+    data = bytearray(image.read_bytes())
+    table = int.from_bytes(data[64:72], "big")
+    data[table : table + 8] = offset.to_bytes(8, "big")
+    image.write_bytes(data)
+    result = await check_image(image)
+    assert f"reference to {offset:#x}, 8 bytes: past the end of the file" in result.messages[0]
+    if offset == 1 << 40:  # of the other QEMU says that it cannot be read, and checks no further
+        assert shown(result) == qemu_check(image)

@@ -54,13 +54,19 @@ async def test_overlay_has_info_and_map_of_qemu(
     assert await our_map(image) == qemu_json("map", image)
 
 
+@pytest.mark.parametrize("extended", ["on", "off"])
 @pytest.mark.parametrize("raw", ["on", "off"])
-async def test_external_data_file_is_named_and_mapped(folder: Path, raw: str) -> None:
+async def test_external_data_file_is_named_and_mapped(
+    folder: Path, raw: str, extended: str
+) -> None:
+    """A part of the first cluster, which lies at offset 0 of the data file, and all of another."""
     image = folder / "image.qcow2"
-    options = f"data_file={folder}/data,data_file_raw={raw}"
+    options = f"data_file={folder}/data,data_file_raw={raw},extended_l2={extended}"
     qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, image, "1M")
-    qemu("qemu-io", "-c", "write 64k 64k", image)
+    qemu("qemu-io", "-c", "write 4k 4k", "-c", "write 64k 64k", image)
     assert await describe_image(image) == qemu_json("info", image)
+    assert await our_map(image) == qemu_json("map", image)
+    qemu("qemu-io", "-c", "write -z 0 64k", "-c", "write -z 64k 64k", image)
     assert await our_map(image) == qemu_json("map", image)
 
 

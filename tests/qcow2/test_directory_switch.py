@@ -244,7 +244,7 @@ async def test_record_is_noted_as_in_force_before_the_first_guest_write(path: Pa
     image = await Qcow2Image.open(path, read_only=False)
     store = await BitmapStore.load(image)
     assert store.record == (b"record", True)
-    await store.mark_in_use(keep_private_bit=True)
+    await store.mark_in_use()
     await image.close()
     qemu_io(path, "write 0 4k")
     assert (await load_from(path))[0].record == (b"record", False)

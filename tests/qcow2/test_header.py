@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nbdfleece.bitmaps.bitmap import Bitmap
 from nbdfleece.errors import ImageError, NbdfleeceError, UnsupportedImageError
+from nbdfleece.qcow2.bitmap_store import BitmapStore
 from nbdfleece.qcow2.create import create_image
 from nbdfleece.qcow2.header import (
     EXTENSION_BACKING_FORMAT,
@@ -20,7 +21,9 @@ from nbdfleece.qcow2.header import (
     with_extension,
 )
 from nbdfleece.qcow2.image import Qcow2Image
+from nbdfleece.qcow2.resize import resize_image
 from tests.qcow2.guest import check, qemu_img
+from tests.qcow2.stored_bitmaps import insert_extension, recording
 
 MIB = 1 << 20
 
@@ -154,27 +157,21 @@ async def test_unknown_autoclear_bits_stay_when_reading_and_go_when_writing(fold
     assert read_header(path)[0].autoclear_features == 0
 
 
-async def test_update_header_of_an_open_image_is_durable_and_sound(folder: Path) -> None:
+async def test_unknown_compatible_bits_and_extensions_survive_a_writer(folder: Path) -> None:
+    """Whatever the header is changed for: bitmaps, the size, the place of a table."""
     path = await make(folder)
+    patch(path, 80, 1 << 40, 8)
+    insert_extension(path, 0x12345678, b"of another program")
     image = await Qcow2Image.open(path, read_only=False)
     await image.write(0, memoryview(b"x" * 100_000))
-    await image.update_header(lambda old: with_extension(old, 0x4E424446, b"payload", first=True))
+    await resize_image(image, 40 << 30)
+    store = await BitmapStore.load(image)
+    await store.replace([recording("b", Bitmap(image.size, 1 << 20), in_use=False)], b"record")
+    await image.close()
     header, _ = read_header(path)
-    assert header.extensions[0].data == b"payload"
-    await image.update_header(lambda old: replace(old, autoclear_features=1 << 63))
-    assert read_header(path)[0].autoclear_features == 1 << 63
-    await image.close()
+    assert header.compatible_features == 1 << 40
+    assert b"of another program" in [each.data for each in header.extensions]
     check(path)
-
-
-async def test_header_too_big_to_update_changes_nothing(folder: Path) -> None:
-    path = await make(folder)
-    image = await Qcow2Image.open(path, read_only=False)
-    before = path.read_bytes()
-    with pytest.raises(ImageError, match="does not fit"):
-        await image.update_header(lambda old: with_extension(old, 77, bytes(70_000), first=True))
-    assert path.read_bytes() == before
-    await image.close()
 
 
 async def test_mutated_images_neither_hang_nor_escape(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from nbdfleece.errors import ImageError, StateError, UnsupportedImageError, Usag
 from nbdfleece.extents import Extents
 from nbdfleece.qcow2.backing import BackingPolicy
 from nbdfleece.qcow2.create import create_image
+from nbdfleece.qcow2.describe import describe_image
 from nbdfleece.qcow2.image import Qcow2Image
 from tests.qcow2.guest import qemu_content, qemu_img, qemu_io
 
@@ -275,6 +277,41 @@ async def test_backing_name_of_a_protocol_is_refused_by_name(folder: Path, name:
     qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", name, "-F", "raw", path, "1M")
     with pytest.raises(UnsupportedImageError, match="only plain file names"):
         await Qcow2Image.open(path, read_only=True, backing_policy=BackingPolicy.ANY)
+
+
+@pytest.mark.parametrize("name", ["json:{}", "nbd://localhost", "nbd:unix:x"])
+async def test_data_file_name_of_a_protocol_is_refused_by_name(folder: Path, name: str) -> None:
+    """CVE-2024-4467: an image must not choose what its reader opens; info opens nothing."""
+    path = folder / "disk.qcow2"
+    await create_image(path, MIB, data_file="d" * len(name))
+    path.write_bytes(path.read_bytes().replace(b"d" * len(name), name.encode(), 1))
+    for policy in BackingPolicy:
+        with pytest.raises(ImageError, match="only plain file names"):
+            await Qcow2Image.open(path, read_only=True, backing_policy=policy)
+    assert (await describe_image(path))["format-specific"]["data"]["data-file"] == name
+
+
+async def test_info_opens_neither_backing_nor_data_file(folder: Path) -> None:
+    """Both are FIFOs here, at which opening would wait for ever."""
+    path = folder / "disk.qcow2"
+    backing = {"backing_file": "base", "backing_format": "raw"}
+    await create_image(path, MIB, data_file="data", **backing)
+    (folder / "data").unlink()
+    for name in ("data", "base"):
+        os.mkfifo(folder / name)
+    assert (await describe_image(path))["backing-filename"] == "base"
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+async def test_chain_that_comes_back_under_another_name_is_refused(
+    folder: Path, link: Callable[[Path, Path], None]
+) -> None:
+    """Files are known by device and inode."""
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "alias", "-F", "qcow2", path, "1M")
+    link(path, folder / "alias")
+    with pytest.raises(ImageError, match="comes back"):
+        await Qcow2Image.open(path, read_only=True)
 
 
 async def test_chain_that_comes_back_to_itself_is_refused(folder: Path) -> None:

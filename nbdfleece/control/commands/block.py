@@ -127,6 +127,7 @@ async def _disk_node(disk: Disk) -> dict[str, Any]:
     }
     return {
         **_UNUSED,
+        "detect_zeroes": disk.policy.detect_zeroes.value,
         "node-name": disk.name,
         "drv": "qcow2",
         "ro": False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nbdfleece.standalone.guest_options import DetectZeroes, GuestOptions, is_zero
+from nbdfleece.block.guest_options import DetectZeroes, GuestOptions, is_zero
 from tests.memory_node import MemoryNode
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 import numpy as np
 
-from ..block.node import BlockNode
+from ..errors import UsageError
 from ..extents import Extents
+from .node import BlockNode
 
 
 class DetectZeroes(Enum):
@@ -19,6 +22,38 @@ class DetectZeroes(Enum):
     """It becomes a write of zeroes that keeps the space."""
     UNMAP = "unmap"
     """It becomes a write of zeroes that may give the space up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestPolicy:
+    """What becomes of a guest's discards and zeroes on a qcow2 disk.
+
+    Attributes:
+        discard: Whether trims have an effect. Writes of zeroes may give space up in any
+            case, if the guest allows it: so it is with QEMU's qcow2.
+        detect_zeroes: What becomes of zeroes that are written as data.
+
+    Raises:
+        UsageError: Detected zeroes are to be unmapped, and discards ignored.
+    """
+
+    discard: bool = True
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
+
+    def __post_init__(self) -> None:
+        if self.detect_zeroes is DetectZeroes.UNMAP and not self.discard:
+            raise UsageError("zeroes cannot be unmapped where discards are ignored")
+
+    def over(self, below: BlockNode) -> BlockNode:
+        """A node that keeps to this policy; the same one if it does so itself."""
+        if self == DEFAULT_POLICY:
+            return below
+        return GuestOptions(
+            below, discard=self.discard, zeroes_unmap=True, detect_zeroes=self.detect_zeroes
+        )
+
+
+DEFAULT_POLICY: Final = GuestPolicy()
 
 
 class GuestOptions(BlockNode):

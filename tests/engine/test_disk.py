@@ -1,0 +1,48 @@
+"""A disk's bitmaps: what is in memory, and what is marked on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nbdfleece.block.guest_options import DetectZeroes, GuestPolicy
+from nbdfleece.engine.disk import ScratchOptions
+from nbdfleece.engine.engine import Engine
+from nbdfleece.export.export import ExportTable
+
+from .rig import CLUSTER, make_image, open_engine, qemu_img, stored_bitmaps
+
+
+async def test_only_what_records_is_in_memory_and_in_use(tmp_path: Path) -> None:
+    """A frozen bitmap stays clean on disk, and out of memory until it is needed."""
+    image = make_image(tmp_path / "vda.qcow2")
+    for name in ("old", "older", "live"):
+        qemu_img("bitmap", "--add", image, name, *["--disable"] * (name != "live"))
+    engine = await open_engine(tmp_path, image)
+    disk = engine.disk("vda")
+    in_memory = {each.name for each in disk.state.bitmaps.values() if each.bits is not None}
+    assert in_memory == {"live"}
+    copy = tmp_path / "copy.qcow2"
+    copy.write_bytes(image.read_bytes())
+    flags = {name: set(found) for name, found in stored_bitmaps(copy, after_kill=True).items()}
+    assert flags == {"old": set(), "older": set(), "live": {"auto", "in-use"}}
+    assert (await disk.bits("old")).is_empty()
+    await engine.close()
+
+
+async def test_ignored_discards_mark_nothing_and_detected_zeroes_are_changes(
+    tmp_path: Path,
+) -> None:
+    """Rule 2 asks for what changes: a guest's fstrim that does nothing makes no backup larger."""
+    image = make_image(tmp_path / "vda.qcow2")
+    qemu_img("bitmap", "--add", image, "live")
+    engine = Engine(ExportTable(), ScratchOptions(directory=tmp_path))
+    policy = GuestPolicy(discard=False, detect_zeroes=DetectZeroes.ON)
+    disk = await engine.open_disk("vda", image, policy)
+    await disk.node.write(0, memoryview(b"x" * CLUSTER))
+    bits = (await disk.bits("live")).copy()
+    await disk.node.trim(0, 3 * CLUSTER)
+    assert await disk.bits("live") == bits
+    await disk.node.write(2 * CLUSTER, memoryview(bytes(CLUSTER)))
+    bits.set_range(2 * CLUSTER, CLUSTER)
+    assert await disk.bits("live") == bits
+    await engine.close()
