@@ -21,12 +21,13 @@ libnbd (Debian: python3-libnbd) and is imported when it is first needed.
 
 from __future__ import annotations
 
+from .building import discard
 from .choose import DiskUri, auto_requests, full_requests, since_requests
 from .directory import BackupDirectory, split_point
 from .errors import BackupError, ChecksumError, InterruptedPullError, ServerError
 from .manifest import DiskEntry, Point
 from .prune import prune, surplus
-from .pull import DiskRequest, Estimate, PullOptions, Resume, discard, estimate, pull
+from .pull import DiskRequest, Estimate, PullOptions, Resume, estimate, pull
 from .rate import RateLimit
 from .restore import Restored, RestoreOptions, restore
 from .source import Source, offered_bitmaps

@@ -29,7 +29,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from .errors import BackupError
-from .manifest import Kind, write_atomically
+from .manifest import Compression, Kind, write_atomically
 
 _FORMAT: Final = "nbdfleece-pull-journal"
 _VERSION: Final = 1
@@ -48,6 +48,7 @@ class DiskHead(msgspec.Struct, kw_only=True):
         bitmap: The context that tells what changed.
         extents_blake2b: Checksum of what the server says is to be pulled.
         identity: The frozen view's identity, if it has one.
+        compression: How clusters are compressed.
     """
 
     name: str
@@ -57,6 +58,7 @@ class DiskHead(msgspec.Struct, kw_only=True):
     bitmap: str | None
     extents_blake2b: str
     identity: str | None
+    compression: Compression | None = None
 
 
 class Head(msgspec.Struct, kw_only=True):

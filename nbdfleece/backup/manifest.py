@@ -42,6 +42,7 @@ _HASH_BYTES: Final = 32
 _FILE_CHUNK_BYTES: Final = 4 << 20
 
 Kind = Literal["full", "incremental"]
+Compression = Literal["zlib", "zstd"]
 
 
 class DiskEntry(msgspec.Struct, kw_only=True, rename="kebab"):
@@ -63,6 +64,7 @@ class DiskEntry(msgspec.Struct, kw_only=True, rename="kebab"):
         extents: Lengths and status in turns, for the whole disk: 0 as in the parent (zeroes
             in a full one), 1 data in this file, 3 zeroes in this file.
         read_bytes: What was read from the server.
+        compression: How clusters of the file are compressed, if any are.
     """
 
     name: str
@@ -79,6 +81,7 @@ class DiskEntry(msgspec.Struct, kw_only=True, rename="kebab"):
     blocks: list[tuple[int, str]]
     extents: list[tuple[int, int]]
     read_bytes: int
+    compression: Compression | msgspec.UnsetType = msgspec.UNSET
 
     def layer(self) -> Extents:
         """The extents as arrays."""

@@ -73,6 +73,11 @@ _DEFAULT_NAME: Final = "disk"
     metavar="SECONDS",
     help="How often what is done is made durable: what a cut pull does again at most.",
 )
+@click.option(
+    "--compress",
+    type=click.Choice(["zlib", "zstd"]),
+    help="Compress each cluster that becomes smaller.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be read, and read nothing.")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Which of our server's disks.")
 @click.option(
@@ -222,6 +227,7 @@ def make_options(values: dict[str, Any], report: Any) -> PullOptions:
         limit=RateLimit(values["rate_limit"], values["rate_file"]),
         progress=report,
         journal_seconds=values["save_every"],
+        compression=values["compress"],
     )
 
 
