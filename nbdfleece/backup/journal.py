@@ -109,7 +109,7 @@ class Journal:
         Raises:
             OSError: It cannot be written.
         """
-        line = _pack_line(head)
+        line = pack_line(head)
         write_atomically(path, line)
         return cls(path, head, [], len(line))
 
@@ -122,13 +122,13 @@ class Journal:
             OSError: It cannot be read.
         """
         lines = path.read_bytes().splitlines(keepends=True)
-        head = _unpack_line(lines[0], Head) if lines else None
+        head = unpack_line(lines[0], Head) if lines else None
         if head is None or head.format != _FORMAT or head.version != _VERSION:
             raise BackupError(f"{path}: this is no journal that this version can read")
         size = len(lines[0])
         done: list[DoneBlock] = []
         for line in lines[1:]:
-            block = _unpack_line(line, DoneBlock)
+            block = unpack_line(line, DoneBlock)
             if block is None or not 0 <= block.disk < len(head.disks):
                 break
             done.append(block)
@@ -141,7 +141,7 @@ class Journal:
         Raises:
             OSError: It cannot be written; what was torn off is dropped at the next opening.
         """
-        data = memoryview(b"".join(map(_pack_line, blocks)))
+        data = memoryview(b"".join(map(pack_line, blocks)))
         while data:
             data = data[os.write(self._fd, data) :]
         os.fdatasync(self._fd)
@@ -151,12 +151,13 @@ class Journal:
         os.close(self._fd)
 
 
-def _pack_line(record: msgspec.Struct) -> bytes:
+def pack_line(record: msgspec.Struct) -> bytes:
+    """A record as a line with its checksum."""
     body = msgspec.json.encode(record)
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-def _unpack_line(line: bytes, kind: type[_Record]) -> _Record | None:
+def unpack_line(line: bytes, kind: type[_Record]) -> _Record | None:
     """The record of a line; None if the line is torn or damaged."""
     mark, _, body = line.partition(b" ")
     if not body.endswith(b"\n") or mark != b"%08x" % zlib.crc32(body[:-1]):

@@ -38,7 +38,7 @@ BLOCK_BYTES: Final = 4 << 20
 TEMPORARY_SUFFIX: Final = ".tmp"
 """Of a file that is being written and has not got its name yet."""
 
-_HASH_BYTES: Final = 32
+HASH_BYTES: Final = 32
 _FILE_CHUNK_BYTES: Final = 4 << 20
 
 Kind = Literal["full", "incremental"]
@@ -189,7 +189,7 @@ def _check_point(point: Point, name: str) -> None:
 
 def checksum(parts: Iterable[bytes | memoryview]) -> str:
     """The checksum of some bytes one after another, in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
@@ -197,7 +197,7 @@ def checksum(parts: Iterable[bytes | memoryview]) -> str:
 
 def file_checksum(path: str | os.PathLike[str]) -> str:
     """The checksum of a whole file."""
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
     buffer = memoryview(bytearray(_FILE_CHUNK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):

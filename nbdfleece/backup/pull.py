@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..qcow2.image import Qcow2Image
 from .blocks import ABSENT, DATA, ZEROES, Block, cut_blocks, layer_extents, ranges_of
 from .building import DiskBuild, Keeper, complete, discard, drop_leaks
 from .compress import ImageWriter
+from .connection import TIMEOUT_SECONDS
 from .directory import BackupDirectory, check_point_name, disk_file_name
 from .errors import InterruptedPullError, ServerError
 from .journal import DiskHead, DoneBlock, Head, Journal
@@ -86,6 +87,7 @@ class PullOptions:
         progress: Called in the loop's thread, after every block.
         journal_seconds: How often what is done is made durable.
         compression: How to compress the clusters that become smaller; None for not at all.
+        timeout_seconds: How long a server may be silent while it owes answers; None for ever.
     """
 
     connections: int = CONNECTIONS_DEFAULT
@@ -94,6 +96,7 @@ class PullOptions:
     progress: ReportProgress | None = None
     journal_seconds: float = JOURNAL_SECONDS
     compression: Compression | None = None
+    timeout_seconds: float | None = TIMEOUT_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,14 +121,14 @@ class _DiskPull:
 
 
 async def estimate(
-    requests: Sequence[DiskRequest], *, connections: int = CONNECTIONS_DEFAULT
+    requests: Sequence[DiskRequest], *, options: PullOptions | None = None
 ) -> list[Estimate]:
     """Find out what a pull would read, and read nothing.
 
     Raises:
         ServerError: A server fails or cannot be trusted.
     """
-    options = PullOptions(connections=connections)
+    options = replace(options or PullOptions(), connections=1)
     async with AsyncExitStack() as stack:
         disks = [await _open_disk(stack, Path(), request, options) for request in requests]
     return [
@@ -209,16 +212,9 @@ async def _open_disk(
     stack: AsyncExitStack, path: Path, request: DiskRequest, options: PullOptions
 ) -> _DiskPull:
     """Connect to a disk's server and find out what is to be pulled."""
-    source = await Source.open(
-        request.uri, dirty_bitmap=request.bitmap, connections=options.connections
-    )
-    stack.push_async_callback(source.close)
-    merged = await source.extents()
     parent = request.parent
-    if parent is not None:
-        # What is new at the end of a disk that has grown is clean in QEMU's bitmap.
-        merged = read_as_dirty_from(merged, parent.disk(request.name).size)
-    layer = layer_extents(merged, is_full=parent is None)
+    base_size = None if parent is None else parent.disk(request.name).size
+    source, layer = await survey(stack, request.uri, request.bitmap, base_size, options)
     head = DiskHead(
         name=request.name,
         size=source.size,
@@ -231,6 +227,39 @@ async def _open_disk(
     )
     build = DiskBuild(head, path, parent, request.uri, request.reason)
     return _DiskPull(request, source, layer, build)
+
+
+async def survey(
+    stack: AsyncExitStack,
+    uri: str,
+    bitmap: str | None,
+    base_size: int | None,
+    options: PullOptions,
+) -> tuple[Source, Extents]:
+    """Connect to an export, for as long as ``stack`` lasts, and find out what is to be pulled.
+
+    Args:
+        stack: Closes the connections.
+        uri: The export.
+        bitmap: The context that tells what changed; None for everything.
+        base_size: Bytes that the disk had when the bitmap began, if known.
+        options: How.
+
+    Raises:
+        ServerError: The server fails or cannot be trusted.
+    """
+    source = await Source.open(
+        uri,
+        dirty_bitmap=bitmap,
+        connections=options.connections,
+        timeout_seconds=options.timeout_seconds,
+    )
+    stack.push_async_callback(source.close)
+    merged = await source.extents()
+    if base_size is not None:
+        # What is new at the end of a disk that has grown is clean in QEMU's bitmap.
+        merged = read_as_dirty_from(merged, base_size)
+    return source, layer_extents(merged, is_full=bitmap is None)
 
 
 async def _begin(
@@ -339,7 +368,7 @@ async def _pull_disk(journal: Journal, number: int, disk: _DiskPull, options: Pu
     build = disk.build
     image = await Qcow2Image.open(build.partial, read_only=False)
     keeper = Keeper(journal, image, build, options.journal_seconds)
-    tell = _teller(disk, options.progress)
+    tell = teller(disk.request.name, disk.layer, build.done.values(), options.progress)
 
     def on_done(block: DoneBlock) -> None:
         keeper.note(block)
@@ -361,16 +390,18 @@ async def _pull_disk(journal: Journal, number: int, disk: _DiskPull, options: Pu
         await image.close()
 
 
-def _teller(disk: _DiskPull, progress: ReportProgress | None) -> Callable[[DoneBlock], None]:
+def teller(
+    disk: str, layer: Extents, done: Iterable[DoneBlock], progress: ReportProgress | None
+) -> Callable[[DoneBlock], None]:
     """What counts the blocks of a disk and tells how far it is; it has told once on return."""
-    total = int(disk.layer.lengths[disk.layer.status != ABSENT].sum())
+    total = int(layer.lengths[layer.status != ABSENT].sum())
     moved = 0
 
     def tell(*blocks: DoneBlock) -> None:
         nonlocal moved
         moved += sum(length for block in blocks for length, status in block.extents if status)
         if progress is not None:
-            progress(Progress(disk.request.name, moved, total))
+            progress(Progress(disk, moved, total))
 
-    tell(*disk.build.done.values())
+    tell(*done)
     return tell

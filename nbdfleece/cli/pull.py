@@ -17,6 +17,7 @@ from .addresses import CONTROL_VARIABLE
 from .exit_status import ExitStatus
 from .output import print_json
 from .progress import progress_option, reporting
+from .server_options import timeout_option
 from .sizes import parse_size
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ _DEFAULT_NAME: Final = "disk"
     is_flag=True,
     help="If pulling from our server fails, keep its snapshot, so that the same command goes on.",
 )
+@timeout_option
 @progress_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def pull(uris: tuple[str, ...], folder: Path, **values: Any) -> ExitStatus:
@@ -169,7 +171,7 @@ async def _pull_uris(
         bitmaps = _parse_bitmaps(values["bitmaps"], disks)
         requests = since_requests(directory, disks, values["since"], bitmaps=bitmaps)
     else:
-        requests = await auto_requests(directory, disks)
+        requests = await auto_requests(directory, disks, timeout_seconds=values["timeout_seconds"])
     return await pull_requests(directory, requests, values)
 
 
@@ -191,7 +193,7 @@ async def pull_requests(
     from ..backup import pull as pull_point
 
     if values["dry_run"]:
-        estimates = await estimate(requests, connections=1)
+        estimates = await estimate(requests, options=make_options(values, None))
         print_estimates(estimates, values["as_json"])
         return _status(each.reason for each in estimates)
     with reporting(values["progress"]) as report:
@@ -228,6 +230,7 @@ def make_options(values: dict[str, Any], report: Any) -> PullOptions:
         progress=report,
         journal_seconds=values["save_every"],
         compression=values["compress"],
+        timeout_seconds=values["timeout_seconds"],
     )
 
 

@@ -11,6 +11,7 @@ import msgspec
 from ..errors import UsageError
 from .output import print_json
 from .progress import progress_option, reporting
+from .server_options import timeout_option
 from .sizes import parse_size
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 @click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
 @click.option("--connections", type=click.IntRange(1, 64), default=4, show_default=True)
 @click.option("--rate-limit", type=parse_size, default="0", metavar="SIZE", help="Bytes a second.")
+@timeout_option
 @progress_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def restore(backup: str, target: str, **values: Any) -> None:
@@ -73,6 +75,7 @@ async def _restore(backup: str, text: str, values: dict[str, Any]) -> Restored:
         image_format=values["image_format"],
         overwrite=values["overwrite"],
         connections=values["connections"],
+        timeout_seconds=values["timeout_seconds"],
     )
     with reporting(values["progress"]) as report:
         options = RestoreOptions(limit=RateLimit(values["rate_limit"]), progress=report)
