@@ -25,6 +25,7 @@ from .directory import BackupDirectory, check_point_name, disk_file_name
 from .errors import BackupError
 from .journal import DiskHead, DoneBlock, Head, Journal
 from .manifest import BLOCK_BYTES, Compression, Point, checksum, sync_directory
+from .rate import RateLimit
 from .restore import ZERO_BYTES_MAX, Restored
 from .stream import StreamBlock, StreamDisk, StreamHead, StreamReader, decode
 from .target import Target
@@ -241,13 +242,18 @@ async def read_blocks(
 
 
 async def restore_stream(
-    file: BinaryIO, open_target: OpenTarget, *, progress: ReportProgress | None = None
+    file: BinaryIO,
+    open_target: OpenTarget,
+    *,
+    limit: RateLimit | None = None,
+    progress: ReportProgress | None = None,
 ) -> Restored:
     """Write a disk of a full stream, and of the increments that follow it, to a target.
 
     Args:
         file: The streams; read in a thread.
         open_target: Opens the target once the first head is known.
+        limit: Bytes per second that are written.
         progress: Called after every block; the total is not known before the end.
 
     Returns:
@@ -264,7 +270,7 @@ async def restore_stream(
         raise BackupError("there is no stream of restore points in the input")
     target, disk = await open_target(head)
     try:
-        restoring = _StreamRestore(reader, target, disk, progress)
+        restoring = _StreamRestore(reader, target, disk, limit or RateLimit(), progress)
         while head is not None:
             restored = await restoring.run(head)
             head = await asyncio.to_thread(reader.head)
@@ -279,11 +285,17 @@ class _StreamRestore:
     """Streams on their way to a target."""
 
     def __init__(
-        self, reader: StreamReader, target: Target, disk: str, progress: ReportProgress | None
+        self,
+        reader: StreamReader,
+        target: Target,
+        disk: str,
+        limit: RateLimit,
+        progress: ReportProgress | None,
     ) -> None:
         self._reader = reader
         self._target = target
         self._disk = disk
+        self._limit = limit
         self._progress = progress
         self._before: StreamHead | None = None
         self._written = self._zeroed = 0
@@ -331,6 +343,7 @@ class _StreamRestore:
         if block.disk != number:
             return
         self._found[block.number] = block
+        await self._limit.take(len(data))
         for part in parts_of(block, data):
             if part.data is not None:
                 await self._target.write(part.offset, part.data)

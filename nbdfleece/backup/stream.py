@@ -24,17 +24,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import sys
 import zlib
 from datetime import datetime
 from typing import Any, BinaryIO, Final, Literal
 
 import msgspec
 
-from ..qcow2.compressed import zstd
 from .blocks import ABSENT, DATA, ZEROES
 from .errors import BackupError
 from .journal import pack_line, unpack_line
 from .manifest import BLOCK_BYTES, HASH_BYTES, Compression, Kind, checksum
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 FORMAT: Final = "nbdfleece-stream"
 VERSION: Final = 1
@@ -211,13 +216,10 @@ class StreamReader:
         line = self._file.readline(_LINE_BYTES_MAX)
         if not line:
             raise BackupError("the stream was cut: it has no end")
-        record = unpack_line(line, StreamBlock | StreamEnd)
-        if isinstance(record, StreamEnd):
-            if (record.blocks, record.blake2b) != (len(self._seen), self._digest.hexdigest()):
-                raise BackupError("the stream is damaged: its checksum does not fit")
+        record = unpack_line(line, StreamBlock)
+        if record is None:
+            self._check_end(unpack_line(line, StreamEnd))
             return None
-        if not isinstance(record, StreamBlock):
-            raise BackupError(f"the stream is cut or damaged after {len(self._seen)} blocks")
         self._check(record)
         payload = self._file.read(record.length)
         if len(payload) < record.length:
@@ -225,6 +227,17 @@ class StreamReader:
         self._digest.update(line)
         self._digest.update(payload)
         return record, payload
+
+    def _check_end(self, end: StreamEnd | None) -> None:
+        """Whether the stream ends here, and is what was written.
+
+        Raises:
+            BackupError: It does not, or is not.
+        """
+        if end is None:
+            raise BackupError(f"the stream is cut or damaged after {len(self._seen)} blocks")
+        if (end.blocks, end.blake2b) != (len(self._seen), self._digest.hexdigest()):
+            raise BackupError("the stream is damaged: its checksum does not fit")
 
     def _check(self, block: StreamBlock) -> None:
         """Whether a block can be meant.

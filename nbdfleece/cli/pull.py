@@ -33,9 +33,9 @@ _DEFAULT_NAME: Final = "disk"
     "--to",
     "folder",
     required=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="The backup directory.",
+    type=click.Path(path_type=Path, file_okay=False, allow_dash=True),
+    metavar="DIR|-",
+    help="The backup directory; - for a stream on stdout, which import and restore read.",
 )
 @click.option(
     "--point", metavar="NAME", help="The restore point's name. Default: the checkpoint's."
@@ -46,7 +46,11 @@ _DEFAULT_NAME: Final = "disk"
     help="The server's checkpoint of this instant, for the next increment; our own server makes"
     " it. Default with our own server: the restore point's name.",
 )
-@click.option("--since", metavar="POINT", help="Only what changed since that restore point.")
+@click.option(
+    "--since",
+    metavar="POINT",
+    help="Only what changed since that restore point (or its checkpoint; with --to - only that).",
+)
 @click.option("--full", is_flag=True, help="Everything.")
 @click.option("--auto", is_flag=True, help="As little as server and backup allow (the default).")
 @click.option(
@@ -105,9 +109,13 @@ def pull(uris: tuple[str, ...], folder: Path, **values: Any) -> ExitStatus:
     committed, or aborted if pulling fails.
 
     The exit status is 4 if a disk was pulled in full although an increment was asked for, and
-    75 if the pull was cut and can go on.
+    75 if the pull was cut and can go on. A stream that was cut has to be made again.
     """
     _check_mode(values)
+    if str(folder) == "-":
+        from .pull_stream import pull_to_stream
+
+        return pull_to_stream(uris, values)
     from ..backup import BackupDirectory
 
     directory = BackupDirectory(folder)
@@ -147,7 +155,7 @@ def parse_disks(words: Sequence[str]) -> list[DiskUri]:
     return found
 
 
-def _parse_bitmaps(words: Sequence[str], disks: Sequence[DiskUri]) -> dict[str, str]:
+def parse_bitmaps(words: Sequence[str], disks: Sequence[DiskUri]) -> dict[str, str]:
     """Bitmaps by disk; one without a disk is for all."""
     names = {disk.name for disk in disks}
     found = {}
@@ -168,7 +176,7 @@ async def _pull_uris(
     if values["full"]:
         requests = full_requests(disks)
     elif values["since"] is not None:
-        bitmaps = _parse_bitmaps(values["bitmaps"], disks)
+        bitmaps = parse_bitmaps(values["bitmaps"], disks)
         requests = since_requests(directory, disks, values["since"], bitmaps=bitmaps)
     else:
         requests = await auto_requests(directory, disks, timeout_seconds=values["timeout_seconds"])
