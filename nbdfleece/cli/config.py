@@ -71,6 +71,7 @@ class ServerConfig(_Part):
     """The whole file."""
 
     disks: dict[str, str] = {}
+    backups: list[str] = []
     listen: list[str] = []
     control: str | None = None
     socket_mode: str | None = None
@@ -145,6 +146,7 @@ class _Checked:
             self._check(["listen", str(index)], parse_listen, address)
         found: dict[str, Any] = {
             "disks": [f"{name}={self._file(file)}" for name, file in config.disks.items()],
+            "backups": [self._file(backup) for backup in config.backups],
             "listen": config.listen,
             "control": config.control
             if config.control in (None, NO_CONTROL)

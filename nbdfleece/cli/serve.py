@@ -24,6 +24,7 @@ from .addresses import (
     parse_listen,
     runtime_directory,
 )
+from .backup_exports import backup_exports
 from .config import config_option
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
@@ -41,9 +42,16 @@ if TYPE_CHECKING:
     "--disk",
     "disks",
     multiple=True,
-    required=True,
     metavar="NAME=FILE",
     help="Serve a qcow2 image, read and write, as export NAME; may be repeated.",
+)
+@click.option(
+    "--backup",
+    "backups",
+    multiple=True,
+    metavar="DIR[@POINT]",
+    help="Serve the disks of a restore point, or of all, read-only as exports POINT/DISK, with "
+    "qemu:dirty-bitmap:EARLIER for the difference to each earlier point; may be repeated.",
 )
 @click.option(
     "--listen",
@@ -159,6 +167,8 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
     from ..daemon import DaemonOptions
     from ..engine.disk import ScratchOptions
 
+    if not (values["disks"] or values["backups"]):
+        raise UsageError("there is nothing to serve: say --disk or --backup")
     if values["stdio"] and (values["as_json"] or values["print_uri"]):
         raise UsageError("--stdio: stdout is the client's; leave --json and --print-uri out")
     is_activated = os.environ.get("LISTEN_PID") == str(os.getpid())
@@ -177,6 +187,7 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
         tls=build_tls(values),
         authorization=build_authorization(values["authorize"]),
         export_rules=[parse_export_rule(text) for text in values["export_rules"]],
+        more_exports=[backup_exports(text) for text in values["backups"]],
         scratch=ScratchOptions(
             directory=values["scratch_dir"],
             granularity=values["scratch_granularity"],
