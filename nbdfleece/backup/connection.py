@@ -228,10 +228,9 @@ class Connection:
         Raises:
             ServerError: The read failed; ``view`` holds anything.
         """
-        buffer = self._module.Buffer.from_buffer(view)
         await self._run(
             f"reading {len(view)} bytes at {offset}",
-            lambda done: self.handle.aio_pread(buffer, offset, done),
+            lambda done: self.handle.aio_pread(view, offset, done),
         )
 
     async def write(self, offset: int, data: memoryview) -> None:
@@ -240,10 +239,9 @@ class Connection:
         Raises:
             ServerError: The write failed.
         """
-        buffer = self._module.Buffer.from_buffer(data)
         await self._run(
             f"writing {len(data)} bytes at {offset}",
-            lambda done: self.handle.aio_pwrite(buffer, offset, done),
+            lambda done: self.handle.aio_pwrite(data, offset, done),
         )
 
     async def write_zeroes(self, offset: int, length: int) -> None:

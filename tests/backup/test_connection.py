@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,10 @@ from nbdfleece.backup import (
     pull,
 )
 from nbdfleece.backup.connection import ConnectOptions, connect
+from nbdfleece.backup.libnbd import load_libnbd
 
 from .fake_server import BLOCK_STATUS, READ, Script, serving, truthful
-from .programs import content_of
+from .programs import content_of, nbdkit
 
 SECONDS = 0.3
 BLOCK = 65536
@@ -103,3 +106,31 @@ async def test_idle_connection_is_not_a_hung_one(tmp_path: Path, script: Script)
             assert view == b"x" * 512
             await asyncio.sleep(0.5)
         connection.disconnect()
+
+
+class Buffer(bytearray):
+    """A buffer that can be watched."""
+
+
+async def test_buffers_are_free_once_they_are_answered_for(tmp_path: Path) -> None:
+    """libnbd 1.14 never frees an nbd.Buffer that it was given: a restore held the whole disk."""
+    watched = []
+    with nbdkit(tmp_path, "memory", "1M") as uri:
+        connection = await connect(uri, ConnectOptions())
+        for work in (connection.read_into, connection.write):
+            buffer = Buffer(65536)
+            watched.append(weakref.ref(buffer))
+            await work(0, memoryview(buffer))
+            del buffer
+        gc.collect()
+        assert [each() for each in watched] == [None, None]
+        connection.disconnect()
+
+
+async def test_zeroes_are_looked_for_in_buffers_that_are_free_afterwards() -> None:
+    buffer = Buffer(65536)
+    watched = weakref.ref(buffer)
+    assert load_libnbd().Buffer.from_buffer(memoryview(buffer)).is_zero(0, len(buffer))
+    del buffer
+    gc.collect()
+    assert watched() is None
