@@ -171,7 +171,9 @@ async def complete(
         OSError: It could not be; nothing is taken for a restore point.
     """
     head = journal.head
-    entries = [await asyncio.to_thread(disk.finish_file) for disk in disks]
+    finishing = [asyncio.create_task(asyncio.to_thread(disk.finish_file)) for disk in disks]
+    await asyncio.wait(finishing)  # all: who is told of an error may remove the files
+    entries = [task.result() for task in finishing]
     point = Point(
         name=head.point,
         parent=next((disk.parent for disk in entries if disk.parent is not None), None),

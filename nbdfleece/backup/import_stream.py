@@ -116,6 +116,7 @@ class _Import:
         )
         if parent is not None:
             parent.disk(disk.name)
+            _check_same_checkpoint(disk, parent.checkpoint_created)
         path = self._directory.path / disk_file_name(point, disk.name)
         return DiskBuild(head, path, parent, disk.uri, disk.reason)
 
@@ -195,6 +196,19 @@ class _Import:
                     f"disk {disk.name!r} has grown since {build.parent.name!r}, and the stream"
                     " does not have all that is new: pull it in full"
                 )
+
+
+def _check_same_checkpoint(disk: StreamDisk, created: float | None) -> None:
+    """Whether the changes are those since the checkpoint that the parent was made with.
+
+    Raises:
+        BackupError: Another checkpoint has its name by now.
+    """
+    if created is not None and disk.parent_created not in (None, created):
+        raise BackupError(
+            f"the stream has the changes since another checkpoint {disk.parent!r} than the one"
+            " that the restore point was made with: pull in full"
+        )
 
 
 def _covers(build: DiskBuild, begin: int) -> bool:
@@ -322,20 +336,22 @@ class _StreamRestore:
         raise BackupError(f"the stream of {head.point!r} has no disk {self._disk!r}")
 
     def _check_order(self, head: StreamHead, disk: StreamDisk) -> None:
-        before = self._before
         if (disk.kind == "full") != (disk.parent is None):
             raise BackupError(f"the stream cannot be meant: kind and parent of {disk.name!r}")
+        before = self._before
         if before is None:
             if disk.parent is not None:
                 raise BackupError(
                     f"the stream of {head.point!r} builds on {disk.parent!r}, which must come"
                     " before it, or be in the directory that it is imported to"
                 )
-        elif disk.parent is None or disk.parent not in (before.point, before.checkpoint):
+            return
+        if disk.parent is None or disk.parent not in (before.point, before.checkpoint):
             raise BackupError(
                 f"the stream of {head.point!r} does not build on {before.point!r} before it"
             )
-        elif any(each.name == disk.name and each.size != disk.size for each in before.disks):
+        _check_same_checkpoint(disk, before.checkpoint_created)
+        if any(each.name == disk.name and each.size != disk.size for each in before.disks):
             raise BackupError(f"disk {disk.name!r} changes its size: import the streams first")
 
     async def _take(self, number: int, block: StreamBlock, payload: bytes) -> None:

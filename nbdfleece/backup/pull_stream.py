@@ -40,6 +40,7 @@ class StreamRequest:
             a full one.
         parent_size: Bytes that the disk had then. Without it a disk that has grown cannot be
             imported unless the bitmap has all that is new.
+        parent_created: When the server made the checkpoint that ``parent`` names, if known.
         reason: Why it is to be full although an increment was asked for.
     """
 
@@ -48,6 +49,7 @@ class StreamRequest:
     bitmap: str | None = None
     parent: str | None = None
     parent_size: int | None = None
+    parent_created: float | None = None
     reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +128,7 @@ def _describe(request: StreamRequest, source: Source) -> StreamDisk:
         kind="full" if request.parent is None else "incremental",
         parent=request.parent,
         parent_size=request.parent_size,
+        parent_created=request.parent_created,
         reason=request.reason,
         uri=request.uri,
         bitmap=request.bitmap,

@@ -59,6 +59,8 @@ class StreamDisk(msgspec.Struct, kw_only=True):
         kind: Whether everything or only what changed since ``parent`` is there.
         parent: The name of the restore point below, or of the checkpoint it was made with.
         parent_size: Bytes that the disk had then, if known.
+        parent_created: When the server made that checkpoint, in seconds since the epoch, if
+            known: another one may have got its name.
         reason: Why it is full although an increment was asked for.
         uri: Where it was pulled from.
         bitmap: The metadata context that told what changed.
@@ -69,6 +71,7 @@ class StreamDisk(msgspec.Struct, kw_only=True):
     kind: Kind
     parent: str | None
     parent_size: int | None
+    parent_created: float | None
     reason: str | None
     uri: str
     bitmap: str | None
@@ -166,7 +169,9 @@ class StreamWriter:
     def _write(self, parts: list[bytes | memoryview]) -> None:
         for part in parts:
             self._digest.update(part)
-            self._file.write(part)
+            left = memoryview(part)
+            while left:
+                left = left[self._file.write(left) :]
         self._file.flush()
 
 

@@ -83,7 +83,8 @@ def _write_stream(
     from .pull import make_options, point_name
 
     name = point_name(values)
-    with os.fdopen(os.dup(sys.stdout.fileno()), "wb") as file, _reporting(values) as report:
+    stdout = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+    with stdout as file, reporting(values["progress"], to_stderr=True) as report:
         streamed = asyncio.run(
             pull_stream(
                 requests,
@@ -97,10 +98,6 @@ def _write_stream(
     _tell(name, streamed, as_json=values["as_json"] or values["progress"] == "json")
     is_other = any(disk.reason for disk in streamed)
     return ExitStatus.FULL_INSTEAD if is_other else ExitStatus.OK
-
-
-def _reporting(values: dict[str, Any]) -> Any:
-    return reporting(values["progress"], to_stderr=True)
 
 
 def _tell(point: str, streamed: Sequence[Streamed], *, as_json: bool) -> None:
@@ -136,9 +133,10 @@ def _pull_from_server(values: dict[str, Any]) -> ExitStatus:
         begun = client.execute("backup-begin", arguments)
         try:
             made = client.execute("query-checkpoints")
-            created = {each["name"]: each["created"] for each in made}[begun["checkpoint"]]
-            requests = [_server_request(disk, values["since"]) for disk in begun["disks"]]
-            status = _write_stream(requests, values, created)
+            created = {each["name"]: each["created"] for each in made}
+            since = values["since"]
+            requests = [_server_request(disk, since, created.get(since)) for disk in begun["disks"]]
+            status = _write_stream(requests, values, created[begun["checkpoint"]])
         except BaseException:
             client.execute("backup-abort", {"name": name})
             raise
@@ -146,7 +144,14 @@ def _pull_from_server(values: dict[str, Any]) -> ExitStatus:
     return status
 
 
-def _server_request(disk: Any, since: str | None) -> StreamRequest:
+def _server_request(disk: Any, since: str | None, created: float | None) -> StreamRequest:
+    """What to pull of one disk.
+
+    Args:
+        disk: What the server has begun.
+        since: The checkpoint that was asked for.
+        created: When the server made it.
+    """
     from ..backup import StreamRequest
 
     return StreamRequest(
@@ -154,6 +159,7 @@ def _server_request(disk: Any, since: str | None) -> StreamRequest:
         uri=disk["uris"][0],
         bitmap=disk["context"],
         parent=None if disk["context"] is None else since,
+        parent_created=created,
         reason=disk["reason"],
     )
 

@@ -53,7 +53,7 @@ class Disk:
 
     async def stream(
         self, point: str, parent: str | None = None, compression: Compression | None = None,
-        **request: Any,
+        created: float | None = None, **request: Any,
     ) -> bytes:  # fmt: skip
         """A stream of what the disk is now; of an increment what changed since the last one."""
         blocks = range(len(self.content) // BLOCK)
@@ -64,7 +64,14 @@ class Disk:
             bitmap = None if parent is None else BITMAP
             wanted = StreamRequest(name="vda", uri=uri, bitmap=bitmap, parent=parent, **request)
             options = PullOptions(compression=compression)
-            done = await pull_stream([wanted], file, point=point, options=options)
+            done = await pull_stream(
+                [wanted],
+                file,
+                point=point,
+                checkpoint=point,
+                checkpoint_created=created,
+                options=options,
+            )
         assert [(each.disk, each.size, each.parent) for each in done] == [
             ("vda", len(self.content), parent)
         ]
@@ -176,6 +183,21 @@ async def test_increment_needs_what_it_builds_on(
     await import_stream(directory, io.BytesIO(full))
     with pytest.raises(StateError, match="exists already"):
         await import_stream(directory, io.BytesIO(full))
+
+
+async def test_checkpoint_of_the_same_name_made_later_is_not_built_on(
+    tmp_path: Path, disk: Disk, directory: BackupDirectory
+) -> None:
+    full = await disk.stream("p0", created=100.5)
+    disk.change(5)
+    other = await disk.stream("p1", "p0", parent_created=101.5)
+    same = await disk.stream("p1", "p0", parent_created=100.5)
+    with pytest.raises(BackupError, match="another checkpoint 'p0'"):
+        await import_stream(directory, io.BytesIO(full + other))
+    with pytest.raises(BackupError, match="another checkpoint 'p0'"):
+        await restore_stream(io.BytesIO(full + other), to(tmp_path))
+    assert directory.point_names() == ["p0"]
+    await import_stream(directory, io.BytesIO(same))
 
 
 @pytest.mark.parametrize(("known", "is_refused"), [(None, True), (SIZE, False)])

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -478,6 +479,20 @@ def test_missing_libnbd_is_one_line_that_names_the_package(tmp_path: Path, run: 
         **os.environ, "PYTHONPATH": str(tmp_path)
     })  # fmt: skip
     assert "is not libnbd's" in other.stderr
+
+
+def test_server_that_says_nothing_is_given_up(tmp_path: Path, run: Run) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/silent")
+        listener.listen()
+        uri = f"nbd+unix:///?socket={tmp_path}/silent"
+        for words in (
+            ["map", uri],
+            ["pull", uri, "--to", "b"],
+            ["pull", uri, "--to", "b", "--full"],
+        ):
+            done = run(*words, "--timeout", "0.2")
+            assert (done.status, "silent for 0.2 seconds" in done.complaint) == (1, True)
 
 
 def random_commands(source: random.Random, count: int) -> list[str]:
