@@ -17,6 +17,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +68,7 @@ class DaemonOptions:
         tls: How to do TLS; None for not at all.
         authorization: Who may have which export; None for everybody all.
         export_rules: What holds for exports by their names.
+        more_exports: What else is served, for as long as each of these contexts is entered.
         grace_seconds: At the end, how long NBD requests in flight may take.
     """
 
@@ -82,6 +84,7 @@ class DaemonOptions:
     tls: TlsSettings | None = None
     authorization: Authorizer | None = None
     export_rules: Sequence[ExportRule] = ()
+    more_exports: Sequence[AbstractAsyncContextManager[Sequence[Export]]] = ()
     grace_seconds: float = 10.0
 
 
@@ -132,6 +135,7 @@ class Daemon:
         self._stdio_ended: asyncio.Future[None] | None = None
         self._stop_requested = asyncio.Event()
         self._stop_reason = "host-signal"
+        self._more = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         """Start.
@@ -227,6 +231,9 @@ class Daemon:
             policy = self.options.policies.get(name, DEFAULT_POLICY)
             await self.engine.open_disk(name, path, policy)
         await self.engine.recover()
+        for more in self.options.more_exports:
+            for export in await self._more.enter_async_context(more):
+                self.exports.add(export)
         while self._listeners:
             self.server.add_listener(self._listeners.pop(0))
         if self.options.stdio:
@@ -273,6 +280,7 @@ class Daemon:
             await self.node_exports.close()
             await self.graph.close()
         finally:
+            await self._more.aclose()
             await self.engine.close()
 
     async def _close_sockets(self) -> None:

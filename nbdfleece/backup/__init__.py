@@ -21,12 +21,15 @@ libnbd (Debian: python3-libnbd) and is imported when it is first needed.
 
 from __future__ import annotations
 
+from .building import discard
 from .choose import DiskUri, auto_requests, full_requests, since_requests
 from .directory import BackupDirectory, split_point
 from .errors import BackupError, ChecksumError, InterruptedPullError, ServerError
+from .import_stream import import_stream, restore_stream
 from .manifest import DiskEntry, Point
 from .prune import prune, surplus
-from .pull import DiskRequest, Estimate, PullOptions, Resume, discard, estimate, pull
+from .pull import DiskRequest, Estimate, PullOptions, Resume, estimate, pull
+from .pull_stream import Streamed, StreamRequest, pull_stream
 from .rate import RateLimit
 from .restore import Restored, RestoreOptions, restore
 from .source import Source, offered_bitmaps
@@ -53,6 +56,8 @@ __all__ = [
     "Resume",
     "ServerError",
     "Source",
+    "StreamRequest",
+    "Streamed",
     "Target",
     "Verified",
     "auto_requests",
@@ -60,11 +65,14 @@ __all__ = [
     "discard",
     "estimate",
     "full_requests",
+    "import_stream",
     "offered_bitmaps",
     "open_target",
     "prune",
     "pull",
+    "pull_stream",
     "restore",
+    "restore_stream",
     "since_requests",
     "split_point",
     "surplus",

@@ -21,8 +21,8 @@ DATA: Final = 1
 ZEROES: Final = 3
 """What a layer says of a range: nothing, data, zeroes."""
 
-_ZERO_SCAN_BYTES: Final = 65536
-"""Zeroes are looked for in clusters, as they are stored."""
+CLUSTER_BYTES: Final = 65536
+"""Of the images: zeroes are looked for, and data compressed, in clusters, as they are stored."""
 
 
 class Range(NamedTuple):
@@ -143,7 +143,7 @@ def _split_zeroes(whole: Range, position: int, libnbd_buffer: Any) -> list[Piece
     found: list[Piece] = []
     offset, end = whole.offset, whole.offset + whole.length
     while offset < end:
-        stop = min(end, (offset // _ZERO_SCAN_BYTES + 1) * _ZERO_SCAN_BYTES)
+        stop = min(end, (offset // CLUSTER_BYTES + 1) * CLUSTER_BYTES)
         length = stop - offset
         status = ZEROES if libnbd_buffer.is_zero(position, length) else DATA
         if found and found[-1].status == status:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..errors import UsageError
 from .block_status import DIRTY_PREFIX
+from .connection import TIMEOUT_SECONDS
 from .directory import BackupDirectory
 from .manifest import Point
 from .pull import DiskRequest
@@ -62,15 +63,28 @@ def since_requests(
     return requests
 
 
-async def auto_requests(directory: BackupDirectory, disks: Sequence[DiskUri]) -> list[DiskRequest]:
+async def auto_requests(
+    directory: BackupDirectory,
+    disks: Sequence[DiskUri],
+    *,
+    timeout_seconds: float | None = TIMEOUT_SECONDS,
+) -> list[DiskRequest]:
     """For every disk the smallest increment that the server and the backup allow, or a full one.
+
+    Args:
+        directory: The backup.
+        disks: The disks.
+        timeout_seconds: How long a server may be silent; None for ever.
 
     Raises:
         ServerError: A server cannot be asked.
         BackupError: A manifest is damaged.
     """
     points = directory.points() if directory.path.is_dir() else []
-    return [_best(disk, points, await offered_bitmaps(disk.uri)) for disk in disks]
+    return [
+        _best(disk, points, await offered_bitmaps(disk.uri, timeout_seconds=timeout_seconds))
+        for disk in disks
+    ]
 
 
 def _best(disk: DiskUri, points: Sequence[Point], offered: Sequence[str]) -> DiskRequest:

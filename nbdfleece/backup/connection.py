@@ -7,12 +7,16 @@ the socket into the caller's buffer and writes them straight from it: nothing is
 
 A connection that dies fails all its commands. The callbacks run inside calls of the
 machine, in the loop's thread; they raise nothing, for libnbd could not pass it on.
+
+**A server that hangs.** While commands wait for answers, a timer looks whether bytes have moved
+since; if none have for the time limit, the connection is dead. So a slow server has all the time
+that it needs, and one that hangs has not.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
@@ -30,18 +34,35 @@ _Issue = Callable[[Callable[[Any], int]], object]
 """Queues a command with the completion callback that it is given."""
 
 
+TIMEOUT_SECONDS: Final = 300.0
+"""Longer than a busy server is silent, shorter than anyone waits for a dead one."""
+
+_CLOSED: Final = -1
+"""In place of an errno: there was no answer."""
+
+_POLL_MILLISECONDS: Final = 200
+"""How soon a handshake notices that nobody waits for it any more."""
+
+
 class ConnectOptions(NamedTuple):
-    """What to negotiate: metadata contexts, and whether to ask for the export's description."""
+    """What to negotiate, and how patiently.
+
+    Attributes:
+        contexts: Metadata contexts.
+        full_info: Whether to ask for the export's description.
+        timeout_seconds: How long the server may be silent while it owes answers; None for ever.
+    """
 
     contexts: tuple[str, ...] = ()
     full_info: bool = False
+    timeout_seconds: float | None = TIMEOUT_SECONDS
 
 
 async def connect(uri: str, options: ConnectOptions) -> Connection:
     """Connect and negotiate, in a thread.
 
     Raises:
-        ServerError: There is no server, or it refuses.
+        ServerError: There is no server, it refuses, or it does not answer.
         UsageError: libnbd is missing.
     """
     module = load_libnbd()
@@ -50,46 +71,101 @@ async def connect(uri: str, options: ConnectOptions) -> Connection:
     handle.set_full_info(options.full_info)
     for context in options.contexts:
         handle.add_meta_context(context)
-    try:
-        await asyncio.to_thread(handle.connect_uri, uri)
-    except module.Error as error:
-        raise server_error(uri, error) from None
+    patience = _Patience(uri, options.timeout_seconds)
+
+    def negotiate() -> None:
+        handle.aio_connect_uri(uri)
+        patience.turn(handle)
+        if not handle.aio_is_ready():
+            raise ServerError(f"{uri}: the server refuses the connection")
+
+    await patience.run(module, negotiate)
     handle.set_pread_initialize(False)  # a failed read's buffer is never used
-    return Connection(uri, handle, module)
+    return Connection(uri, handle, module, options.timeout_seconds)
 
 
-async def offered_contexts(uri: str, queries: tuple[str, ...]) -> list[str]:
+async def offered_contexts(
+    uri: str, queries: tuple[str, ...], *, timeout_seconds: float | None = TIMEOUT_SECONDS
+) -> list[str]:
     """The metadata contexts that the export offers for some queries, in the server's order.
 
     Raises:
-        ServerError: There is no server, no such export, or no way to ask.
+        ServerError: There is no server, no such export, no way to ask, or no answer.
     """
     module = load_libnbd()
+    patience = _Patience(uri, timeout_seconds)
+    found: list[str] = []
+    errors: list[int] = []
 
-    def ask() -> list[str]:
+    def ask() -> None:
         handle = module.NBD()
         handle.set_uri_allow_local_file(True)
         handle.set_opt_mode(True)
-        handle.connect_uri(uri)
-        found: list[str] = []
+        handle.aio_connect_uri(uri)
+        patience.turn(handle)
         if not handle.aio_is_negotiating() or not handle.get_structured_replies_negotiated():
-            return found
+            return
         for query in queries:
             handle.add_meta_context(query)
-        handle.opt_list_meta_context(found.append)
-        handle.opt_abort()
-        return found
 
-    try:
-        return await asyncio.to_thread(ask)
-    except module.Error as error:
-        raise server_error(uri, error) from None
+        def done(error: Any) -> int:
+            errors.append(error.value)
+            return 1
+
+        handle.aio_opt_list_meta_context(found.append, done)
+        patience.turn(handle)
+        handle.aio_opt_abort()
+
+    await patience.run(module, ask)
+    if any(errors):
+        raise command_error(uri, "listing the metadata contexts", errors[0])
+    return found
+
+
+class _Patience:
+    """Runs a handshake in a thread, which ends when the time is up or nobody waits any more."""
+
+    def __init__(self, uri: str, timeout_seconds: float | None) -> None:
+        self._uri = uri
+        self._timeout = timeout_seconds
+        self._is_cancelled = False
+
+    async def run(self, module: Any, handshake: Callable[[], None]) -> None:
+        """Run it.
+
+        Raises:
+            ServerError: It failed.
+        """
+        try:
+            await asyncio.to_thread(handshake)
+        except module.Error as error:
+            raise server_error(self._uri, error) from None
+        except asyncio.CancelledError:
+            self._is_cancelled = True
+            raise
+
+    def turn(self, handle: Any) -> None:
+        """Turn the machine until it waits for us.
+
+        Raises:
+            ServerError: The server hangs.
+        """
+        begun = time.monotonic()
+        while handle.aio_is_connecting() and not self._is_cancelled:
+            if self._timeout is not None and time.monotonic() - begun >= self._timeout:
+                raise ServerError(f"{self._uri}: {silence('handshake', self._timeout)}")
+            handle.poll(_POLL_MILLISECONDS)
+
+
+def silence(what: str, seconds: float) -> str:
+    """How a server that hangs is reported."""
+    return f"{what}: the server has been silent for {seconds:g} seconds"
 
 
 class Connection:
     """A connection in its transmission phase. Made by :func:`connect`."""
 
-    def __init__(self, uri: str, handle: Any, module: Any) -> None:
+    def __init__(self, uri: str, handle: Any, module: Any, timeout_seconds: float | None) -> None:
         self.uri = uri
         self.handle = handle
         self._module = module
@@ -98,6 +174,11 @@ class Connection:
         self._watching = 0
         self._pending: set[asyncio.Future[int]] = set()
         self._is_closed = False
+        self._timeout = timeout_seconds
+        self._moved_at = 0.0
+        """When bytes have moved last, or were first waited for, by the loop's clock."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._has_hung = False
 
     @property
     def in_flight(self) -> int:
@@ -147,10 +228,9 @@ class Connection:
         Raises:
             ServerError: The read failed; ``view`` holds anything.
         """
-        buffer = self._module.Buffer.from_buffer(view)
         await self._run(
             f"reading {len(view)} bytes at {offset}",
-            lambda done: self.handle.aio_pread(buffer, offset, done),
+            lambda done: self.handle.aio_pread(view, offset, done),
         )
 
     async def write(self, offset: int, data: memoryview) -> None:
@@ -159,10 +239,9 @@ class Connection:
         Raises:
             ServerError: The write failed.
         """
-        buffer = self._module.Buffer.from_buffer(data)
         await self._run(
             f"writing {len(data)} bytes at {offset}",
-            lambda done: self.handle.aio_pwrite(buffer, offset, done),
+            lambda done: self.handle.aio_pwrite(data, offset, done),
         )
 
     async def write_zeroes(self, offset: int, length: int) -> None:
@@ -212,10 +291,13 @@ class Connection:
                 future.set_result(error.value)
             return 1
 
+        if not self._pending:
+            self._moved_at = self._loop.time()
         self._pending.add(future)
         try:
             if self._is_closed:
-                raise ServerError(f"{self.uri}: {what}: the connection is closed")
+                raise ServerError(f"{self.uri}: {self._ending(what)}")
+            self._start_timer()
             issue(done)
             self._watch()
             errnum = await self._answer(future)
@@ -223,8 +305,31 @@ class Connection:
             raise server_error(self.uri, error) from None
         finally:
             self._pending.discard(future)
+        if errnum == _CLOSED:
+            raise ServerError(f"{self.uri}: {self._ending(what)}")
         if errnum:
             raise command_error(self.uri, what, errnum)
+
+    def _ending(self, what: str) -> str:
+        """Why a command has no answer on a connection that is closed."""
+        if self._has_hung and self._timeout is not None:
+            return silence(what, self._timeout)
+        return f"{what}: the connection is closed"
+
+    def _start_timer(self) -> None:
+        if self._timeout is not None and self._timer is None:
+            self._timer = self._loop.call_at(self._moved_at + self._timeout, self._on_time)
+
+    def _on_time(self) -> None:
+        """The server has been silent for the time limit, or has moved since the timer began."""
+        self._timer = None
+        if self._is_closed or not self._pending or self._timeout is None:
+            return
+        if self._loop.time() - self._moved_at >= self._timeout:
+            self._has_hung = True
+            self.close()
+        else:
+            self._start_timer()
 
     async def _answer(self, future: asyncio.Future[int]) -> int:
         try:
@@ -244,9 +349,11 @@ class Connection:
             self._watch()
 
     def _on_readable(self) -> None:
+        self._moved_at = self._loop.time()
         self._turn(self.handle.aio_notify_read)
 
     def _on_writable(self) -> None:
+        self._moved_at = self._loop.time()
         self._turn(self.handle.aio_notify_write)
 
     def _watch(self) -> None:
@@ -270,15 +377,17 @@ class Connection:
             self.close()
 
     def close(self) -> None:
-        """Drop the connection; commands that are not answered fail with ENOTCONN."""
+        """Drop the connection; commands that are not answered fail."""
         if self._is_closed:
             return
         self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         for future in self._pending:
             if not future.done():
-                future.set_result(errno.ENOTCONN)
+                future.set_result(_CLOSED)
         self.handle = None
 
     def disconnect(self) -> None:

@@ -48,7 +48,7 @@ class Layer:
         if entry.block_size != BLOCK_BYTES:
             raise BackupError(f"{image.path}: checksums of {entry.block_size} bytes are not known")
         self.entry = entry
-        self._image = image
+        self.image = image
         self._checksums = dict(entry.blocks)
         self.blocks: dict[int, Block] = {
             block.number: block for block in cut_blocks(_only_data(entry.layer()))
@@ -61,7 +61,7 @@ class Layer:
             BackupError: There is not.
         """
         if self.blocks.keys() != self._checksums.keys():
-            raise BackupError(f"{self._image.path}: the manifest lacks checksums")
+            raise BackupError(f"{self.image.path}: the manifest lacks checksums")
 
     async def read(self, number: int) -> list[ContentPiece]:
         """All data of a block, checked.
@@ -85,10 +85,10 @@ class Layer:
 
     async def _read_into(self, offset: int, data: memoryview) -> None:
         try:
-            await self._image.read_into(offset, data)
+            await self.image.read_into(offset, data)
         except OSError as error:
             raise ChecksumError(
-                f"{self._image.path}: cannot be read at {offset}: {error}"
+                f"{self.image.path}: cannot be read at {offset}: {error}"
             ) from error
 
     async def _check(self, number: int, content: memoryview) -> None:
@@ -98,7 +98,7 @@ class Layer:
             found = await asyncio.to_thread(checksum, [content])
         if found != self._checksums.get(number):
             raise ChecksumError(
-                f"{self._image.path}: the data between {number * BLOCK_BYTES} and"
+                f"{self.image.path}: the data between {number * BLOCK_BYTES} and"
                 f" {(number + 1) * BLOCK_BYTES} of the disk are not what was pulled"
             )
 
@@ -113,12 +113,11 @@ class DiskContent:
         extents: Status 0 where the disk reads as zeroes, ``n + 1`` where layer ``n`` has it.
     """
 
-    def __init__(self, name: str, layers: list[Layer], image: Qcow2Image) -> None:
+    def __init__(self, name: str, layers: list[Layer]) -> None:
         self.name = name
         self.layers = layers
         self.size = layers[0].entry.size
         self.extents = compose([layer.entry.layer() for layer in layers], self.size)
-        self._image = image
 
     @classmethod
     async def open(cls, directory: BackupDirectory, point: Point, disk: str) -> DiskContent:
@@ -140,7 +139,7 @@ class DiskContent:
         except BaseException:
             await image.close()
             raise
-        return cls(disk, layers, image)
+        return cls(disk, layers)
 
     @property
     def data_bytes(self) -> int:
@@ -170,7 +169,7 @@ class DiskContent:
 
     async def close(self) -> None:
         """Close the files."""
-        await self._image.close()
+        await self.layers[0].image.close()  # and with it those below
 
 
 def _needed(block: Block) -> list[int]:

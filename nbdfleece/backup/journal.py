@@ -29,7 +29,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from .errors import BackupError
-from .manifest import Kind, write_atomically
+from .manifest import Compression, Kind, write_atomically
 
 _FORMAT: Final = "nbdfleece-pull-journal"
 _VERSION: Final = 1
@@ -48,6 +48,7 @@ class DiskHead(msgspec.Struct, kw_only=True):
         bitmap: The context that tells what changed.
         extents_blake2b: Checksum of what the server says is to be pulled.
         identity: The frozen view's identity, if it has one.
+        compression: How clusters are compressed.
     """
 
     name: str
@@ -57,6 +58,7 @@ class DiskHead(msgspec.Struct, kw_only=True):
     bitmap: str | None
     extents_blake2b: str
     identity: str | None
+    compression: Compression | None = None
 
 
 class Head(msgspec.Struct, kw_only=True):
@@ -107,7 +109,7 @@ class Journal:
         Raises:
             OSError: It cannot be written.
         """
-        line = _pack_line(head)
+        line = pack_line(head)
         write_atomically(path, line)
         return cls(path, head, [], len(line))
 
@@ -120,13 +122,13 @@ class Journal:
             OSError: It cannot be read.
         """
         lines = path.read_bytes().splitlines(keepends=True)
-        head = _unpack_line(lines[0], Head) if lines else None
+        head = unpack_line(lines[0], Head) if lines else None
         if head is None or head.format != _FORMAT or head.version != _VERSION:
             raise BackupError(f"{path}: this is no journal that this version can read")
         size = len(lines[0])
         done: list[DoneBlock] = []
         for line in lines[1:]:
-            block = _unpack_line(line, DoneBlock)
+            block = unpack_line(line, DoneBlock)
             if block is None or not 0 <= block.disk < len(head.disks):
                 break
             done.append(block)
@@ -139,7 +141,7 @@ class Journal:
         Raises:
             OSError: It cannot be written; what was torn off is dropped at the next opening.
         """
-        data = memoryview(b"".join(map(_pack_line, blocks)))
+        data = memoryview(b"".join(map(pack_line, blocks)))
         while data:
             data = data[os.write(self._fd, data) :]
         os.fdatasync(self._fd)
@@ -149,12 +151,13 @@ class Journal:
         os.close(self._fd)
 
 
-def _pack_line(record: msgspec.Struct) -> bytes:
+def pack_line(record: msgspec.Struct) -> bytes:
+    """A record as a line with its checksum."""
     body = msgspec.json.encode(record)
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-def _unpack_line(line: bytes, kind: type[_Record]) -> _Record | None:
+def unpack_line(line: bytes, kind: type[_Record]) -> _Record | None:
     """The record of a line; None if the line is torn or damaged."""
     mark, _, body = line.partition(b" ")
     if not body.endswith(b"\n") or mark != b"%08x" % zlib.crc32(body[:-1]):

@@ -38,10 +38,11 @@ BLOCK_BYTES: Final = 4 << 20
 TEMPORARY_SUFFIX: Final = ".tmp"
 """Of a file that is being written and has not got its name yet."""
 
-_HASH_BYTES: Final = 32
+HASH_BYTES: Final = 32
 _FILE_CHUNK_BYTES: Final = 4 << 20
 
 Kind = Literal["full", "incremental"]
+Compression = Literal["zlib", "zstd"]
 
 
 class DiskEntry(msgspec.Struct, kw_only=True, rename="kebab"):
@@ -63,6 +64,7 @@ class DiskEntry(msgspec.Struct, kw_only=True, rename="kebab"):
         extents: Lengths and status in turns, for the whole disk: 0 as in the parent (zeroes
             in a full one), 1 data in this file, 3 zeroes in this file.
         read_bytes: What was read from the server.
+        compression: How clusters of the file are compressed, if any are.
     """
 
     name: str
@@ -79,6 +81,7 @@ class DiskEntry(msgspec.Struct, kw_only=True, rename="kebab"):
     blocks: list[tuple[int, str]]
     extents: list[tuple[int, int]]
     read_bytes: int
+    compression: Compression | msgspec.UnsetType = msgspec.UNSET
 
     def layer(self) -> Extents:
         """The extents as arrays."""
@@ -186,7 +189,7 @@ def _check_point(point: Point, name: str) -> None:
 
 def checksum(parts: Iterable[bytes | memoryview]) -> str:
     """The checksum of some bytes one after another, in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
@@ -194,7 +197,7 @@ def checksum(parts: Iterable[bytes | memoryview]) -> str:
 
 def file_checksum(path: str | os.PathLike[str]) -> str:
     """The checksum of a whole file."""
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
     buffer = memoryview(bytearray(_FILE_CHUNK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):

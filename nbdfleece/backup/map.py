@@ -13,7 +13,7 @@ import numpy as np
 
 from ..extents import Extents
 from .block_status import ALLOCATION, DIRTY_PREFIX, walk
-from .connection import ConnectOptions, connect
+from .connection import TIMEOUT_SECONDS, ConnectOptions, connect
 from .errors import ServerError
 
 DEPTH: Final = "qemu:allocation-depth"
@@ -26,12 +26,15 @@ _DEPTH_TEXTS: Final = {0: "absent", 1: "local"}
 _MERGED_TEXTS: Final = {0: "clean", 1: "dirty", 2: "zero", 3: "dirty,zero"}
 
 
-async def read_contexts(uri: str, contexts: Sequence[str]) -> dict[str, Extents]:
+async def read_contexts(
+    uri: str, contexts: Sequence[str], *, timeout_seconds: float | None = TIMEOUT_SECONDS
+) -> dict[str, Extents]:
     """What metadata contexts say of a whole export.
 
     Args:
         uri: The export.
         contexts: Their full names.
+        timeout_seconds: How long the server may be silent; None for ever.
 
     Returns:
         Extents by context, neighbours merged; none for an export of no bytes.
@@ -39,7 +42,7 @@ async def read_contexts(uri: str, contexts: Sequence[str]) -> dict[str, Extents]
     Raises:
         ServerError: The server fails, cannot be trusted, or does not offer one of them.
     """
-    connection = await connect(uri, ConnectOptions(tuple(contexts)))
+    connection = await connect(uri, ConnectOptions(tuple(contexts), False, timeout_seconds))
     try:
         for name in contexts:
             if not connection.has_context(name):

@@ -1,4 +1,4 @@
-"""Maps as pictures: where data, zeroes and changes lie, on a terminal or as SVG.
+"""Maps as pictures: where data, zeroes and changes lie, on a terminal, as SVG or as PNG.
 
 The disk is cut into cells of equal size, read like a page. A cell shows the most telling
 thing in it, so that one changed cluster is not lost among a thousand others: changed data,
@@ -7,6 +7,8 @@ then what has become zero, then data, then nothing.
 
 from __future__ import annotations
 
+import struct
+import zlib
 from typing import Final, NamedTuple
 from xml.sax.saxutils import escape
 
@@ -109,8 +111,70 @@ def _svg_cell(left: int, top: int, cells: int, colour: str) -> str:
     return f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="{colour}"/>'
 
 
+def draw_png(merged: Extents, title: str, *, rows: int = 32) -> bytes:
+    """A picture as a PNG file, with a bar for the share of each look below.
+
+    PNG has no letters: the title and the legend are in its text chunks (``Title``,
+    ``Description``), which image viewers show as properties.
+    """
+    cells = np.array(cells_of(merged, _COLUMNS * rows), dtype=np.uint8)
+    lines = -(-len(cells) // _COLUMNS)
+    grid = np.full(lines * _COLUMNS, len(LOOKS), dtype=np.uint8)
+    grid[: len(cells)] = cells
+    width = _COLUMNS * _CELL + 2 * _MARGIN
+    bars_top = 2 * _MARGIN + lines * _CELL
+    pixels = np.full((bars_top + len(LOOKS) * _MARGIN, width), len(LOOKS), dtype=np.uint8)
+    drawn = np.kron(grid.reshape(lines, _COLUMNS), np.ones((_CELL, _CELL), dtype=np.uint8))
+    drawn[_CELL - 1 :: _CELL] = drawn[:, _CELL - 1 :: _CELL] = len(LOOKS)
+    pixels[_MARGIN : _MARGIN + len(drawn), _MARGIN:-_MARGIN] = drawn
+    for number, length in enumerate(_bars(merged)):
+        top = bars_top + number * _MARGIN
+        pixels[top : top + _CELL, _MARGIN : _MARGIN + length] = number
+    description = "; ".join(f"{look.colour} {text}" for look, text in _legend(merged))
+    return _pack_png(pixels, {"Title": title, "Description": description})
+
+
+def _bars(merged: Extents) -> list[int]:
+    """How long the bar of each look is, in pixels; never nothing for something."""
+    size = max(1, merged.total())
+    return [-(-total * _COLUMNS * _CELL // size) for total in _totals(merged)]
+
+
+def _pack_png(
+    pixels: np.ndarray[tuple[int, int], np.dtype[np.uint8]], texts: dict[str, str]
+) -> bytes:
+    """A PNG file of palette indices, shape (height, width).
+
+    Spec: PNG (ISO/IEC 15948), "Chunk layout", "IHDR", "PLTE", "iTXt".
+    """
+    height, width = pixels.shape
+    palette = bytes.fromhex("".join(look.colour[1:] for look in LOOKS) + "ffffff")
+    rows = np.hstack([np.zeros((height, 1), dtype=np.uint8), pixels])  # filter 0 of each row
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+        (b"PLTE", palette),
+        *((b"iTXt", f"{key}\0\0\0\0\0{text}".encode()) for key, text in texts.items()),
+        (b"IDAT", zlib.compress(rows.tobytes(), 9)),
+        (b"IEND", b""),
+    ]
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def _legend(merged: Extents) -> list[tuple[Look, str]]:
     """Every look with how many bytes are so."""
-    totals = {status: int(merged.lengths[merged.status == status].sum()) for status in _KIND}
-    by_kind = {kind: totals[status] for status, kind in _KIND.items()}
-    return [(look, f"{look.name}: {by_kind[kind]} bytes") for kind, look in enumerate(LOOKS)]
+    return [
+        (look, f"{look.name}: {total} bytes")
+        for look, total in zip(LOOKS, _totals(merged), strict=True)
+    ]
+
+
+def _totals(merged: Extents) -> list[int]:
+    """Bytes of each look."""
+    by_kind = {
+        kind: int(merged.lengths[merged.status == status].sum()) for status, kind in _KIND.items()
+    }
+    return [by_kind[kind] for kind in range(len(LOOKS))]

@@ -24,9 +24,12 @@ from ..extents import Extents
 from ..qcow2.create import create_image
 from ..qcow2.image import Qcow2Image
 from .blocks import ABSENT, DATA, ZEROES, Block, cut_blocks, ranges_of
-from .content import PENDING, ContentPiece, DiskContent, stack
+from .building import compression_type, image_size
+from .compress import ImageWriter, Part
+from .content import PENDING, DiskContent, stack
 from .directory import NEW_SUFFIX, BackupDirectory, Replacement
 from .manifest import (
+    Compression,
     DiskEntry,
     Point,
     checksum,
@@ -34,7 +37,6 @@ from .manifest import (
     file_checksum,
     write_atomically,
 )
-from .pull import image_size
 from .tasks import Crew
 from .transfer import BLOCK_COST_MIN, IN_FLIGHT_BYTES_MAX
 
@@ -106,15 +108,18 @@ async def _merge(
     count = next(number for number in range(1, len(names)) if names[number] not in doomed)
     lowest, below = chain[count - 1], chain[count] if count < len(chain) else None
     path = directory.path / (disk.file + NEW_SUFFIX)
+    merging = chain[:count]
+    compression = next((entry.compression for entry in merging if entry.compression), None)
     await create_image(
         path,
         image_size(disk.size),
         backing_file=None if below is None else below.file,
         backing_format=None if below is None else "qcow2",
+        compression_type=compression_type(compression),
     )
     content = await DiskContent.open(directory, point, disk.name)
     try:
-        merged = await _write_merged(content, count, path, is_full=below is None)
+        merged = await _write_merged(content, count, path, compression, is_full=below is None)
     finally:
         await content.close()
     return msgspec.structs.replace(
@@ -126,6 +131,7 @@ async def _merge(
         file_blake2b=await asyncio.to_thread(file_checksum, path),
         blocks=sorted(merged.checksums),
         extents=merged.extents.pairs(),
+        compression=compression or msgspec.UNSET,
     )
 
 
@@ -136,7 +142,14 @@ class _Merged(NamedTuple):
     checksums: list[tuple[int, str]]
 
 
-async def _write_merged(content: DiskContent, count: int, path: Path, *, is_full: bool) -> _Merged:
+async def _write_merged(
+    content: DiskContent,
+    count: int,
+    path: Path,
+    compression: Compression | None,
+    *,
+    is_full: bool,
+) -> _Merged:
     """Write the topmost ``count`` layers as one; durable on return."""
     found = stack([layer.entry.layer() for layer in content.layers[:count]], content.size)
     where = found.with_status(np.where(found.status == PENDING, 0, found.status))
@@ -144,13 +157,14 @@ async def _write_merged(content: DiskContent, count: int, path: Path, *, is_full
     status = np.where(found.status == 0, zeroes, np.where(found.status == PENDING, ABSENT, DATA))
     merged = _Merged(found.with_status(status.astype(np.uint32)), [])
     image = await Qcow2Image.open(path, read_only=False)
+    writer = ImageWriter(image, compression, is_full=is_full, disk_size=content.size)
     try:
         for part in ranges_of(0, merged.extents):
             if part.status == ZEROES:
                 await image.write_zeroes(part.offset, part.length)
         async with Crew(IN_FLIGHT_BYTES_MAX, BLOCK_COST_MIN) as crew:
             for block in cut_blocks(where):
-                copy = partial(_copy, content, block, image, merged.checksums)
+                copy = partial(_copy, content, block, writer, merged.checksums)
                 await crew.start(content.read_bytes(block), copy)
     finally:
         await image.close()
@@ -158,10 +172,11 @@ async def _write_merged(content: DiskContent, count: int, path: Path, *, is_full
 
 
 async def _copy(
-    content: DiskContent, block: Block, image: Qcow2Image, checksums: list[tuple[int, str]]
+    content: DiskContent, block: Block, writer: ImageWriter, checksums: list[tuple[int, str]]
 ) -> None:
-    pieces: list[ContentPiece] = await content.read(block)
-    for piece in pieces:
-        await image.write(piece.offset, piece.data)
-    found = await asyncio.to_thread(checksum, [piece.data for piece in pieces])
+    pieces = await content.read(block)
+    parts = [Part(offset, len(data), DATA, data) for offset, data in pieces]
+    write = await asyncio.to_thread(writer.prepare, parts)
+    await write()
+    found = await asyncio.to_thread(checksum, [data for _, data in pieces])
     checksums.append((block.number, found))

@@ -1,62 +1,42 @@
 """Pulling: from exports into a new restore point of a backup directory.
 
-What stands on the disk at which moment:
-
-=====================  ===========================================================
-begun                  journal; ``.partial`` files
-every few seconds      data durable, then the journal says so
-all blocks done        files durable under their own names, journal still there
-complete               manifest in place, then the journal is removed
-=====================  ===========================================================
-
-Until the manifest is there nobody takes the files for a restore point, and the pull can
-go on from its journal (:mod:`nbdfleece.backup.journal` says when).
+:mod:`nbdfleece.backup.building` has what stands on the disk at which moment. Until the
+manifest is there the pull can go on from its journal
+(:mod:`nbdfleece.backup.journal` says when).
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
-from .. import __version__
-from ..errors import StateError, UsageError
+from ..errors import ImageError, StateError, UsageError
 from ..extents import Extents
-from ..qcow2.create import create_image
 from ..qcow2.image import Qcow2Image
 from .blocks import ABSENT, DATA, ZEROES, Block, cut_blocks, layer_extents, ranges_of
-from .directory import PARTIAL_SUFFIX, BackupDirectory, check_point_name, disk_file_name
+from .building import DiskBuild, Keeper, complete, discard, drop_leaks
+from .compress import ImageWriter
+from .connection import TIMEOUT_SECONDS
+from .directory import BackupDirectory, check_point_name, disk_file_name
 from .errors import InterruptedPullError, ServerError
 from .journal import DiskHead, DoneBlock, Head, Journal
-from .manifest import (
-    BLOCK_BYTES,
-    DiskEntry,
-    Point,
-    checksum,
-    file_checksum,
-    layer_pairs,
-    sync_directory,
-)
+from .manifest import BLOCK_BYTES, Compression, Point, checksum, sync_directory
 from .rate import RateLimit
 from .source import CONNECTIONS_DEFAULT, Source, read_as_dirty_from
-from .transfer import Progress, ReportProgress, Transfer, read_block
+from .transfer import ImageSink, Progress, ReportProgress, Transfer, read_block
 
 SAMPLE_BLOCKS: Final = 16
 """Blocks read again before a cut pull goes on."""
 
 JOURNAL_SECONDS: Final = 5.0
 """How often what is done is made durable: the most that is pulled twice."""
-
-_SECTOR: Final = 512
-"""QEMU's disks are whole sectors; a file for one that is not is rounded up."""
 
 
 class Resume(Enum):
@@ -106,6 +86,8 @@ class PullOptions:
         limit: Bytes per second.
         progress: Called in the loop's thread, after every block.
         journal_seconds: How often what is done is made durable.
+        compression: How to compress the clusters that become smaller; None for not at all.
+        timeout_seconds: How long a server may be silent while it owes answers; None for ever.
     """
 
     connections: int = CONNECTIONS_DEFAULT
@@ -113,6 +95,8 @@ class PullOptions:
     limit: RateLimit = field(default_factory=RateLimit)
     progress: ReportProgress | None = None
     journal_seconds: float = JOURNAL_SECONDS
+    compression: Compression | None = None
+    timeout_seconds: float | None = TIMEOUT_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,38 +117,20 @@ class _DiskPull:
     request: DiskRequest
     source: Source
     layer: Extents
-    path: Path
-    done: dict[int, DoneBlock] = field(default_factory=dict)
-
-    @property
-    def is_full(self) -> bool:
-        return self.request.parent is None
-
-    def head(self) -> DiskHead:
-        """What this pull is about, for the journal."""
-        request, layer = self.request, self.layer
-        parent = request.parent
-        return DiskHead(
-            name=request.name,
-            size=self.source.size,
-            kind="full" if parent is None else "incremental",
-            parent=None if parent is None else parent.name,
-            bitmap=request.bitmap,
-            extents_blake2b=checksum([layer.lengths.tobytes(), layer.status.tobytes()]),
-            identity=request.identity,
-        )
+    build: DiskBuild
 
 
 async def estimate(
-    requests: Sequence[DiskRequest], *, connections: int = CONNECTIONS_DEFAULT
+    requests: Sequence[DiskRequest], *, options: PullOptions | None = None
 ) -> list[Estimate]:
     """Find out what a pull would read, and read nothing.
 
     Raises:
         ServerError: A server fails or cannot be trusted.
     """
+    options = replace(options or PullOptions(), connections=1)
     async with AsyncExitStack() as stack:
-        disks = [await _open_disk(stack, Path(), request, connections) for request in requests]
+        disks = [await _open_disk(stack, Path(), request, options) for request in requests]
     return [
         Estimate(
             disk=disk.request.name,
@@ -220,7 +186,7 @@ async def pull(
                     stack,
                     directory.path / disk_file_name(point, request.name),
                     request,
-                    options.connections,
+                    options,
                 )
                 for request in requests
             ]
@@ -229,7 +195,7 @@ async def pull(
                 checkpoint=checkpoint,
                 checkpoint_created=checkpoint_created,
                 started=datetime.now(UTC),
-                disks=[disk.head() for disk in disks],
+                disks=[disk.build.head for disk in disks],
             )
             journal = await _begin(directory, head, disks, options)
             stack.callback(journal.close)
@@ -243,17 +209,57 @@ def _check_names(requests: Sequence[DiskRequest]) -> None:
 
 
 async def _open_disk(
-    stack: AsyncExitStack, path: Path, request: DiskRequest, connections: int
+    stack: AsyncExitStack, path: Path, request: DiskRequest, options: PullOptions
 ) -> _DiskPull:
     """Connect to a disk's server and find out what is to be pulled."""
-    source = await Source.open(request.uri, dirty_bitmap=request.bitmap, connections=connections)
+    parent = request.parent
+    base_size = None if parent is None else parent.disk(request.name).size
+    source, layer = await survey(stack, request.uri, request.bitmap, base_size, options)
+    head = DiskHead(
+        name=request.name,
+        size=source.size,
+        kind="full" if parent is None else "incremental",
+        parent=None if parent is None else parent.name,
+        bitmap=request.bitmap,
+        extents_blake2b=checksum([layer.lengths.tobytes(), layer.status.tobytes()]),
+        identity=request.identity,
+        compression=options.compression,
+    )
+    build = DiskBuild(head, path, parent, request.uri, request.reason)
+    return _DiskPull(request, source, layer, build)
+
+
+async def survey(
+    stack: AsyncExitStack,
+    uri: str,
+    bitmap: str | None,
+    base_size: int | None,
+    options: PullOptions,
+) -> tuple[Source, Extents]:
+    """Connect to an export, for as long as ``stack`` lasts, and find out what is to be pulled.
+
+    Args:
+        stack: Closes the connections.
+        uri: The export.
+        bitmap: The context that tells what changed; None for everything.
+        base_size: Bytes that the disk had when the bitmap began, if known.
+        options: How.
+
+    Raises:
+        ServerError: The server fails or cannot be trusted.
+    """
+    source = await Source.open(
+        uri,
+        dirty_bitmap=bitmap,
+        connections=options.connections,
+        timeout_seconds=options.timeout_seconds,
+    )
     stack.push_async_callback(source.close)
     merged = await source.extents()
-    if request.parent is not None:
+    if base_size is not None:
         # What is new at the end of a disk that has grown is clean in QEMU's bitmap.
-        merged = read_as_dirty_from(merged, request.parent.disk(request.name).size)
-    layer = layer_extents(merged, is_full=request.parent is None)
-    return _DiskPull(request, source, layer, path)
+        merged = read_as_dirty_from(merged, base_size)
+    return source, layer_extents(merged, is_full=bitmap is None)
 
 
 async def _begin(
@@ -275,47 +281,12 @@ async def _begin(
     journal = Journal.create(path, head)
     try:
         for disk in disks:
-            await _create_file(disk)
+            await disk.build.create_file()
     except BaseException:
         journal.close()
         discard(directory, head.point)
         raise
     return journal
-
-
-def discard(directory: BackupDirectory, point: str) -> None:
-    """Remove what a cut pull left; nothing of complete restore points.
-
-    Raises:
-        StateError: The restore point is complete.
-    """
-    if directory.has(point):
-        raise StateError(f"{directory.path}: restore point {point!r} is complete")
-    for path in directory.path.glob("*.qcow2*"):
-        stem = path.name.removesuffix(PARTIAL_SUFFIX).removesuffix(".qcow2")
-        if stem.rpartition(".")[0] == point:
-            path.unlink()
-    directory.journal_path(point).unlink(missing_ok=True)
-
-
-async def _create_file(disk: _DiskPull) -> None:
-    parent = disk.request.parent
-    backing = None if parent is None else parent.disk(disk.request.name).file
-    await create_image(
-        _partial(disk.path),
-        image_size(disk.source.size),
-        backing_file=backing,
-        backing_format=None if backing is None else "qcow2",
-    )
-
-
-def image_size(size: int) -> int:
-    """Bytes of the image for a disk."""
-    return -(-size // _SECTOR) * _SECTOR
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 async def _go_on(journal: Journal, head: Head, disks: list[_DiskPull], resume: Resume) -> None:
@@ -326,22 +297,30 @@ async def _go_on(journal: Journal, head: Head, disks: list[_DiskPull], resume: R
     """
     _check_same(journal.head, head, resume)
     for block in journal.done:
-        disks[block.disk].done[block.number] = block
+        disks[block.disk].build.done[block.number] = block
     for disk in disks:
-        if disk.path.exists():  # cut between its renaming and the manifest
-            disk.path.rename(_partial(disk.path))
+        if disk.build.path.exists():  # cut between its renaming and the manifest
+            disk.build.path.rename(disk.build.partial)
         await _check_sample(disk, head.point)
+        try:
+            await drop_leaks(disk.build.partial)
+        except (OSError, ImageError) as error:
+            raise StateError(f"{_refusal(head.point)}: {error}") from error
+
+
+def _refusal(point: str) -> str:
+    return f"the cut pull of {point!r} cannot go on (--restart begins it anew)"
 
 
 def _check_same(old: Head, new: Head, resume: Resume) -> None:
     """Whether two pulls are about the same; see :mod:`nbdfleece.backup.journal`."""
-    refusal = f"the cut pull of {new.point!r} cannot go on (--restart begins it anew): "
+    refusal = f"{_refusal(new.point)}: "
     if [disk.name for disk in old.disks] != [disk.name for disk in new.disks]:
         raise StateError(refusal + "it was of other disks")
     if old.checkpoint != new.checkpoint:
         raise StateError(refusal + f"it was to be checkpoint {old.checkpoint!r}")
     for before, now in zip(old.disks, new.disks, strict=True):
-        for what in ("size", "kind", "parent", "bitmap", "extents_blake2b"):
+        for what in ("size", "kind", "parent", "bitmap", "compression", "extents_blake2b"):
             if getattr(before, what) != getattr(now, what):
                 shown = "the changes that the server tells" if what == "extents_blake2b" else what
                 raise StateError(refusal + f"{shown} of disk {now.name!r} is not what it was")
@@ -356,7 +335,7 @@ def _check_same(old: Head, new: Head, resume: Resume) -> None:
 
 async def _check_sample(disk: _DiskPull, point: str) -> None:
     """Read some blocks again that are done, and compare."""
-    done = [block for block in disk.done.values() if block.checksum is not None]
+    done = [block for block in disk.build.done.values() if block.checksum is not None]
     for block in random.sample(done, min(SAMPLE_BLOCKS, len(done))):
         extents = Extents.from_pairs(block.extents)
         ranges = ranges_of(block.number * BLOCK_BYTES, extents)
@@ -364,10 +343,7 @@ async def _check_sample(disk: _DiskPull, point: str) -> None:
         content = bytearray(again.data_bytes)
         await read_block(disk.source, again, memoryview(content))
         if checksum([memoryview(content)]) != block.checksum:
-            raise StateError(
-                f"the cut pull of {point!r} cannot go on (--restart begins it anew):"
-                f" disk {disk.request.name!r} has other content now"
-            )
+            raise StateError(f"{_refusal(point)}: disk {disk.request.name!r} has other content now")
 
 
 async def _run(
@@ -377,18 +353,7 @@ async def _run(
     try:
         for number, disk in enumerate(disks):
             await _pull_disk(journal, number, disk, options)
-        entries = [await asyncio.to_thread(_finish_file, disk) for disk in disks]
-        point = Point(
-            name=journal.head.point,
-            parent=next((disk.parent for disk in entries if disk.parent is not None), None),
-            checkpoint=journal.head.checkpoint,
-            checkpoint_created=journal.head.checkpoint_created,
-            started=journal.head.started,
-            finished=datetime.now(UTC),
-            tool=f"nbdfleece {__version__}",
-            disks=entries,
-        )
-        directory.publish(point)
+        point = await complete(directory, journal, [disk.build for disk in disks])
     except (ServerError, OSError) as error:
         raise InterruptedPullError(
             f"the pull of {journal.head.point!r} was cut and can go on: {error}"
@@ -400,13 +365,22 @@ async def _run(
 
 async def _pull_disk(journal: Journal, number: int, disk: _DiskPull, options: PullOptions) -> None:
     """Pull the blocks of a disk that are not done; all are durable on return."""
-    image = await Qcow2Image.open(_partial(disk.path), read_only=False)
-    keeper = _Keeper(journal, image, disk, options)
+    build = disk.build
+    image = await Qcow2Image.open(build.partial, read_only=False)
+    keeper = Keeper(journal, image, build, options.journal_seconds)
+    tell = teller(disk.request.name, disk.layer, build.done.values(), options.progress)
+
+    def on_done(block: DoneBlock) -> None:
+        keeper.note(block)
+        tell(block)
+
     try:
-        transfer = Transfer(disk.source, image, number, options.limit, keeper.note)
+        size = disk.source.size
+        writer = ImageWriter(image, options.compression, is_full=build.is_full, disk_size=size)
+        transfer = Transfer(disk.source, ImageSink(writer), number, options.limit, on_done)
         keeping = asyncio.create_task(keeper.keep())
         try:
-            blocks = (block for block in cut_blocks(disk.layer) if block.number not in disk.done)
+            blocks = (block for block in cut_blocks(disk.layer) if block.number not in build.done)
             await transfer.run(blocks)
         finally:
             keeping.cancel()
@@ -416,99 +390,18 @@ async def _pull_disk(journal: Journal, number: int, disk: _DiskPull, options: Pu
         await image.close()
 
 
-class _Keeper:
-    """Makes durable what is done, and keeps the journal and the progress."""
+def teller(
+    disk: str, layer: Extents, done: Iterable[DoneBlock], progress: ReportProgress | None
+) -> Callable[[DoneBlock], None]:
+    """What counts the blocks of a disk and tells how far it is; it has told once on return."""
+    total = int(layer.lengths[layer.status != ABSENT].sum())
+    moved = 0
 
-    def __init__(
-        self, journal: Journal, image: Qcow2Image, disk: _DiskPull, options: PullOptions
-    ) -> None:
-        self._journal = journal
-        self._image = image
-        self._disk = disk
-        self._options = options
-        self._unsaved: list[DoneBlock] = []
-        self._total = int(disk.layer.lengths[disk.layer.status != ABSENT].sum())
-        self._moved = sum(map(_moved_bytes, disk.done.values()))
-        self._report()
+    def tell(*blocks: DoneBlock) -> None:
+        nonlocal moved
+        moved += sum(length for block in blocks for length, status in block.extents if status)
+        if progress is not None:
+            progress(Progress(disk, moved, total))
 
-    def note(self, block: DoneBlock) -> None:
-        """A block is written."""
-        self._unsaved.append(block)
-        self._moved += _moved_bytes(block)
-        self._report()
-
-    def _report(self) -> None:
-        if self._options.progress is not None:
-            name = self._disk.request.name
-            self._options.progress(Progress(name, self._moved, self._total))
-
-    async def keep(self) -> None:
-        """Save again and again, until cancelled."""
-        while True:
-            await asyncio.sleep(self._options.journal_seconds)
-            await self.save()
-
-    async def save(self) -> None:
-        """Make durable what was noted so far, and then the note of it."""
-        blocks, self._unsaved = self._unsaved, []
-        if not blocks:
-            return
-        try:
-            await self._image.flush()
-            await asyncio.to_thread(self._journal.append, blocks)
-        except BaseException:
-            self._unsaved = blocks + self._unsaved
-            raise
-        self._disk.done.update((block.number, block) for block in blocks)
-
-
-def _moved_bytes(block: DoneBlock) -> int:
-    return sum(length for length, status in block.extents if status)
-
-
-def _finish_file(disk: _DiskPull) -> DiskEntry:
-    """Give a disk's file its name, durably, and describe it."""
-    partial = _partial(disk.path)
-    file_blake2b = file_checksum(partial)
-    file_size = partial.stat().st_size
-    partial.rename(disk.path)
-    sync_directory(disk.path.parent)
-    head = disk.head()
-    return DiskEntry(
-        name=head.name,
-        size=head.size,
-        kind=head.kind,
-        parent=head.parent,
-        reason=disk.request.reason,
-        uri=disk.request.uri,
-        bitmap=head.bitmap,
-        file=disk.path.name,
-        file_size=file_size,
-        file_blake2b=file_blake2b,
-        block_size=BLOCK_BYTES,
-        blocks=[
-            (number, block.checksum)
-            for number, block in sorted(disk.done.items())
-            if block.checksum is not None
-        ],
-        extents=_final_extents(disk),
-        read_bytes=sum(block.read_bytes for block in disk.done.values()),
-    )
-
-
-def _final_extents(disk: _DiskPull) -> list[tuple[int, int]]:
-    """What the file says of the whole disk: as was found in the blocks, nothing elsewhere."""
-    parts: list[Extents] = []
-    offset = 0
-    for number, block in sorted(disk.done.items()):
-        begin = number * BLOCK_BYTES
-        if begin > offset:
-            parts.append(Extents.single(begin - offset, ABSENT))
-        extents = Extents.from_pairs(block.extents)
-        if disk.is_full:
-            extents = extents.with_status(np.where(extents.status == DATA, extents.status, 0))
-        parts.append(extents)
-        offset = begin + extents.total()
-    if offset < disk.source.size:
-        parts.append(Extents.single(disk.source.size - offset, ABSENT))
-    return layer_pairs(parts)
+    tell(*done)
+    return tell

@@ -9,7 +9,13 @@ import numpy as np
 from ..errors import UsageError
 from ..extents import Extents
 from .block_status import ALLOCATION, DIRTY, DIRTY_PREFIX, merge, walk
-from .connection import Connection, ConnectOptions, connect, offered_contexts
+from .connection import (
+    TIMEOUT_SECONDS,
+    Connection,
+    ConnectOptions,
+    connect,
+    offered_contexts,
+)
 from .errors import ServerError
 from .tasks import gather
 
@@ -48,6 +54,7 @@ class Source:
         *,
         dirty_bitmap: str | None = None,
         connections: int = CONNECTIONS_DEFAULT,
+        timeout_seconds: float | None = TIMEOUT_SECONDS,
     ) -> Source:
         """Connect, and negotiate what there is to know.
 
@@ -57,6 +64,8 @@ class Source:
                 (``qemu:dirty-bitmap:NAME``); None to pull everything.
             connections: How many at most; a server that does not promise that they all see
                 the same (NBD_FLAG_CAN_MULTI_CONN) gets one.
+            timeout_seconds: How long the server may be silent while it owes answers; None for
+                ever.
 
         Raises:
             ServerError: There is no server, or it does not offer the bitmap.
@@ -65,7 +74,7 @@ class Source:
         if dirty_bitmap is not None and not dirty_bitmap.startswith(DIRTY_PREFIX):
             raise UsageError(f"{dirty_bitmap!r} is not a dirty bitmap: {DIRTY_PREFIX}NAME is")
         wanted = (ALLOCATION,) if dirty_bitmap is None else (ALLOCATION, dirty_bitmap)
-        first = await connect(uri, ConnectOptions(wanted, full_info=True))
+        first = await connect(uri, ConnectOptions(wanted, True, timeout_seconds))
         opened = [first]
         try:
             contexts = tuple(name for name in wanted if first.has_context(name))
@@ -73,7 +82,8 @@ class Source:
                 raise ServerError(f"{uri}: the server does not offer {dirty_bitmap!r}")
             extra = connections - 1 if first.can("multi_conn") else 0
             for _ in range(extra):
-                opened.append(await connect(uri, ConnectOptions()))
+                options = ConnectOptions(timeout_seconds=timeout_seconds)
+                opened.append(await connect(uri, options))
                 _check_same_size(first, opened[-1])
         except BaseException:
             for connection in opened:
@@ -140,9 +150,11 @@ class Source:
             connection.disconnect()
 
 
-async def offered_bitmaps(uri: str) -> list[str]:
+async def offered_bitmaps(
+    uri: str, *, timeout_seconds: float | None = TIMEOUT_SECONDS
+) -> list[str]:
     """The names of the dirty bitmaps that an export offers, without the context's prefix."""
-    names = await offered_contexts(uri, (DIRTY_PREFIX,))
+    names = await offered_contexts(uri, (DIRTY_PREFIX,), timeout_seconds=timeout_seconds)
     return [name.removeprefix(DIRTY_PREFIX) for name in names if name.startswith(DIRTY_PREFIX)]
 
 

@@ -23,7 +23,7 @@ from ..nbd.uri import parse_uri
 from ..qcow2.create import create_image
 from ..qcow2.image import Qcow2Image
 from .block_status import ALLOCATION, walk
-from .connection import Connection, ConnectOptions, connect
+from .connection import TIMEOUT_SECONDS, Connection, ConnectOptions, connect
 from .directory import PARTIAL_SUFFIX
 from .errors import ServerError
 from .manifest import sync_directory
@@ -76,6 +76,7 @@ async def open_target(
     image_format: Format | None = None,
     overwrite: bool = False,
     connections: int = 4,
+    timeout_seconds: float | None = TIMEOUT_SECONDS,
 ) -> Target:
     """Open what a user names.
 
@@ -85,6 +86,7 @@ async def open_target(
         image_format: Of a file; None for qcow2 if its name ends so, else raw.
         overwrite: A file that exists may be replaced.
         connections: To a server, at most.
+        timeout_seconds: How long a server may be silent while it owes answers; None for ever.
 
     Raises:
         StateError: The file exists.
@@ -94,7 +96,7 @@ async def open_target(
     """
     if "://" in text or text.startswith("nbd:"):
         parse_uri(text)
-        return await ExportTarget.open(text, size, connections)
+        return await ExportTarget.open(text, size, connections, timeout_seconds)
     if _is_device(text):
         return DeviceTarget(text, size)
     if image_format is None:
@@ -221,13 +223,15 @@ class ExportTarget(Target):
         self._write_bytes_max = min(WRITE_BYTES_MAX, first.request_bytes_max)
 
     @classmethod
-    async def open(cls, uri: str, size: int, connections: int) -> ExportTarget:
+    async def open(
+        cls, uri: str, size: int, connections: int, timeout_seconds: float | None
+    ) -> ExportTarget:
         """Connect.
 
         Raises:
             ServerError: There is no server, or the export is read-only or too small.
         """
-        first = await connect(uri, ConnectOptions((ALLOCATION,)))
+        first = await connect(uri, ConnectOptions((ALLOCATION,), False, timeout_seconds))
         opened = [first]
         try:
             if first.is_read_only:
@@ -235,7 +239,8 @@ class ExportTarget(Target):
             if first.size < size:
                 raise ServerError(f"{uri}: the export has {first.size} bytes, the disk {size}")
             if first.can("multi_conn"):
-                opened += [await connect(uri, ConnectOptions()) for _ in range(connections - 1)]
+                more = ConnectOptions(timeout_seconds=timeout_seconds)
+                opened += [await connect(uri, more) for _ in range(connections - 1)]
         except BaseException:
             for connection in opened:
                 connection.close()

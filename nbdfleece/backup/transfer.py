@@ -1,20 +1,20 @@
-"""Moving one disk's blocks from a source into an image: deep queues within bounded memory.
+"""Moving one disk's blocks from a source to where they go: deep queues within bounded memory.
 
 Every block is a task that reads (in several commands at once, over all connections), looks
-for zeroes and hashes (in a thread, which leaves Python's lock alone), and writes. How many
-tasks there are at one time is bounded by the bytes that they hold. Bytes go from the socket
-into the block's buffer and from it into the image; they are not copied in between.
+for zeroes, hashes and compresses (in a thread, which leaves Python's lock alone), and writes.
+How many tasks there are at one time is bounded by the bytes that they hold. Bytes go from the
+socket into the block's buffer and from it into the image; they are not copied in between.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
-from ..block.node import BlockNode
-from .blocks import DATA, ZEROES, Block, Digest, digest
+from .blocks import DATA, Block, Digest, Piece, digest
+from .compress import ImageWriter, Part
 from .journal import DoneBlock
 from .libnbd import load_libnbd
 from .manifest import BLOCK_BYTES
@@ -28,8 +28,8 @@ IN_FLIGHT_BYTES_MAX: Final = 64 << 20
 BLOCK_COST_MIN: Final = 128 << 10
 """What a block costs of that at least, so that small ones are at most 512 at a time."""
 
-_HASH_INLINE_BYTES_MAX: Final = 128 << 10
-"""Hashed in the loop's thread: 0.2 ms."""
+_PREPARE_INLINE_BYTES_MAX: Final = 64 << 10
+"""Hashed, and at worst compressed, in the loop's thread: 0.1 ms, or 2 ms."""
 
 
 class Progress(NamedTuple):
@@ -61,12 +61,52 @@ class Buffers:
             self._free.append(buffer)
 
 
+class Sink(Protocol):
+    """Where blocks go."""
+
+    def prepare(
+        self, block: DoneBlock, found: Digest, content: memoryview
+    ) -> Callable[[], Awaitable[None]]:
+        """Get a block ready; may run in a thread, and may keep ``content`` until it is written.
+
+        Returns:
+            What writes it, in the loop's thread; it raises OSError if that fails.
+        """
+
+
+class ImageSink:
+    """Blocks go into an image.
+
+    Args:
+        writer: What writes to it.
+    """
+
+    def __init__(self, writer: ImageWriter) -> None:
+        self._writer = writer
+
+    def prepare(
+        self, block: DoneBlock, found: Digest, content: memoryview
+    ) -> Callable[[], Awaitable[None]]:
+        """Compress what can be."""
+        return self._writer.prepare(cut_parts(found.pieces, content))
+
+
+def cut_parts(pieces: Iterable[Piece], content: memoryview) -> list[Part]:
+    """Pieces of a block with their bytes."""
+    return [
+        Part(offset, length, status, content[position : position + length])
+        if status == DATA
+        else Part(offset, length, status, None)
+        for offset, length, status, position in pieces
+    ]
+
+
 class Transfer:
     """Pulls the blocks of one disk.
 
     Args:
         source: Where from.
-        image: Where to.
+        sink: Where to.
         disk: The disk's number in the journal.
         limit: On what is read.
         on_done: Called with every block that is written, but not yet durable.
@@ -75,13 +115,13 @@ class Transfer:
     def __init__(
         self,
         source: Source,
-        image: BlockNode,
+        sink: Sink,
         disk: int,
         limit: RateLimit,
         on_done: Callable[[DoneBlock], None],
     ) -> None:
         self._source = source
-        self._image = image
+        self._sink = sink
         self._disk = disk
         self._limit = limit
         self._on_done = on_done
@@ -109,24 +149,22 @@ class Transfer:
 
     async def _move_through(self, block: Block, content: memoryview) -> None:
         await read_block(self._source, block, content)
-        found = await self._digest(block, content)
-        await self._write(found, content)
+        nbd_buffer = self._nbd.Buffer.from_buffer(content)
+        if len(content) <= _PREPARE_INLINE_BYTES_MAX:
+            done, write = self._prepare(block, content, nbd_buffer)
+        else:
+            done, write = await asyncio.to_thread(self._prepare, block, content, nbd_buffer)
+        await write()
+        self._on_done(done)
+
+    def _prepare(
+        self, block: Block, content: memoryview, nbd_buffer: Any
+    ) -> tuple[DoneBlock, Callable[[], Awaitable[None]]]:
+        """Find out what a block is, and get it ready for writing."""
+        found = digest(block, content, nbd_buffer)
         extents = [(part.length, part.status) for part in found.pieces]
-        self._on_done(DoneBlock(self._disk, block.number, found.checksum, extents, len(content)))
-
-    async def _digest(self, block: Block, content: memoryview) -> Digest:
-        buffer = self._nbd.Buffer.from_buffer(content)
-        if len(content) <= _HASH_INLINE_BYTES_MAX:
-            return digest(block, content, buffer)
-        return await asyncio.to_thread(digest, block, content, buffer)
-
-    async def _write(self, found: Digest, content: memoryview) -> None:
-        """Write what was found; zeroes as zeroes, never left out (the layer below may differ)."""
-        for offset, length, status, position in found.pieces:
-            if status == DATA:
-                await self._image.write(offset, content[position : position + length])
-            elif status == ZEROES:
-                await self._image.write_zeroes(offset, length)
+        done = DoneBlock(self._disk, block.number, found.checksum, extents, len(content))
+        return done, self._sink.prepare(done, found, content)
 
 
 async def read_block(source: Source, block: Block, content: memoryview) -> None:

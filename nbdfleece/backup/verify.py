@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import NbdfleeceError
 from .block_status import overlay
 from .blocks import Block, cut_blocks, layer_extents
+from .connection import TIMEOUT_SECONDS
 from .content import DiskContent, Layer
 from .directory import BackupDirectory
 from .errors import ServerError
@@ -180,6 +181,7 @@ async def compare(
     uri: str,
     *,
     connections: int = CONNECTIONS_DEFAULT,
+    timeout_seconds: float | None = TIMEOUT_SECONDS,
     progress: ReportProgress | None = None,
 ) -> Difference:
     """Compare a disk of a restore point with an export, byte by byte.
@@ -192,6 +194,7 @@ async def compare(
         disk: The disk's name.
         uri: The export; a snapshot, or something else that holds still.
         connections: To the server, at most.
+        timeout_seconds: How long it may be silent while it owes answers; None for ever.
         progress: Called after every block.
 
     Returns:
@@ -204,7 +207,9 @@ async def compare(
     with directory.reading():
         content = await DiskContent.open(directory, point, disk)
         try:
-            source = await Source.open(uri, connections=connections)
+            source = await Source.open(
+                uri, connections=connections, timeout_seconds=timeout_seconds
+            )
             try:
                 if source.size != content.size:
                     raise ServerError(

@@ -83,6 +83,7 @@ class ServerConfig(_Part):
     """The whole file."""
 
     disks: dict[str, str | DiskConfig] = {}
+    backups: list[str] = []
     listen: list[str] = []
     control: str | None = None
     socket_mode: str | None = None
@@ -157,6 +158,7 @@ class _Checked:
             self._check(["listen", str(index)], parse_listen, address)
         found: dict[str, Any] = {
             **self._disks(config.disks),
+            "backups": [self._file(backup) for backup in config.backups],
             "listen": config.listen,
             "control": config.control
             if config.control in (None, NO_CONTROL)

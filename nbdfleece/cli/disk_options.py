@@ -23,7 +23,6 @@ _OPTIONS: Final = (
         "--disk",
         "disks",
         multiple=True,
-        required=True,
         metavar="NAME=FILE",
         help="Serve a qcow2 image, read and write, as export NAME; may be repeated.",
     ),

@@ -32,6 +32,7 @@ SUBCOMMANDS: Final = {
     "bitmap": "bitmap:bitmap",
     "backup": "backup:backup",
     "pull": "pull:pull",
+    "import": "pull_stream:import_streams",
     "restore": "restore:restore",
     "verify": "points:verify",
     "list": "points:list_points",

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError
 from .client import force_share_option
+from .server_options import timeout_option
 
 if TYPE_CHECKING:
     from ..extents import Extents
 
 _ROWS_MAX = 24
+_PICTURES = ("blocks", "svg", "png")
 
 
 @click.command("map")
@@ -32,17 +34,10 @@ _ROWS_MAX = 24
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--blocks", is_flag=True, help="Draw it on the terminal.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw it as SVG.")
+@click.option("--png", type=click.Path(path_type=Path), metavar="FILE", help="Draw it as PNG.")
+@timeout_option
 @force_share_option
-def map_export(
-    uri: str,
-    context: str | None,
-    changes: str | None,
-    totals: bool,
-    as_json: bool,
-    blocks: bool,
-    svg: Path | None,
-    force_share: bool,
-) -> None:
+def map_export(uri: str, force_share: bool, **values: Any) -> None:
     """Print what an export's metadata contexts say, as nbdinfo --map does, or draw it.
 
     Of an image FILE print what qemu-img map does, with --json as its --output=json. A name that
@@ -51,44 +46,58 @@ def map_export(
     if not uri.startswith(("nbd:", "nbd+", "nbds:", "nbds+")):
         from .image_map import print_image_map
 
-        if any((context, changes, totals, blocks, svg)):
+        if any(values[name] for name in ("context", "changes", "totals", *_PICTURES)):
             raise UsageError(f"'{uri}' is a file: only --json and --force-share are for files")
-        print_image_map(uri, force_share=force_share, as_json=as_json)
+        print_image_map(uri, force_share=force_share, as_json=values["as_json"])
         return
-    if context is not None and (changes is not None or blocks or svg is not None):
+    is_picture = any(values[name] for name in _PICTURES)
+    if values["context"] is not None and (values["changes"] is not None or is_picture):
         raise UsageError("--context prints one context as it is: not with --changes or a picture")
-    if (totals or as_json) and (blocks or svg is not None):
+    if (values["totals"] or values["as_json"]) and is_picture:
         raise UsageError("--totals and --json print text: not with a picture")
-    from ..backup import map as maps
+    if is_picture:
+        _draw(uri, values)
+    else:
+        _print(uri, values)
+
+
+def _draw(uri: str, values: dict[str, Any]) -> None:
     from ..backup import picture
 
-    if blocks or svg is not None:
-        merged = asyncio.run(_merged(uri, changes))
-        if blocks:
-            columns = max(16, shutil.get_terminal_size().columns - 1)
-            click.echo(picture.draw_blocks(merged, columns, _ROWS_MAX), nl=False)
-        if svg is not None:
-            svg.write_text(picture.draw_svg(merged, uri), encoding="utf-8")
-        return
-    if changes is not None:
-        name, extents = maps.MERGED, asyncio.run(_merged(uri, changes))
+    merged = asyncio.run(_merged(uri, values))
+    if values["blocks"]:
+        columns = max(16, shutil.get_terminal_size().columns - 1)
+        click.echo(picture.draw_blocks(merged, columns, _ROWS_MAX), nl=False)
+    if values["svg"] is not None:
+        values["svg"].write_text(picture.draw_svg(merged, uri), encoding="utf-8")
+    if values["png"] is not None:
+        values["png"].write_bytes(picture.draw_png(merged, uri))
+
+
+def _print(uri: str, values: dict[str, Any]) -> None:
+    from ..backup import map as maps
+
+    if values["changes"] is not None:
+        name, extents = maps.MERGED, asyncio.run(_merged(uri, values))
     else:
-        name = context or "base:allocation"
-        extents = asyncio.run(maps.read_contexts(uri, [name]))[name]
-    print_extents = maps.format_totals if totals else maps.format_map
-    click.echo(print_extents(name, extents, as_json=as_json), nl=False)
+        name = values["context"] or "base:allocation"
+        timeout = values["timeout_seconds"]
+        extents = asyncio.run(maps.read_contexts(uri, [name], timeout_seconds=timeout))[name]
+    print_extents = maps.format_totals if values["totals"] else maps.format_map
+    click.echo(print_extents(name, extents, as_json=values["as_json"]), nl=False)
 
 
-async def _merged(uri: str, changes: str | None) -> Extents:
+async def _merged(uri: str, values: dict[str, Any]) -> Extents:
     """Dirty and zero in one; without a bitmap nothing is dirty."""
     from ..backup.block_status import ALLOCATION, DIRTY_PREFIX, merge
     from ..backup.map import read_contexts
     from ..extents import Extents
 
+    changes, timeout = values["changes"], values["timeout_seconds"]
     if changes is None:
-        allocation = (await read_contexts(uri, [ALLOCATION]))[ALLOCATION]
-        clean = Extents.from_pairs([(allocation.total(), 0)] if allocation.total() else [])
-        return merge(allocation, clean)
+        found = await read_contexts(uri, [ALLOCATION], timeout_seconds=timeout)
+        size = found[ALLOCATION].total()
+        return merge(found[ALLOCATION], Extents.from_pairs([(size, 0)] if size else []))
     bitmap = changes if changes.startswith(DIRTY_PREFIX) else DIRTY_PREFIX + changes
-    found = await read_contexts(uri, [ALLOCATION, bitmap])
+    found = await read_contexts(uri, [ALLOCATION, bitmap], timeout_seconds=timeout)
     return merge(found[ALLOCATION], found[bitmap])

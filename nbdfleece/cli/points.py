@@ -13,6 +13,7 @@ from .exit_status import ExitStatus
 from .output import print_json, print_table
 from .progress import progress_option, reporting
 from .pull import summary
+from .server_options import timeout_option
 from .sizes import format_size
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def find_point(backup: str) -> tuple[BackupDirectory, Point]:
 @click.argument("backup", metavar="DIR[@POINT]")
 @click.option("--against", metavar="URI", help="Compare with an export instead, byte by byte.")
 @click.option("--disk", metavar="DISK", help="With --against: which disk, if there are several.")
+@timeout_option
 @progress_option
 @_as_json
 def verify(backup: str, **values: Any) -> ExitStatus:
@@ -138,7 +140,14 @@ async def _compare(backup: str, values: dict[str, Any]) -> ExitStatus:
     directory, point = find_point(backup)
     disk = choose_disk(point, values["disk"])
     with reporting(values["progress"]) as report:
-        found = await compare(directory, point, disk, values["against"], progress=report)
+        found = await compare(
+            directory,
+            point,
+            disk,
+            values["against"],
+            timeout_seconds=values["timeout_seconds"],
+            progress=report,
+        )
     _print_difference(found, point, values["as_json"])
     return ExitStatus.DIFFERS if found.bytes_different else ExitStatus.OK
 

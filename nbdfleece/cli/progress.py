@@ -27,10 +27,15 @@ _LINE_SECONDS: Final = 0.5
 
 
 @contextmanager
-def reporting(kind: str) -> Iterator[ReportProgress | None]:
-    """A function that shows progress, as ``--progress`` wishes."""
+def reporting(kind: str, *, to_stderr: bool = False) -> Iterator[ReportProgress | None]:
+    """A function that shows progress, as ``--progress`` wishes.
+
+    Args:
+        kind: What it wishes.
+        to_stderr: Stdout is for something else.
+    """
     if kind == "json":
-        yield _json_reporter()
+        yield _json_reporter(to_stderr)
     elif kind == "auto" and sys.stderr.isatty():
         with _bars() as report:
             yield report
@@ -38,7 +43,7 @@ def reporting(kind: str) -> Iterator[ReportProgress | None]:
         yield None
 
 
-def _json_reporter() -> Callable[[Progress], None]:
+def _json_reporter(to_stderr: bool) -> Callable[[Progress], None]:
     begun = time.monotonic()
     shown: dict[str, float] = {}
 
@@ -54,7 +59,7 @@ def _json_reporter() -> Callable[[Progress], None]:
             "elapsed": round(now - begun, 3),
             "description": progress.disk,
         }
-        click.echo(msgspec.json.encode(line))
+        click.echo(msgspec.json.encode(line), err=to_stderr)
 
     return report
 

@@ -17,6 +17,7 @@ from .addresses import CONTROL_VARIABLE
 from .exit_status import ExitStatus
 from .output import print_json
 from .progress import progress_option, reporting
+from .server_options import timeout_option
 from .sizes import parse_size
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ _DEFAULT_NAME: Final = "disk"
     "--to",
     "folder",
     required=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="The backup directory.",
+    type=click.Path(path_type=Path, file_okay=False, allow_dash=True),
+    metavar="DIR|-",
+    help="The backup directory; - for a stream on stdout, which import and restore read.",
 )
 @click.option(
     "--point", metavar="NAME", help="The restore point's name. Default: the checkpoint's."
@@ -45,7 +46,11 @@ _DEFAULT_NAME: Final = "disk"
     help="The server's checkpoint of this instant, for the next increment; our own server makes"
     " it. Default with our own server: the restore point's name.",
 )
-@click.option("--since", metavar="POINT", help="Only what changed since that restore point.")
+@click.option(
+    "--since",
+    metavar="POINT",
+    help="Only what changed since that restore point (or its checkpoint; with --to - only that).",
+)
 @click.option("--full", is_flag=True, help="Everything.")
 @click.option("--auto", is_flag=True, help="As little as server and backup allow (the default).")
 @click.option(
@@ -73,6 +78,11 @@ _DEFAULT_NAME: Final = "disk"
     metavar="SECONDS",
     help="How often what is done is made durable: what a cut pull does again at most.",
 )
+@click.option(
+    "--compress",
+    type=click.Choice(["zlib", "zstd"]),
+    help="Compress each cluster that becomes smaller.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be read, and read nothing.")
 @click.option("--disk", "disks", multiple=True, metavar="DISK", help="Which of our server's disks.")
 @click.option(
@@ -88,6 +98,7 @@ _DEFAULT_NAME: Final = "disk"
     is_flag=True,
     help="If pulling from our server fails, keep its snapshot, so that the same command goes on.",
 )
+@timeout_option
 @progress_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def pull(uris: tuple[str, ...], folder: Path, **values: Any) -> ExitStatus:
@@ -98,9 +109,13 @@ def pull(uris: tuple[str, ...], folder: Path, **values: Any) -> ExitStatus:
     committed, or aborted if pulling fails.
 
     The exit status is 4 if a disk was pulled in full although an increment was asked for, and
-    75 if the pull was cut and can go on.
+    75 if the pull was cut and can go on. A stream that was cut has to be made again.
     """
     _check_mode(values)
+    if str(folder) == "-":
+        from .pull_stream import pull_to_stream
+
+        return pull_to_stream(uris, values)
     from ..backup import BackupDirectory
 
     directory = BackupDirectory(folder)
@@ -140,7 +155,7 @@ def parse_disks(words: Sequence[str]) -> list[DiskUri]:
     return found
 
 
-def _parse_bitmaps(words: Sequence[str], disks: Sequence[DiskUri]) -> dict[str, str]:
+def parse_bitmaps(words: Sequence[str], disks: Sequence[DiskUri]) -> dict[str, str]:
     """Bitmaps by disk; one without a disk is for all."""
     names = {disk.name for disk in disks}
     found = {}
@@ -161,10 +176,10 @@ async def _pull_uris(
     if values["full"]:
         requests = full_requests(disks)
     elif values["since"] is not None:
-        bitmaps = _parse_bitmaps(values["bitmaps"], disks)
+        bitmaps = parse_bitmaps(values["bitmaps"], disks)
         requests = since_requests(directory, disks, values["since"], bitmaps=bitmaps)
     else:
-        requests = await auto_requests(directory, disks)
+        requests = await auto_requests(directory, disks, timeout_seconds=values["timeout_seconds"])
     return await pull_requests(directory, requests, values)
 
 
@@ -186,7 +201,7 @@ async def pull_requests(
     from ..backup import pull as pull_point
 
     if values["dry_run"]:
-        estimates = await estimate(requests, connections=1)
+        estimates = await estimate(requests, options=make_options(values, None))
         print_estimates(estimates, values["as_json"])
         return _status(each.reason for each in estimates)
     with reporting(values["progress"]) as report:
@@ -222,6 +237,8 @@ def make_options(values: dict[str, Any], report: Any) -> PullOptions:
         limit=RateLimit(values["rate_limit"], values["rate_file"]),
         progress=report,
         journal_seconds=values["save_every"],
+        compression=values["compress"],
+        timeout_seconds=values["timeout_seconds"],
     )
 
 

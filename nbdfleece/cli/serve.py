@@ -24,6 +24,7 @@ from .addresses import (
     parse_listen,
     runtime_directory,
 )
+from .backup_exports import backup_exports
 from .config import config_option
 from .disk_options import disk_options, parse_disks, parse_policies
 from .export_options import parse_export_rule
@@ -39,6 +40,14 @@ if TYPE_CHECKING:
 @click.command()
 @config_option
 @disk_options
+@click.option(
+    "--backup",
+    "backups",
+    multiple=True,
+    metavar="DIR[@POINT]",
+    help="Serve the disks of a restore point, or of all, read-only as exports POINT/DISK, with "
+    "qemu:dirty-bitmap:EARLIER for the difference to each earlier point; may be repeated.",
+)
 @click.option(
     "--listen",
     multiple=True,
@@ -153,6 +162,8 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
     from ..daemon import DaemonOptions
     from ..engine.disk import ScratchOptions
 
+    if not (values["disks"] or values["backups"]):
+        raise UsageError("there is nothing to serve: say --disk or --backup")
     if values["stdio"] and (values["as_json"] or values["print_uri"]):
         raise UsageError("--stdio: stdout is the client's; leave --json and --print-uri out")
     is_activated = os.environ.get("LISTEN_PID") == str(os.getpid())
@@ -173,6 +184,7 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
         tls=build_tls(values),
         authorization=build_authorization(values["authorize"]),
         export_rules=[parse_export_rule(text) for text in values["export_rules"]],
+        more_exports=[backup_exports(text) for text in values["backups"]],
         scratch=ScratchOptions(
             directory=values["scratch_dir"],
             granularity=values["scratch_granularity"],

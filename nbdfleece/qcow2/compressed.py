@@ -1,4 +1,4 @@
-"""Compressed clusters: where they lie and how to inflate them.
+"""Compressed clusters: where they lie, how to inflate them, and how to make them.
 
 Spec: qcow2.txt, "Compressed Clusters Descriptor", and "compression_type". The length
 is in whole sectors, so what follows the compressed data in the last one is not
@@ -17,6 +17,8 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
+from .entries import COMPRESSED
+
 ZLIB: Final = 0
 ZSTD: Final = 1
 
@@ -27,13 +29,40 @@ _ZSTD_WINDOW_LOG_MAX: Final = 21
 """A frame holds one cluster at most: a larger window is only a claim on our memory."""
 
 _SECTOR: Final = 512
+_SECTORS_SHIFT: Final = 8
+"""An entry counts sectors with ``cluster_bits - 8`` bits."""
+
+
+def compressed_entry(host: int, length: int, cluster_bits: int) -> int:
+    """The L2 entry of a compressed cluster.
+
+    Args:
+        host: Where it begins, in bytes.
+        length: Its bytes, fewer than a cluster's.
+        cluster_bits: Of the image.
+    """
+    more_sectors = (host + length - 1) // _SECTOR - host // _SECTOR
+    return COMPRESSED | more_sectors << 62 - (cluster_bits - _SECTORS_SHIFT) | host
+
+
+def deflate(cluster: bytes | bytearray | memoryview, compression_type: int) -> bytes | None:
+    """Compress one cluster; None if it would not become smaller.
+
+    Both compressors let other threads run meanwhile.
+    """
+    if compression_type == ZSTD:
+        packed = zstd.compress(cluster)
+    else:
+        deflater = zlib.compressobj(wbits=_ZLIB_WINDOW_BITS)
+        packed = deflater.compress(cluster) + deflater.flush()
+    return packed if len(packed) < len(cluster) else None
 
 
 def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
     """Where a compressed cluster lies: ``(host offset, bytes up to the last sector's end)``."""
-    offset_bits = 62 - (cluster_bits - 8)
+    offset_bits = 62 - (cluster_bits - _SECTORS_SHIFT)
     offset = entry & (1 << offset_bits) - 1
-    sectors = (entry >> offset_bits & (1 << cluster_bits - 8) - 1) + 1
+    sectors = (entry >> offset_bits & (1 << cluster_bits - _SECTORS_SHIFT) - 1) + 1
     return offset, sectors * _SECTOR - offset % _SECTOR
 
 

@@ -454,6 +454,19 @@ class Qcow2Image(BlockNode):
         self.check_writable()
         await self.writer.write(offset, data)
 
+    async def write_packed(self, offset: int, packed: memoryview) -> None:
+        """Write one whole guest cluster that was compressed as this image's clusters are.
+
+        Args:
+            offset: Where the cluster begins.
+            packed: What :func:`~nbdfleece.qcow2.compressed.deflate` made of it.
+
+        Raises:
+            OSError: ENOTSUP: the image has an external data file.
+        """
+        self.check_writable()
+        await self.writer.write_packed(offset, packed)
+
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
     ) -> None:

@@ -107,6 +107,7 @@ class Refcounts:
         self._on_damage = on_damage
         self._cluster_bits = header.cluster_bits
         self._block_counts = counts_per_block(header.cluster_bits, header.refcount_order)
+        self._count_max = (1 << header.refcount_bits) - 1
         self._blocks_max = max(
             4, CACHE_BYTES // (self._block_counts * max(1, header.refcount_bits // 8))
         )
@@ -312,6 +313,22 @@ class Refcounts:
             if not part.all():
                 self._cursor = min(self._cursor, cluster + int((part == 0).argmax()))
             cluster = stop
+
+    async def share(self, offset: int) -> bool:
+        """Add one reference to the cluster that an offset is in.
+
+        Returns:
+            False, with nothing changed, if the cluster is free or has as many as it can have.
+        """
+        index, position = divmod(offset >> self._cluster_bits, self._block_counts)
+        block = await self._block(index)
+        if block is None or not 0 < block.counts[position] < self._count_max:
+            return False
+        block.counts[position] += 1
+        block.mark_dirty(position, position + 1)
+        self.dirty.add(index)
+        self.urgent.add(index)
+        return True
 
     async def count(self, cluster: int) -> int:
         """The refcount of a host cluster."""

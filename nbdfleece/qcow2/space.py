@@ -6,6 +6,7 @@ offset of a guest cluster is its guest offset; nothing there is counted or share
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -28,6 +29,18 @@ class GuestSpace(ABC):
     @abstractmethod
     async def give_back(self, allocation: Allocation) -> None:
         """Return what was taken and never entered anywhere."""
+
+    async def take_packed(self, length: int) -> int:
+        """Get bytes for a compressed cluster, which may share its host clusters with others.
+
+        Raises:
+            OSError: ENOTSUP: there can be no compressed clusters here.
+        """
+        raise OSError(errno.ENOTSUP, "a data file holds no compressed clusters")
+
+    async def give_back_packed(self, host: int, length: int) -> None:
+        """Return bytes that :meth:`take_packed` gave and that were never entered anywhere."""
+        raise NotImplementedError
 
     @abstractmethod
     async def write(self, host: int, data: memoryview) -> None:
@@ -82,6 +95,9 @@ class ImageSpace(GuestSpace):
         self._quarantine = quarantine
         self._metadata = metadata
         self._on_damage = on_damage
+        self._packed_end = 0
+        """Where the next compressed cluster may begin; 0 for in a host cluster of its own."""
+        self._packing = asyncio.Lock()
 
     async def take(self, guest_offset: int, clusters: int) -> Allocation:
         """Allocate the first free clusters."""
@@ -91,6 +107,38 @@ class ImageSpace(GuestSpace):
         """Free the clusters at once: nothing ever led to them."""
         length = allocation.clusters << self._cluster_bits
         await self._refcounts.release(allocation.offset, length)
+
+    async def take_packed(self, length: int) -> int:
+        """Go on behind the last compressed cluster, or begin a new host cluster.
+
+        Each compressed cluster is one reference to each host cluster that it touches.
+        """
+        size = 1 << self._cluster_bits
+        async with self._packing:
+            start = self._packed_end
+            if length > -start % size or not await self._share_packed_end():
+                new = await self._refcounts.allocate(1)
+                start = self._packed_end
+                is_next = length > -start % size > 0 and start + -start % size == new
+                if not (is_next and await self._share_packed_end()):
+                    start = new
+            self._packed_end = start + length
+            return start
+
+    async def _share_packed_end(self) -> bool:
+        """Take one more reference to the host cluster in which the last compressed one ends."""
+        end = self._packed_end
+        if not await self._refcounts.share(end):
+            return False
+        if end != self._packed_end:  # freed meanwhile
+            await self._refcounts.release(end, 1)
+            return False
+        return True
+
+    async def give_back_packed(self, host: int, length: int) -> None:
+        """Drop the references again."""
+        self._packed_end = 0
+        await self._refcounts.release(host, length)
 
     async def write(self, host: int, data: memoryview) -> None:
         """Write to the image file, but never over metadata (rule 4)."""
@@ -111,6 +159,8 @@ class ImageSpace(GuestSpace):
             offset, length = compressed_range(entry, self._cluster_bits)
             first = offset >> self._cluster_bits
             count = (offset + length - 1 >> self._cluster_bits) + 1 - first
+            if first <= self._packed_end >> self._cluster_bits <= first + count:
+                self._packed_end = 0  # once free, it may become somebody else's
             # Other compressed clusters may lie in the same host clusters: never punched.
             self._quarantine.add(first << self._cluster_bits, count << self._cluster_bits)
         elif entry & OFFSET_MASK:

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from .compressed import compressed_entry
 from .entries import (
     COPIED,
     OFFSET_MASK,
@@ -157,6 +158,23 @@ class Writer:
             return None if kind is Kind.NORMAL else not self._reads_as_zeroes(kind)
 
         await self._fill(host + within - within % size, offset, data, size, old_at, is_fresh)
+
+    async def write_packed(self, offset: int, packed: memoryview) -> None:
+        """Let one guest cluster be what was compressed already."""
+        await self._image.epochs.relieve()
+        end = offset + self._cluster_size
+        async with self._image.ranges.hold(offset, end):
+            self._image.check_writable()
+            await self._for_each_part(offset, end, partial(self._write_packed_part, packed))
+
+    async def _write_packed_part(self, packed: memoryview, part: _Part) -> None:
+        host = await self._space.take_packed(len(packed))
+        try:
+            await self._space.write(host, packed)
+        except BaseException:
+            await self._space.give_back_packed(host, len(packed))
+            raise
+        self._replace(part, part.first, 1, compressed_entry(host, len(packed), self._cluster_bits))
 
     async def _write_new(self, part: _Part, run: Run, offset: int, data: memoryview) -> None:
         """Write data into new host clusters, with what was around them copied along."""

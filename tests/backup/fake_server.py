@@ -36,6 +36,8 @@ class Script:
         contexts: What is offered.
         fails: Called with the number of the request (from 0) and its type; an errno, or None.
         hangs_up: Called likewise before the answer; True drops the connection.
+        hangs: Called likewise; True keeps the connection and never says anything any more.
+        hangs_at_once: Accept, and say nothing.
     """
 
     content: bytearray
@@ -43,6 +45,8 @@ class Script:
     contexts: list[str] = field(default_factory=lambda: [ALLOCATION, BITMAP])
     fails: Callable[[int, int], int | None] = lambda number, kind: None
     hangs_up: Callable[[int, int], bool] = lambda number, kind: False
+    hangs: Callable[[int, int], bool] = lambda number, kind: False
+    hangs_at_once: bool = False
     sizes: list[int] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
     requests: int = 0
@@ -72,6 +76,8 @@ class _Client:
             self.writer.close()
 
     async def _negotiate(self) -> bool:
+        if self.script.hangs_at_once:
+            await asyncio.Event().wait()
         self.writer.write(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
         await self.reader.readexactly(4)
         while True:
@@ -126,6 +132,8 @@ class _Client:
         self.script.requests += 1
         if self.script.hangs_up(number, kind):
             return False
+        if self.script.hangs(number, kind):
+            await asyncio.Event().wait()
         error = self.script.fails(number, kind)
         if error is not None:
             self._chunk(0x8001, cookie, struct.pack(">IH", error, 0), is_last=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from nbdfleece.backup import BackupDirectory, DiskRequest, pull
-from nbdfleece.backup.manifest import BLOCK_BYTES
+from nbdfleece.backup import BackupDirectory, DiskRequest, PullOptions, pull
+from nbdfleece.backup.manifest import BLOCK_BYTES, Compression
 
 from .fake_server import BITMAP, Script, serving, truthful
 from .programs import qemu_io
@@ -19,11 +19,12 @@ SIZE = 2 * BLOCK_BYTES + 3 * BLOCK
 class History:
     """Restore points ``p0`` (full) to ``pN``, and what each contains."""
 
-    def __init__(self, folder: Path, seed: int = 0) -> None:
+    def __init__(self, folder: Path, seed: int = 0, compression: Compression | None = None) -> None:
         self.directory = BackupDirectory(folder / "backup")
         self.contents: dict[str, bytes] = {}
         self._folder = folder
         self._random = random.Random(seed)
+        self._options = PullOptions(compression=compression)
 
     async def build(self, count: int, writes: int = 20) -> None:
         """Pull a full point and increments on one another."""
@@ -41,7 +42,8 @@ class History:
                 request = DiskRequest(
                     name="vda", uri=uri, bitmap=BITMAP if parent else None, parent=parent
                 )
-                parent = await pull([request], self.directory, point=f"p{number}")
+                name = f"p{number}"
+                parent = await pull([request], self.directory, point=name, options=self._options)
             self.contents[parent.name] = bytes(content)
 
     def damage(self, name: str, after: int = 0) -> int:
@@ -65,7 +67,7 @@ class History:
         for _ in range(writes):
             first = self._random.randrange(SIZE // BLOCK)
             count = min(self._random.choice([1, 1, 3, 40]), SIZE // BLOCK - first)
-            new = self._random.randbytes(BLOCK) * count
+            new = self._random.randbytes(BLOCK // 8) * 8 * count
             if self._random.random() < 0.3:
                 new = bytes(len(new))
             content[first * BLOCK : (first + count) * BLOCK] = new

@@ -57,12 +57,15 @@ def _end(pid: int) -> None:
 
 
 @contextlib.contextmanager
-def qemu_nbd(image: Path, *options: str, image_format: str = "qcow2") -> Iterator[str]:
-    """Serve an image; the value is the URI."""
+def qemu_nbd(
+    image: Path, *options: str, image_format: str = "qcow2", tree: Path | None = None
+) -> Iterator[str]:
+    """Serve an image, with the program of a Debian tree if one is given; the value is the URI."""
     path = image.parent / f"q{next(_numbers)}.sock"
     pid_file = path.with_suffix(".pid")
+    program = Programs(tree, image.parent).argv("qemu-nbd")
     run(
-        "qemu-nbd", "-t", "-e", "16", "-f", image_format, "-k", path, "--fork",
+        *program, "-t", "-e", "16", "-f", image_format, "-k", path, "--fork",
         "--pid-file", pid_file, *options, image,
     )  # fmt: skip
     try:
@@ -165,6 +168,12 @@ class StorageDaemon:
         self.qmp("block-export-del", id=name, mode="hard")
         while any(export["id"] == name for export in self.qmp("query-block-exports")):
             time.sleep(0.005)  # QEMU removes it when its clients are gone
+
+    def resize(self, size: int) -> None:
+        """Give the disk another size; its live export is made anew."""
+        self._remove_export("live")
+        self.qmp("block_resize", node_name="disk", size=size)
+        self.add_export("live", "disk", writable=True)
 
     def end(self) -> None:
         """End the frozen view."""

@@ -12,6 +12,7 @@ import pytest
 
 from nbdfleece.backup import BackupError, ChecksumError, prune, surplus, verify
 from nbdfleece.backup.directory import BackupDirectory
+from nbdfleece.backup.manifest import Compression
 from nbdfleece.errors import StateError, UsageError
 
 from .histories import SIZE, History
@@ -51,6 +52,22 @@ ALL = [f"p{number}" for number in range(COUNT)]
 async def test_any_points_can_go(history: History, doomed: tuple[str, ...]) -> None:
     await prune(history.directory, doomed)
     await check(history, set(ALL) - set(doomed))
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+@pytest.mark.parametrize("doomed", [("p0",), ("p1", "p2")])
+async def test_merged_point_is_compressed_as_what_it_is_made_of(
+    tmp_path: Path, compression: Compression, doomed: tuple[str, ...]
+) -> None:
+    history = History(tmp_path, compression=compression)
+    await history.build(COUNT)
+    await prune(history.directory, doomed)
+    await check(history, set(ALL) - set(doomed))
+    for point in history.directory.points():
+        assert point.disks[0].compression == compression
+        image = history.directory.file_path(point.disks[0])
+        assert f"compression type: {compression}" in run("qemu-img", "info", image)
+        assert "% compressed" in run("qemu-img", "check", image)
 
 
 async def test_points_that_build_on_one_point_all_get_its_changes(

@@ -25,7 +25,7 @@ from nbdfleece.backup import (
     pull,
     verify,
 )
-from nbdfleece.backup.manifest import BLOCK_BYTES
+from nbdfleece.backup.manifest import BLOCK_BYTES, Compression
 from nbdfleece.errors import StateError, UsageError
 
 from .fake_server import ALLOCATION, BITMAP, BLOCK_STATUS, READ, Script, serving, truthful
@@ -205,7 +205,11 @@ def cut_after(reads: int) -> Callable[[int, int], bool]:
 
 
 async def cut_pull(
-    script: Script, tmp_path: Path, directory: BackupDirectory, identity: str | None = None
+    script: Script,
+    tmp_path: Path,
+    directory: BackupDirectory,
+    identity: str | None = None,
+    compression: Compression | None = None,
 ) -> None:
     """Pull one block after another, and be cut in the middle."""
     async with serving(script, tmp_path) as uri:
@@ -223,7 +227,11 @@ async def cut_pull(
                 directory,
                 point="first",
                 options=PullOptions(
-                    connections=1, limit=limit, progress=progress, journal_seconds=0.001
+                    connections=1,
+                    limit=limit,
+                    progress=progress,
+                    journal_seconds=0.001,
+                    compression=compression,
                 ),
             )
     script.hangs_up = lambda number, kind: False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,17 @@ import pytest
 from nbdfleece.backup import (
     BackupDirectory,
     DiskUri,
+    InterruptedPullError,
+    Progress,
+    PullOptions,
+    RateLimit,
+    Resume,
     auto_requests,
     full_requests,
     open_target,
     prune,
     pull,
     restore,
-    since_requests,
     verify,
 )
 from tests.tree import debian_13
@@ -67,27 +73,47 @@ async def check_point(directory: BackupDirectory, name: str, expected: bytes) ->
     target.unlink()
 
 
+ROUNDS = int(os.environ.get("NBDFLEECE_HISTORY_ROUNDS", "8"))
+"""Rounds of a history on images that are served anew in each; 30 are the full run."""
+
+
 async def test_chain_of_qemu_nbd_bitmaps_is_what_the_disk_was(tmp_path: Path) -> None:
-    image = make_image(tmp_path / "disk.qcow2")
-    directory = BackupDirectory(tmp_path / "backup")
-    source = random.Random(1)
+    await check_bitmap_chain(tmp_path, 1, None)
+
+
+async def test_chain_of_a_newer_qemu_nbd_is_what_the_disk_was(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    await check_bitmap_chain(tmp_path_factory.mktemp("tree"), 2, debian_13())
+
+
+async def check_bitmap_chain(folder: Path, seed: int, tree: Path | None) -> None:
+    """Writes, zeroes, discards and other sizes; increments, some compressed; some points go."""
+    image = make_image(folder / "disk.qcow2")
+    directory = BackupDirectory(folder / "backup")
+    source = random.Random(seed)
     expected: dict[str, bytes] = {}
-    previous = None
-    for number in range(6):
-        qemu_io(image, *random_commands(source, 12))
-        name = f"point{number}"
+    size, previous = SIZE, None
+    for number in range(ROUNDS):
+        if source.random() < 0.3:
+            size = source.randrange(SIZE // 2, 2 * SIZE, 512)
+            run("qemu-img", "resize", "-q", "--shrink", image, str(size))
+        qemu_io(image, *random_commands(source, 8, size))
+        name = f"p{number}"
         if previous is not None:
             run("qemu-img", "bitmap", "--disable", image, previous)
         run("qemu-img", "bitmap", "--add", image, name)
         expected[name] = content_of(image)
-        options = ["-B", previous] if previous else []
-        with qemu_nbd(image, "-r", *options) as uri:
-            disks = [DiskUri("vda", uri)]
-            requests = (
-                since_requests(directory, disks, previous) if previous else full_requests(disks)
-            )
-            await pull(requests, directory, point=name, checkpoint=name)
+        with qemu_nbd(image, "-r", *(["-B", previous] if previous else []), tree=tree) as uri:
+            requests = await auto_requests(directory, [DiskUri("vda", uri)])
+            assert (requests[0].parent is None) == (previous is None)
+            options = PullOptions(compression=source.choice([None, "zlib", "zstd"]))
+            await pull(requests, directory, point=name, checkpoint=name, options=options)
         previous = name
+        if source.random() < 0.2 and len(expected) > 2:
+            doomed = source.choice(sorted(expected.keys() - {name}))
+            await prune(directory, [doomed])
+            del expected[doomed]
     assert not (await verify(directory)).problems
     for name, content in expected.items():
         await check_point(directory, name, content)
@@ -107,19 +133,26 @@ async def test_chain_of_a_newer_qemu_is_what_the_disk_was(
 async def check_fleeced_chain(
     folder: Path, seed: int, tree: Path | None, kinds: tuple[str, ...]
 ) -> None:
-    """Thirty rounds of writing, freezing, writing on, and pulling; some points are pruned."""
+    """Thirty rounds of writing, freezing, writing on, and pulling.
+
+    Some give the disk another size, and some points are pruned.
+    """
     image = make_image(folder / "disk.qcow2")
     directory = BackupDirectory(folder / "backup")
     source = random.Random(seed)
     expected: dict[str, bytes] = {}
     previous = None
     with storage_daemon(image, tree) as daemon:
+        size = SIZE
         for number in range(30):
-            qemu_io(daemon.live, *random_commands(source, 6), image_format="raw")
+            if source.random() < 0.2:
+                size = source.randrange(SIZE // 2, 2 * SIZE, 65536)
+                daemon.resize(size)
+            qemu_io(daemon.live, *random_commands(source, 6, size), image_format="raw")
             name = f"p{number}"
             uri = daemon.begin(previous, name)
             expected[name] = _content_of_uri(folder, uri)
-            guest = random_commands(source, 3, kinds=kinds)
+            guest = random_commands(source, 3, size, kinds)
             qemu_io(daemon.live, *guest, image_format="raw")
             requests = await auto_requests(directory, [DiskUri("vda", uri)])
             assert (requests[0].parent is None) == (number == 0)
@@ -184,3 +217,54 @@ async def test_chain_ends_where_the_disk_does_not_end_with_a_sector_or_cluster(
     assert point.disks[0].size == len(content)
     assert point.disks[0].read_bytes == len(content)
     await check_point(directory, "only", content)
+
+
+@pytest.mark.parametrize("trouble", [signal.SIGKILL, signal.SIGSTOP])
+async def test_server_that_is_killed_or_stopped_cuts_the_pull_and_is_gone_on_with(
+    tmp_path: Path, trouble: signal.Signals
+) -> None:
+    """Started again, or woken up: the image has not changed, which only the user knows."""
+    image = make_image(tmp_path / "disk.qcow2", 64 * MIB)
+    source = random.Random(6)
+    qemu_io(image, *(f"write -q -P {source.randrange(1, 256)} {n}M 1M" for n in range(64)))
+    directory = BackupDirectory(tmp_path / "backup")
+    expected = content_of(image)
+    pid = 0
+
+    def harm(progress: Progress) -> None:
+        if progress.done >= 24 * MIB:
+            os.kill(pid, trouble)
+
+    options = PullOptions(
+        progress=harm,
+        limit=RateLimit(64 * MIB),
+        journal_seconds=0.01,
+        timeout_seconds=2,
+        compression="zstd",
+    )
+    with qemu_nbd(image, "-r") as uri:
+        pid = server_pid(image)
+        disks = full_requests([DiskUri("vda", uri)])
+        with pytest.raises(InterruptedPullError, match="can go on"):
+            await pull(disks, directory, point="p", options=options)
+        if trouble == signal.SIGSTOP:
+            os.kill(pid, signal.SIGCONT)
+    assert directory.point_names() == []
+    with qemu_nbd(image, "-r") as uri:
+        read = 0
+
+        def count(progress: Progress) -> None:
+            nonlocal read
+            read = read or progress.done
+
+        options = PullOptions(resume=Resume.TRUST, progress=count, compression="zstd")
+        await pull(full_requests([DiskUri("vda", uri)]), directory, point="p", options=options)
+    assert read >= 4 * MIB
+    assert not (await verify(directory)).problems
+    await check_point(directory, "p", expected)
+
+
+def server_pid(image: Path) -> int:
+    """The process of the one qemu-nbd that serves an image."""
+    (pid_file,) = image.parent.glob("q*.pid")
+    return int(pid_file.read_text())

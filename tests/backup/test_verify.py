@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
 
-from nbdfleece.backup import BackupDirectory, BackupError, ServerError, compare, verify
-from nbdfleece.backup.manifest import BLOCK_BYTES
+from nbdfleece.backup import (
+    BackupDirectory,
+    BackupError,
+    DiskRequest,
+    PullOptions,
+    ServerError,
+    compare,
+    pull,
+    verify,
+)
+from nbdfleece.backup.manifest import BLOCK_BYTES, Compression
 
-from .fake_server import Script, serving, truthful
+from .fake_server import BITMAP, Script, serving, truthful
 from .histories import BLOCK, SIZE, History
 
 
@@ -32,25 +42,44 @@ async def test_point_is_verified_with_what_it_stands_on(history: History) -> Non
     assert (found.points, found.files) == (["p1"], 2)
 
 
-async def test_every_byte_of_every_file_counts(tmp_path: Path) -> None:
-    """A sample of all bytes of the images, most of their headers, and of the manifests."""
-    history = History(tmp_path)
-    await history.build(2, writes=2)
-    for path in sorted(history.directory.path.iterdir()):
-        if path.suffix not in (".json", ".qcow2"):
-            continue
-        size = path.stat().st_size
-        positions = set(range(0, size, 65521)) | set(range(0, 1024, 17))
-        if path.suffix == ".json":
-            positions = set(range(0, size, 11))
+FLIPS = int(os.environ.get("NBDFLEECE_FLIPS", "60"))
+"""Bytes that are flipped, one after another; 0 for each byte of the backup: the full run."""
+
+
+async def small_backup(folder: Path, compression: Compression | None) -> BackupDirectory:
+    """Two clusters in full, and an increment of one."""
+    directory = BackupDirectory(folder / "backup")
+    content = bytearray(b"as it was then. " * 8192)
+    options = PullOptions(compression=compression)
+    parent = None
+    for name in ("p0", "p1"):
+        script = Script(content, truthful({0}, set(), len(content), 65536))
+        async with serving(script, folder) as uri:
+            bitmap = BITMAP if parent else None
+            request = DiskRequest(name="vda", uri=uri, bitmap=bitmap, parent=parent)
+            parent = await pull([request], directory, point=name, options=options)
+        content[:65536] = b"as it is now..." * 4369 + b"!"
+    return directory
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+async def test_every_byte_of_every_file_counts(
+    tmp_path: Path, compression: Compression | None
+) -> None:
+    """Any byte that is not what it was is found."""
+    directory = await small_backup(tmp_path, compression)
+    assert [point.disks[0].data_bytes() for point in directory.points()] == [131072, 65536]
+    files = [path for path in directory.path.iterdir() if path.name != ".lock"]
+    places = [(path, offset) for path in sorted(files) for offset in range(path.stat().st_size)]
+    source = random.Random(5)
+    for path, offset in source.sample(places, FLIPS) if FLIPS else places:
         with path.open("r+b", buffering=0) as file:
-            for position in positions:
-                byte = os.pread(file.fileno(), 1, position)
-                os.pwrite(file.fileno(), bytes([byte[0] ^ 0x41]), position)
-                found = await verify(history.directory)
-                assert found.problems, f"{path.name} at {position}"
-                os.pwrite(file.fileno(), byte, position)
-    assert not (await verify(history.directory)).problems
+            byte = os.pread(file.fileno(), 1, offset)
+            os.pwrite(file.fileno(), bytes([byte[0] ^ source.randrange(1, 256)]), offset)
+            found = await verify(directory)
+            assert found.problems, f"{path.name} at {offset}"
+            os.pwrite(file.fileno(), byte, offset)
+    assert not (await verify(directory)).problems
 
 
 async def test_checksum_of_a_block_says_where_the_damage_is(history: History) -> None:

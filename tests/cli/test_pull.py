@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,6 +197,39 @@ def test_pull_from_our_server_killed_goes_on_with_its_snapshot(
     done = pull(run, tmp_path)
     assert done.status == 0, done.errors
     assert set(content_of(tmp_path / "backup" / "p.vda.qcow2")) == {9}
+
+
+def test_pull_from_our_server_that_was_killed_says_why_it_cannot_go_on(
+    tmp_path: Path, server: Server, run: Run, live: str, image: Path, start: Start
+) -> None:
+    """A snapshot ends with its server; what was pulled of it is of no more use."""
+    qemu_io(live, "write -q -P 9 0 16M", image_format="raw")
+    words = ["pull", "--to", tmp_path / "backup", "--control", tmp_path / "c", "--point", "p"]
+    process = subprocess.Popen(
+        [*PROGRAM, *map(str, words), "--rate-limit", "4M", "--save-every", "0.05",
+         "--progress", "json", "--keep"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(tmp_path),
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line)["transferred"] >= 8 << 20:
+            break
+    server.process.kill()
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 75, errors
+    assert "was cut and can go on" in errors
+    (tmp_path / "n").unlink()
+    (tmp_path / "c").unlink()
+    start("--disk", f"vda={image}", "--listen", f"unix:{tmp_path}/n", "--control", tmp_path / "c")
+    refused = run(*words, "--keep")
+    assert "is another snapshot than before" in refused.complaint
+    assert run("list", tmp_path / "backup", "--json").json == []
+    assert run(*words, "--restart").status == 0
+    assert content_of(tmp_path / "backup" / "p.vda.qcow2") == content_of(image)
+    assert run("verify", tmp_path / "backup").status == 0
 
 
 def test_backup_of_other_changes_that_is_there_is_not_gone_on_with(
@@ -391,6 +425,9 @@ def test_map_draws_and_merges(tmp_path: Path, run: Run, image: Path) -> None:
         drawn = run("map", uri, "--changes", "b", "--svg", tmp_path / "x.svg")
         assert (drawn.status, drawn.output) == (0, "")
         assert (tmp_path / "x.svg").read_text().startswith("<svg ")
+        drawn = run("map", uri, "--changes", "b", "--png", tmp_path / "x.png")
+        assert (drawn.status, drawn.output) == (0, "")
+        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
         plain = run("map", uri, "--blocks").output
         assert "█ changed data: 0 bytes" in plain
 
@@ -444,6 +481,20 @@ def test_missing_libnbd_is_one_line_that_names_the_package(tmp_path: Path, run: 
     assert "is not libnbd's" in other.stderr
 
 
+def test_server_that_says_nothing_is_given_up(tmp_path: Path, run: Run) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/silent")
+        listener.listen()
+        uri = f"nbd+unix:///?socket={tmp_path}/silent"
+        for words in (
+            ["map", uri],
+            ["pull", uri, "--to", "b"],
+            ["pull", uri, "--to", "b", "--full"],
+        ):
+            done = run(*words, "--timeout", "0.2")
+            assert (done.status, "silent for 0.2 seconds" in done.complaint) == (1, True)
+
+
 def random_commands(source: random.Random, count: int) -> list[str]:
     """Guest writes, zeroes and discards of all alignments."""
     commands = []
@@ -455,6 +506,10 @@ def random_commands(source: random.Random, count: int) -> list[str]:
     return commands
 
 
+ROUNDS = int(os.environ.get("NBDFLEECE_HISTORY_ROUNDS", "8"))
+"""Rounds of a history, each of several processes; 30 are the full run."""
+
+
 def test_random_history_on_our_server_is_what_the_disk_was(
     tmp_path: Path, server: Server, run: Run, live: str
 ) -> None:
@@ -463,7 +518,7 @@ def test_random_history_on_our_server_is_what_the_disk_was(
     control = ("--control", tmp_path / "c")
     backup = tmp_path / "backup"
     expected: dict[str, bytes] = {}
-    for number in range(12):
+    for number in range(ROUNDS):
         name = f"p{number}"
         qemu_io(live, *random_commands(source, 6), image_format="raw")
         raw = tmp_path / "expected.raw"
@@ -475,6 +530,7 @@ def test_random_history_on_our_server_is_what_the_disk_was(
         qemu_io(live, *random_commands(source, 6), image_format="raw")
         uri = begun["disks"][0]["uris"][0]
         mode = ["--since", since] if since is not None else ["--full"]
+        mode += source.choice([[], ["--compress", "zlib"], ["--compress", "zstd"]])
         pulled = run("pull", f"vda={uri}", "--to", backup, "--checkpoint", name, *mode)
         assert pulled.status == 0, pulled.errors
         assert run("backup", "commit", name, *control).status == 0

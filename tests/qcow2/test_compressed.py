@@ -1,4 +1,4 @@
-"""Inflating clusters: several frames, garbage behind the data, and damage."""
+"""Deflating and inflating clusters: places, several frames, garbage behind the data, damage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import zlib
 
 import pytest
 
-from nbdfleece.qcow2.compressed import ZLIB, ZSTD, inflate
+from nbdfleece.qcow2.compressed import (
+    ZLIB,
+    ZSTD,
+    compressed_entry,
+    compressed_range,
+    deflate,
+    inflate,
+)
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -63,3 +70,25 @@ def test_no_more_than_a_cluster_is_inflated(pack: object, kind: int) -> None:
     """A few bytes must not become gigabytes."""
     assert callable(pack)
     assert inflate(pack(bytes(64 << 20)), SIZE, kind) == bytes(SIZE)
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16, 21])
+def test_entry_says_where_the_bytes_are(cluster_bits: int) -> None:
+    source = random.Random(cluster_bits)
+    for _ in range(200):
+        host = source.randrange(1 << 40)
+        length = source.randrange(1, 1 << cluster_bits)
+        offset, bytes_to_sector_end = compressed_range(
+            compressed_entry(host, length, cluster_bits), cluster_bits
+        )
+        assert offset == host
+        assert 0 <= bytes_to_sector_end - length < 512
+
+
+@pytest.mark.parametrize("kind", [ZLIB, ZSTD])
+def test_what_was_deflated_inflates(kind: int) -> None:
+    cluster = b"some text that compresses well " * 2114 + b"\0\1"
+    packed = deflate(memoryview(cluster), kind)
+    assert packed is not None
+    assert inflate(packed + b"what follows", len(cluster), kind) == cluster
+    assert deflate(random.Random(1).randbytes(65536), kind) is None

@@ -1,0 +1,136 @@
+"""A server that hangs is given up; one that is slow is not."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+
+from nbdfleece.backup import (
+    BackupDirectory,
+    DiskRequest,
+    InterruptedPullError,
+    PullOptions,
+    ServerError,
+    Source,
+    offered_bitmaps,
+    open_target,
+    pull,
+)
+from nbdfleece.backup.connection import ConnectOptions, connect
+from nbdfleece.backup.libnbd import load_libnbd
+
+from .fake_server import BLOCK_STATUS, READ, Script, serving, truthful
+from .programs import content_of, nbdkit
+
+SECONDS = 0.3
+BLOCK = 65536
+
+
+@pytest.fixture
+def script() -> Script:
+    content = bytearray(b"x" * (64 << 20))
+    count = len(content) // BLOCK
+    return Script(content, truthful(set(range(count)), set(), len(content), BLOCK))
+
+
+async def test_handshake_that_hangs_is_given_up(tmp_path: Path, script: Script) -> None:
+    script.hangs_at_once = True
+    async with serving(script, tmp_path) as uri:
+        for work in (
+            Source.open(uri, timeout_seconds=SECONDS),
+            offered_bitmaps(uri, timeout_seconds=SECONDS),
+            open_target(uri, 512, timeout_seconds=SECONDS),
+        ):
+            with pytest.raises(ServerError, match=r"handshake: .* silent for 0.3 seconds"):
+                await work
+
+
+async def test_handshake_that_nobody_waits_for_ends(tmp_path: Path, script: Script) -> None:
+    script.hangs_at_once = True
+    async with serving(script, tmp_path) as uri:
+        task = asyncio.create_task(connect(uri, ConnectOptions(timeout_seconds=None)))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # Its thread is one of the executor's, which ends only with all of them.
+        await asyncio.wait_for(asyncio.get_running_loop().shutdown_default_executor(), 20)
+
+
+async def test_block_status_that_hangs_is_an_error(tmp_path: Path, script: Script) -> None:
+    script.hangs = lambda number, kind: kind == BLOCK_STATUS
+    async with serving(script, tmp_path) as uri:
+        source = await Source.open(uri, timeout_seconds=SECONDS)
+        with pytest.raises(ServerError, match=r"block status of \d+ bytes at 0: .* silent for"):
+            await source.extents()
+        with pytest.raises(ServerError, match="silent for"):
+            await source.read_into(0, memoryview(bytearray(512)))
+        await source.close()
+
+
+async def test_pull_from_a_server_that_hangs_can_go_on(tmp_path: Path, script: Script) -> None:
+    seen = 0
+
+    def hangs(number: int, kind: int) -> bool:
+        nonlocal seen
+        seen += kind == READ
+        return seen > 40
+
+    script.hangs = hangs
+    directory = BackupDirectory(tmp_path / "backup")
+    options = PullOptions(timeout_seconds=SECONDS, journal_seconds=0.001, connections=2)
+    async with serving(script, tmp_path) as uri:
+        request = DiskRequest(name="vda", uri=uri, identity="view")
+        with pytest.raises(InterruptedPullError, match=r"can go on: .*silent for 0.3 seconds"):
+            await pull([request], directory, point="p", options=options)
+    script.hangs = lambda number, kind: False
+    script.reads.clear()
+    async with serving(script, tmp_path) as uri:
+        request = DiskRequest(name="vda", uri=uri, identity="view")
+        point = await pull([request], directory, point="p")
+    assert sum(length for _, length in script.reads) < len(script.content) + (16 << 22)
+    assert content_of(directory.file_path(point.disks[0])) == script.content
+
+
+async def test_idle_connection_is_not_a_hung_one(tmp_path: Path, script: Script) -> None:
+    """Silence counts only while answers are owed."""
+    async with serving(script, tmp_path) as uri:
+        connection = await connect(uri, ConnectOptions(timeout_seconds=0.2))
+        view = bytearray(512)
+        for _ in range(2):
+            await connection.read_into(0, memoryview(view))
+            assert view == b"x" * 512
+            await asyncio.sleep(0.5)
+        connection.disconnect()
+
+
+class Buffer(bytearray):
+    """A buffer that can be watched."""
+
+
+async def test_buffers_are_free_once_they_are_answered_for(tmp_path: Path) -> None:
+    """libnbd 1.14 never frees an nbd.Buffer that it was given: a restore held the whole disk."""
+    watched = []
+    with nbdkit(tmp_path, "memory", "1M") as uri:
+        connection = await connect(uri, ConnectOptions())
+        for work in (connection.read_into, connection.write):
+            buffer = Buffer(65536)
+            watched.append(weakref.ref(buffer))
+            await work(0, memoryview(buffer))
+            del buffer
+        gc.collect()
+        assert [each() for each in watched] == [None, None]
+        connection.disconnect()
+
+
+async def test_zeroes_are_looked_for_in_buffers_that_are_free_afterwards() -> None:
+    buffer = Buffer(65536)
+    watched = weakref.ref(buffer)
+    assert load_libnbd().Buffer.from_buffer(memoryview(buffer)).is_zero(0, len(buffer))
+    del buffer
+    gc.collect()
+    assert watched() is None
