@@ -46,7 +46,7 @@ def program(*words: str | Path, status: int = 0) -> str:
 
 
 def listing(uri: str) -> dict[str, Any]:
-    return json.loads(program("nbdinfo", "--json", uri))["exports"][0]
+    return json.loads(program("nbdinfo", "--json", "--no-content", uri))["exports"][0]
 
 
 def secure(uri: str, pki: Path) -> str:
