@@ -280,7 +280,7 @@ class Transmission:
         inbox.start += length
         assert inbox.buffer is not None
         self._begin_with_payload(request, payload, inbox.buffer)
-        return length
+        return length if request[2] == _WRITE else _STATUS_TURN_COST
 
     def _skip(self, inbox: Inbox) -> bool:
         """Throw the payload of a refused request away; whether all of it is gone.

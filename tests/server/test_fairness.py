@@ -13,7 +13,7 @@ import pytest
 
 from nbdfleece.export.export import Export
 from nbdfleece.extents import Extents
-from nbdfleece.nbd.constants import Command, Option
+from nbdfleece.nbd.constants import Command, CommandFlag, Option
 from nbdfleece.nbd.requests import EXTENDED_REQUEST
 from nbdfleece.server.channel import SocketChannel
 from nbdfleece.server.connection import Connection
@@ -41,7 +41,7 @@ class Counter:
 
     async def watch(self, total: int) -> None:
         """Until so much is done in all."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while self.total < total:
                 await asyncio.sleep(0)
                 self.most = max(self.most, self.total - self._before)
@@ -97,6 +97,25 @@ async def test_block_status_requests_sent_at_once_take_several_turns(serve: Serv
     assert counter.most <= 8
     for _ in range(64):
         await client.reply()
+
+
+async def test_block_status_requests_with_a_payload_take_several_turns(serve: Serve) -> None:
+    counter = Counter()
+    served = serve([status_export(counter, 1)])
+    client = await served.connect()
+    await client.receive(GREETING_BYTES)
+    await client.send(struct.pack(">I", 3))
+    await client.option(Option.EXTENDED_HEADERS)
+    await client.option_reply()
+    await client._select(b"x", [b"x-test:0"])
+    await client.option(Option.GO, GO_X)
+    for _ in range(3):
+        await client.option_reply()
+    flags = int(CommandFlag.PAYLOAD_LEN)
+    ask = EXTENDED_REQUEST.pack(0x21E41C71, flags, Command.BLOCK_STATUS, 1, 0, 12)
+    await client.send((ask + struct.pack(">QI", MIB, 0)) * 64)
+    await counter.watch(64)
+    assert counter.most <= 8
 
 
 async def test_block_status_of_many_contexts_takes_several_turns(serve: Serve) -> None:
