@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from conformance.case import CONFIGURATIONS, Case, Server
+from conformance.case import CONFIGURATIONS, Case, Process, Server
 from conformance.cases import CASES
 from conformance.certificates import make_certificates
 from conformance.content import make_images
@@ -87,10 +87,17 @@ def run_case(case: Case, server: Server) -> Outcome:
         made = FAIL, str(finding)
     except UnicodeDecodeError as error:
         made = FAIL, f"not UTF-8: {error}"
-    if server.process is not None and not case.private and not server.process.alive():
+    if server.process is not None and not case.private and _has_ended(server.process, made[0]):
         last_words = server.process.log().rpartition("\n")[2]
         made = FAIL, f"the server ended; {made[1]}; its last words: {last_words}"
     return outcome_of(case, *made, time.monotonic() - started)
+
+
+def _has_ended(process: Process, outcome: str) -> bool:
+    """Whether the server is gone; one that is just going after a failure is waited for."""
+    if outcome == FAIL and not process.greets():
+        process.wait_end()
+    return not process.alive()
 
 
 def outcome_of(case: Case, outcome: str, evidence: str, seconds: float) -> Outcome:

@@ -135,7 +135,7 @@ class Running:
             self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._pid = self._process.pid
         deadline = time.monotonic() + START_SECONDS
-        while not self._listens():
+        while not self.greets():
             if time.monotonic() > deadline or not self._starting():
                 self.stop()
                 raise StartError(f"{' '.join(argv)}: {self.log()}")
@@ -156,13 +156,14 @@ class Running:
         status = self._process.poll()
         return status is None or (status == 0 and self.plan.pid_file is not None)
 
-    def _listens(self) -> bool:
+    def greets(self) -> bool:
+        """Whether it is there for new clients."""
         if self.plan.pid_file is not None and not self.plan.pid_file.exists():
             return False
         endpoint = self.plan.endpoint
         if endpoint.path:
-            return _can_connect(socket.AF_UNIX, endpoint.path)
-        return _can_connect(socket.AF_INET, (endpoint.host, endpoint.port))
+            return _greets(socket.AF_UNIX, endpoint.path)
+        return _greets(socket.AF_INET, (endpoint.host, endpoint.port))
 
     def log(self) -> str:
         """The end of what the server wrote."""
@@ -211,14 +212,15 @@ class Running:
                 os.kill(self._pid, number)
 
 
-def _can_connect(family: int, address: str | tuple[str, int]) -> bool:
+def _greets(family: int, address: str | tuple[str, int]) -> bool:
+    """Whether a server is there and ready: nbd-server listens long before it accepts."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         try:
             probe.connect(address)
+            return bool(probe.recv(1))
         except OSError:
             return False
-    return True
 
 
 def _exists(pid: int) -> bool:

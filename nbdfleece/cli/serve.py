@@ -212,7 +212,9 @@ def make_runtime_directory() -> None:
 
 async def _serve(options: DaemonOptions, values: dict[str, Any]) -> None:
     from ..daemon import Daemon
+    from ..server.limits import allow_descriptors
 
+    allow_descriptors(options.limits)
     daemon = Daemon(options)
     _handle_signals(daemon)
     with contextlib.ExitStack() as after_the_end:

@@ -36,7 +36,7 @@ class Limits:
             the export's contexts. Above it: ERR_TOO_BIG.
         reply_bytes_max: Bytes of option replies that wait to be sent before no further option
             is looked at: a client that pipelines LIST without reading gets no more than this
-            and one reply.
+            and the replies to one option.
         payload_advertised_max: The maximum payload in INFO_BLOCK_SIZE unless the export has a
             smaller one; the specification's default, which every client may assume.
         payload_accepted_max: What compact requests get away with, since old clients never

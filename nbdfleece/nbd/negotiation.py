@@ -11,8 +11,9 @@ The driver's part::
         ...receive some bytes...
         negotiation.receive_data(received)       # at the end of the stream: receive_eof()
 
-``data_to_send`` is called until it gives nothing: replies are made as they are taken, so that a
-client that sends options without reading the replies makes neither pile up. After an outcome of
+``data_to_send`` is called until it gives nothing. Each call gives the replies to one option, and
+they are made as they are taken: a client that sends many options without reading the replies
+makes neither pile up, and the driver may serve others between two of them. After an outcome of
 :class:`~nbdfleece.nbd.outcomes.StartTls` the driver does the TLS handshake and begins anew with
 ``Negotiation(catalogue, limits, tls=mode, after=outcome)``.
 
@@ -135,7 +136,7 @@ class Negotiation:
         self._option_length = 0
         self._skip_left = 0
         self._options = 0
-        self._excesses: dict[str, None] = {}
+        self._notes: dict[str, None] = {}
         self._shutting_down = False
         self._structured_replies = False
         self._extended_headers = False
@@ -181,15 +182,15 @@ class Negotiation:
         """
         self._shutting_down = True
 
-    def take_excesses(self) -> list[str]:
-        """Limits that options have exceeded since the last call, for the log; each once."""
-        excesses, self._excesses = self._excesses, {}
-        return list(excesses)
+    def take_notes(self) -> list[str]:
+        """What the log should say of the last options: limits exceeded, exports refused."""
+        notes, self._notes = self._notes, {}
+        return list(notes)
 
     # The machine.
 
     def _advance(self) -> None:
-        while self.outcome is None and len(self._replies) <= self._limits.reply_bytes_max:
+        while self.outcome is None and not self._replies:
             if not _STEPS[self._state](self):
                 return
 
@@ -284,7 +285,7 @@ class Negotiation:
                 self._close(f"EXPORT_NAME refused: {error.text}")
             else:
                 if error.reply is OptionReply.ERR_TOO_BIG:
-                    self._excesses[f"option {self._option} refused: {error.text}"] = None
+                    self._notes[f"option {self._option} refused: {error.text}"] = None
                 self._reply(error.reply, encode_error_text(error.text))
 
     def _check_admissible(self) -> None:
@@ -398,6 +399,7 @@ class Negotiation:
             raise self._unknown_export(name)
         reason = self._may_access(export)
         if reason is not None:
+            self._notes[f"refused: {reason}"] = None
             raise OptionError(OptionReply.ERR_POLICY, reason)
         return export
 

@@ -120,24 +120,24 @@ class Handshake:
         return None if self._has_more else self._negotiation.outcome
 
     def handle(self, inbox: Inbox) -> bool:
-        """Give what was received to the machine and take its replies.
+        """Give what was received to the machine, and take the replies to one option.
+
+        One option makes the server search an export's contexts a thousand times, or list a
+        thousand exports: the others have their turn before the next one (rule 5).
 
         Returns:
-            Whether there are more replies than may wait at one time.
+            Whether there may be more.
         """
         if len(inbox) and self._negotiation.outcome is None:
             data = inbox.peek(len(inbox))
             inbox.start = inbox.end
             self._negotiation.receive_data(data)
-        self._has_more = True
-        while not self._is_full:
-            reply = self._negotiation.data_to_send()
-            if not reply:
-                self._has_more = False
-                break
+        reply = self._negotiation.data_to_send()
+        if reply:
             self._outbox.put(reply)
-        for excess in self._negotiation.take_excesses():
-            self._log.limit(excess, level=logging.WARNING)
+        self._has_more = bool(reply)
+        for note in self._negotiation.take_notes():
+            self._log.limit(note, level=logging.WARNING)
         return self._has_more
 
     def receive_eof(self) -> None:
@@ -251,8 +251,8 @@ class Connection:
     # Receiving.
 
     def _on_readable(self) -> None:
-        if self._turn is not None or self.state in (State.CLOSING, State.CLOSED):
-            return  # the rest of the last turn comes first
+        if self._turn is not None or not self._can_receive():
+            return  # the rest of the last turn comes first; what TLS still has may be too late
         try:
             count = self._channel.recv_into(self._inbox.space(self._phase.needed))
         except BlockingIOError:
@@ -430,12 +430,12 @@ class Connection:
         if isinstance(self._channel, SocketChannel):
             self.outbox.sendfile = self._channel.sendfile
         self._phase = transmission = Transmission(negotiated, self, self._limits)
-        self.export = transmission.export
         self.statistics = transmission.statistics
         refusal = self._host.open_export(self, transmission.export)
         if refusal is not None:
-            self._begin_closing(refusal)
+            self._begin_our_end(refusal, level=logging.WARNING)
             return
+        self.export = transmission.export
         logger.info("%s: opened export '%s'", self.peer, self.export.name)
         self._set_timer(self._limits.idle_seconds, self._end_idle)
         if negotiated.leftover:

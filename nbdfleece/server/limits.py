@@ -6,10 +6,18 @@ What one message or one handshake may contain is the wire's affair
 
 from __future__ import annotations
 
+import logging
+import resource
 from dataclasses import dataclass, field
+from typing import Final
 
 from ..nbd.limits import KIB, MIB
 from ..nbd.limits import Limits as WireLimits
+
+logger = logging.getLogger("nbdfleece.server")
+
+OTHER_DESCRIPTORS: Final = 1024
+"""Descriptors beside those of NBD clients: images, scratch, listeners, the control socket."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +38,8 @@ class Limits:
             replies that are left. 0: no limit.
         queued_bytes_max: Replies that wait for one client to read them before its requests
             are no longer read. Large enough for a whole round of a fast client (64 requests
-            of 64 KiB); a hundred clients that never read hold 400 MiB of it at most.
+            of 64 KiB); a hundred clients that never read hold 400 MiB of it, and each the one
+            reply that went beyond, up to ``wire.payload_accepted_max`` if it is a simple one.
         flush_bytes: Replies are sent when so many bytes wait, also within one wake-up:
             what was just read is still in the processor's cache.
         wake_up_bytes_max: Work for one connection before the others have their turn; about a
@@ -53,3 +62,25 @@ class Limits:
     read_chunk_bytes_max: int = 2 * MIB
     idle_buffer_bytes_max: int = 64 * MIB
     wire: WireLimits = field(default_factory=WireLimits)
+
+
+def allow_descriptors(limits: Limits) -> None:
+    """Let this process have as many descriptors as its clients may take, and its own.
+
+    The usual soft limit is 1024: clients that take all connections would leave none for the
+    scratch of a snapshot (rule 5).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.connections_max + OTHER_DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        logger.warning(
+            "%d file descriptors are allowed, but %d connections and the disks may need %d: "
+            "raise the hard limit (ulimit -Hn), or lower connections-max",
+            allowed,
+            limits.connections_max,
+            wanted,
+        )

@@ -35,7 +35,12 @@ CANCEL_SECONDS: Final = 5.0
 _ACCEPTS_MAX: Final = 64
 """Connections that are accepted in one go, before the others have their turn."""
 
-_OUT_OF_RESOURCES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_CLIENT_IS_LOST: Final = (
+    *(errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENOPROTOOPT, errno.EOPNOTSUPP),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENONET),
+)
+"""What accept(2) says of the one client that it did not accept; the next may be all right."""
+
 _ACCEPT_PAUSE_SECONDS: Final = 1.0
 
 
@@ -101,9 +106,11 @@ class NbdServer:
                 return
             try:
                 sock, address = listener.sock.accept()
-            except (BlockingIOError, ConnectionAbortedError):
+            except BlockingIOError:
                 return
             except OSError as error:
+                if error.errno in _CLIENT_IS_LOST:
+                    continue
                 self._pause_accepting(listener, error)
                 return
             self._accept_socket(sock, address)
@@ -133,9 +140,7 @@ class NbdServer:
             self._loop.remove_reader(listener.sock.fileno())
 
     def _pause_accepting(self, listener: Listener, error: OSError) -> None:
-        """Out of descriptors: the listener would call us again at once, for ever."""
-        if error.errno not in _OUT_OF_RESOURCES:
-            raise error
+        """Out of descriptors, as a rule: the listener would call us again at once, for ever."""
         logger.error("cannot accept on %s: %s; trying again soon", listener.name, error.strerror)
         self._loop.remove_reader(listener.sock.fileno())
         self._loop.call_later(_ACCEPT_PAUSE_SECONDS, self._accept_again, listener)
@@ -160,11 +165,7 @@ class NbdServer:
         def check(info: ExportInfo) -> str | None:
             assert isinstance(info, ServedExport)
             refusal = self._authorization.refusal(info.name, connection.identity)
-            if refusal is None:
-                refusal = _check_connections(info.export)
-            if refusal is not None:
-                logger.warning("%s: refused: %s", connection.peer, refusal)
-            return refusal
+            return refusal or _check_connections(info.export)
 
         return check
 
@@ -174,11 +175,13 @@ class NbdServer:
         return TlsChannel(channel, self._tls.credentials)
 
     def open_export(self, connection: Connection, export: Export) -> str | None:
-        """Note that a connection uses an export, unless it was closed a moment ago."""
+        """Note that a connection uses an export, unless it was closed or filled a moment ago."""
         if all(offered is not export for offered in self.exports):
             return f"export '{export.name}' is no longer served"
-        export.connections += 1
-        return None
+        refusal = _check_connections(export)
+        if refusal is None:
+            export.connections += 1
+        return refusal
 
     def drained(self, connection: Connection) -> None:
         """Note that a connection has nothing left to finish."""

@@ -65,6 +65,13 @@ _STATUS_COST: Final = 4 << 20
 _REQUEST_COST: Final = 4096
 """What a request counts for at least in its connection's turn, in bytes."""
 
+_STATUS_TURN_COST: Final = 512 << 10
+"""What a block status counts for in its connection's turn, in bytes: to search a context of many
+extents takes as long as to read about so much."""
+
+_CONTEXTS_PER_TURN: Final = 4
+"""Contexts that one block status searches before the others have their turn."""
+
 _NO_PAYLOAD: Final = memoryview(b"")
 _ZEROES: Final = bytes(16)
 _ZERO: Final = np.uint32(BlockStatus.ZERO)
@@ -235,7 +242,7 @@ class Transmission:
         length = self._rules.payload_length(request)
         if not length:
             self._begin(request)
-            return _REQUEST_COST
+            return self._turn_cost(request)
         refusal = self._refusal(request)
         if refusal is not None:
             self._skip_left = length
@@ -246,6 +253,12 @@ class Transmission:
         if length > IN_PLACE_BYTES_MAX:
             inbox.begin_large(length)
         return self._handle_payload(request, inbox)
+
+    def _turn_cost(self, request: Request) -> int:
+        """What a request without payload counts for in its connection's turn, in bytes."""
+        if request[2] == _BLOCK_STATUS:
+            return _STATUS_TURN_COST
+        return request[5] if request[2] == _READ else 0
 
     def _handle_payload(self, request: Request, inbox: Inbox) -> int | None:
         """Handle a request that was admitted, with its payload, if all of it is here."""
@@ -267,7 +280,7 @@ class Transmission:
         inbox.start += length
         assert inbox.buffer is not None
         self._begin_with_payload(request, payload, inbox.buffer)
-        return length
+        return length if request[2] == _WRITE else _STATUS_TURN_COST
 
     def _skip(self, inbox: Inbox) -> bool:
         """Throw the payload of a refused request away; whether all of it is gone.
@@ -536,10 +549,11 @@ class Transmission:
         """One chunk per context, DONE on the last; or one error, and nothing after it."""
         try:
             query = self._rules.status_query(request, payload)
-            found = [
-                await self._describe(request, context_id, query.length)
-                for context_id in query.context_ids
-            ]
+            found: list[Extents] = []
+            for context_id in query.context_ids:
+                if found and len(found) % _CONTEXTS_PER_TURN == 0:
+                    await asyncio.sleep(0)
+                found.append(await self._describe(request, context_id, query.length))
         except Exception as error:
             self._fail(request, error)
             return

@@ -34,7 +34,7 @@ async def test_limit_holds_over_many_small_amounts() -> None:
     begun = time.monotonic()
     for _ in range(30):
         await limit.take(10_000)
-    assert 0.2 < time.monotonic() - begun < 5
+    assert time.monotonic() - begun > 0.2
 
 
 async def test_limit_that_is_lifted_lets_those_pass_who_wait() -> None:

@@ -316,7 +316,7 @@ def test_qmp_shell_of_qemu_drives_the_server(tmp_path: Path, server: Server) -> 
         input="query-status\nsnapshot-create name=s\n",
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         env={**os.environ, "HOME": str(tmp_path)},
     )
     assert '"status": "running"' in done.stdout

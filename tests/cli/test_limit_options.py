@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from nbdfleece.cli.limit_options import limit_names, parse_limits
 from nbdfleece.errors import UsageError
 from nbdfleece.export.policy import ExportRule
 from nbdfleece.server.limits import Limits
+
+from .conftest import Start, make_image
 
 MANUAL = (Path(__file__).parents[2] / "docs" / "nbd.md").read_text()
 
@@ -51,3 +54,16 @@ def test_export_rule_may_have_colons_in_its_pattern() -> None:
     assert parse_export_rule("a:b/*:tls-only=on,connections-max=2") == ExportRule(
         pattern="a:b/*", tls_only=True, connections_max=2
     )
+
+
+def test_server_has_descriptors_for_all_its_clients(tmp_path: Path, start: Start) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        image = make_image(tmp_path / "a.qcow2")
+        server = start("--disk", f"vda={image}", "--listen", "unix:n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+    (allowed,) = re.findall(r"^Max open files +(\d+)", limits, re.MULTILINE)
+    assert int(allowed) >= Limits().connections_max + 1024

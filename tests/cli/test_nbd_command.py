@@ -41,7 +41,7 @@ def test_image_is_served_until_the_last_client_leaves(image: Path, tmp_path: Pat
     assert where == "nbd+unix:///vda?socket=sock"
     assert (tmp_path / "pid").read_text() == f"{process.pid}\n"
     checked("qemu-io", "-f", "raw", "-c", "write -P 7 0 64k", uri(tmp_path / "sock", "vda"))
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=120)
     assert (process.returncode, output, errors) == (0, "", "")
     assert not (tmp_path / "pid").exists()
     assert not (tmp_path / "sock").exists()
@@ -74,7 +74,7 @@ def test_second_signal_is_not_needed_and_the_first_ends_in_good_order(
     wait_until(tmp_path / "sock")
     checked("qemu-io", "-f", "raw", "-c", "write 0 64k", uri(tmp_path / "sock"))
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
     assert '"in-use"' not in checked("qemu-img", "info", "--output=json", image)
 

@@ -157,7 +157,7 @@ def test_pull_killed_again_and_again_goes_on_to_the_end(
             if json.loads(line)["transferred"] >= first["transferred"] + (8 << 20):
                 break
         process.kill()
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
         sizes.append((backup / "p.journal").stat().st_size)
         assert not (backup / "p.json").exists()
         assert not (backup / "p.disk.qcow2").exists()
@@ -191,7 +191,7 @@ def test_pull_from_our_server_killed_goes_on_with_its_snapshot(
         if json.loads(line)["transferred"] >= 8 << 20:
             break
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert (tmp_path / "backup" / "p.journal").exists()
     qemu_io(live, "write -q -P 10 0 16M", image_format="raw")
     done = pull(run, tmp_path)
@@ -280,7 +280,7 @@ def test_failed_pull_from_our_server_is_undone(
             + (["--keep"] if keep else []),
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             env=environment(tmp_path),
         )
         assert done.returncode == (75 if keep else 1)
@@ -301,7 +301,7 @@ def test_full_disk_cuts_the_pull_and_room_lets_it_go_on(
         ["prlimit", "--fsize=20000000", *PROGRAM, *words],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         env=environment(tmp_path),
     )
     assert done.returncode == 75, done.stderr
@@ -323,7 +323,7 @@ def test_interrupted_pull_ends_with_the_signals_status(
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGINT
 
 
@@ -340,7 +340,7 @@ def test_rate_file_changes_the_rate_while_pulling(tmp_path: Path, large: tuple[s
     assert process.stdout is not None
     process.stdout.readline()
     rate.write_text("0\n")
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     last = json.loads(out.splitlines()[-2])
     assert last["transferred"] == len(content)

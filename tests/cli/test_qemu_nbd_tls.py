@@ -63,7 +63,10 @@ def test_clients_speak_tls_and_no_other(pki: Path, image: Path, ours: Twin, thei
         with twin.serving(*server_flags(pki), image) as where:
             assert call("nbdinfo", where).returncode == 1
             info = json.loads(checked("nbdinfo", "--json", tls_uri(where, pki)))
-            del info["exports"][0]["uri"]
+            (export,) = info["exports"]
+            del export["uri"]
+            # QEMU 10 tells INFO of it without a context, and GO not: requirement 34.
+            export.pop("can_block_status_payload", None)
             found.append(info)
             options = f"driver=nbd,server.type=unix,server.path={twin.socket},tls-creds=c"
             creds = f"tls-creds-x509,id=c,endpoint=client,dir={pki}"
@@ -130,7 +133,8 @@ def test_clients_with_a_key_are_let_in(pki: Path, image: Path, ours: Twin) -> No
     client = f"tls-creds-psk,id=t,endpoint=client,dir={pki},username=alice"
     with ours.serving("--object", creds, "--tls-creds=t", "-f", "raw", "-e", "2", image):
         flags = ["-L", "--object", client, "--tls-creds=t", "-k", ours.socket]
-        assert checked(*OURS, *flags) == checked("qemu-nbd", *flags)
+        theirs = checked("qemu-nbd", *flags).replace("  transaction size: 64-bit\n", "")
+        assert checked(*OURS, *flags) == theirs  # qemu-nbd 7.2 has not that line
 
 
 def test_object_of_the_other_side_is_refused(pki: Path, image: Path, ours: Twin) -> None:

@@ -100,7 +100,7 @@ def test_second_signal_ends_at_once(image: Path, start: Start) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(server.process.pid, number)
     os.kill(server.process.pid, signal.SIGCONT)
-    status = server.process.wait(30)
+    status = server.process.wait(120)
     assert status in (-signal.SIGTERM, -signal.SIGINT)
 
 
@@ -115,7 +115,7 @@ def test_quit_over_the_control_socket_ends_with_status_0(server: Server, tmp_pat
         client.sendall(b'{"execute": "qmp_capabilities"}{"execute": "quit"}')
         while client.recv(65536):
             pass
-    assert server.process.wait(30) == 0
+    assert server.process.wait(120) == 0
 
 
 def test_ready_fd_gets_a_line(tmp_path: Path, image: Path, start: Start) -> None:
@@ -136,7 +136,7 @@ def test_ready_fd_gets_a_line(tmp_path: Path, image: Path, start: Start) -> None
     assert process.stdout.readline()
     assert os.read(reading, 100) == b"ready\n"
     process.terminate()
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     process.stdout.close()
     os.close(reading)
     os.close(writing)
@@ -195,7 +195,7 @@ def test_image_locked_by_qemu_is_refused_and_left_alone(
         ["qemu-nbd", "-t", "-f", "qcow2", "-k", tmp_path / "q", "--pid-file", tmp_path / "pid"]
         + ["--fork", image]
     )
-    assert holder.wait(30) == 0
+    assert holder.wait(120) == 0
     try:
         before = image.read_bytes()
         outcome = run("serve", "--disk", f"vda={image}")

@@ -15,7 +15,7 @@ from qemu.qmp import ExecuteError, QMPClient
 from .conftest import make_image
 
 Step = tuple[str, dict[str, Any]]
-SECONDS_MAX = 20
+SECONDS_MAX = 120
 
 
 @contextlib.asynccontextmanager

@@ -227,7 +227,7 @@ async def test_hash_is_qemus(tmp_path: Path, qmp: QMPClient, daemon: Daemon) -> 
     theirs = await client.execute("x-debug-block-dirty-bitmap-sha256", {"node": "q", "name": "b"})
     await client.disconnect()
     process.terminate()
-    process.wait(30)
+    process.wait(120)
     assert ours == theirs
 
 

@@ -42,7 +42,7 @@ async def qemus_node(tmp_path: Path) -> dict[str, Any]:
     await client.execute("quit")
     with suppress(EOFError):
         await client.disconnect()
-    assert process.wait(30) == 0
+    assert process.wait(120) == 0
     assert isinstance(nodes, list)
     return next(dict(node) for node in nodes if node["node-name"] == "q")
 

@@ -200,7 +200,7 @@ async def test_client_that_comes_as_the_server_ends_is_closed(options: DaemonOpt
             client.connect(str(options.control))
             assert daemon.control is not None
             daemon.control._accept()
-        client.settimeout(10)
+        client.settimeout(60)
         while client.recv(65536):
             pass
 

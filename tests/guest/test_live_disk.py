@@ -19,7 +19,7 @@ from tests.cli.conftest import Outcome, Run, Server, Start
 from .conftest import FROM_HOST, RING_BYTES, Boot
 from .machine import Machine
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(400)]
 
 KEPT_BYTES = 50_000
 DROPPED_BYTES = 300_000

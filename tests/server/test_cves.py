@@ -159,8 +159,8 @@ def test_signals_under_load_stop_nothing_but_the_server(tmp_path: Path, loop: st
     assert load.poll() is None
     subprocess.run(["nbdinfo", "--size", uri], check=True, stdout=subprocess.DEVNULL)
     server.terminate()
-    assert server.wait(30) == 0
-    assert load.wait(30) != 0
+    assert server.wait(120) == 0
+    assert load.wait(120) != 0
     server.stdout.close()
     subprocess.run(["qemu-img", "check", "-q", image], check=True)
 
@@ -184,7 +184,7 @@ def test_image_cannot_name_what_its_client_wants(tmp_path: Path, kind: str) -> N
         listen = ["-k", str(tmp_path / "n")] if command[0] == "nbd" else ["--control", "none"]
         listen += ["--listen", f"unix:{tmp_path}/n"] * (command[0] == "serve")
         done = subprocess.run(
-            [PROGRAM, *command, *listen], capture_output=True, text=True, timeout=30
+            [PROGRAM, *command, *listen], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr
