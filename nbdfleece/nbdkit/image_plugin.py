@@ -38,6 +38,9 @@ T = TypeVar("T")
 EXTENTS_MAX: Final = 1 << 16
 """Extents in one answer; nbdkit asks again for the rest."""
 
+_TYPE_MASK: Final = int(BlockStatus.HOLE | BlockStatus.ZERO)
+"""nbdkit's EXTENT_HOLE and EXTENT_ZERO, which have the values of ours."""
+
 BLOCK_SIZE_MAX: Final = (1 << 32) - 1
 """Bytes: nbdkit's word for no limit."""
 
@@ -163,11 +166,11 @@ async def write_zeroes(
 async def describe(
     node: BlockNode, offset: int, length: int, *, only_one: bool
 ) -> list[tuple[int, int, int]]:
-    """Offset, length and nbdkit's type of extents from ``offset`` on: bit 0 hole, bit 1 zero."""
+    """Offset, length and nbdkit's type of extents, from ``offset`` on."""
     found = await node.block_status(offset, length, extents_max=1 if only_one else EXTENTS_MAX)
     extents = []
     for extent_length, status in found.pairs():
-        extents.append((offset, extent_length, status & (BlockStatus.HOLE | BlockStatus.ZERO)))
+        extents.append((offset, extent_length, status & _TYPE_MASK))
         offset += extent_length
     return extents
 
@@ -183,4 +186,4 @@ def log_without_tracebacks() -> None:
         is_expected = isinstance(given[1], NbdfleeceError | OSError)
         return [str(given[1])] if is_expected else format_in_full(*given)
 
-    traceback.format_exception = format_exception
+    traceback.format_exception = format_exception  # type: ignore[assignment]
