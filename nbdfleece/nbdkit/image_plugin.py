@@ -5,7 +5,8 @@ written: that depends on its ``-r`` and on its filters.
 
 ==============  =====================================================================
 get_ready       the image is opened for reading and closed again, so that what is wrong
-                with it or with a parameter ends nbdkit at once, with a message
+                with it or with a parameter ends nbdkit at once, with a message; in a
+                process of its own, whose threads nbdkit's fork cannot lose
 after_fork      the event loop's thread begins; a fork would have left it behind
 first open      the image is opened, for writing if this client may write, with the
                 locks of QEMU; its bitmaps record from now on
@@ -19,6 +20,7 @@ nbdkit calls from many threads at once; all work on the image is done in the one
 from __future__ import annotations
 
 import asyncio
+import os
 import traceback
 from collections.abc import Coroutine
 from contextlib import ExitStack
@@ -28,7 +30,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from ..block.changes import ChangesNode
 from ..block.node import BlockNode, BlockStatus
 from ..engine.offline import open_images
-from ..errors import NbdfleeceError
+from ..errors import NbdfleeceError, StateError
 from ..server.loop_thread import LoopThread
 from ..standalone.disk import Disk
 from .image_parameters import ImageParameters, ParameterReader
@@ -82,10 +84,19 @@ class ImagePlugin:
         """See whether the image can be opened at all.
 
         Raises:
-            NbdfleeceError, OSError: It cannot.
+            StateError: It cannot; the text says why.
         """
-        with self._loop:
-            self.run(_rehearse(self.parameters))
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(writer, _rehearse(self.parameters).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as stream:
+            failure = stream.read()
+        os.waitpid(child, 0)
+        if failure:
+            raise StateError(failure)
 
     def start(self) -> None:
         """Begin the loop's thread."""
@@ -133,8 +144,19 @@ async def open_image(parameters: ImageParameters, *, read_only: bool) -> BlockNo
     return disk.node
 
 
-async def _rehearse(parameters: ImageParameters) -> None:
-    await (await open_image(parameters, read_only=True)).close()
+def _rehearse(parameters: ImageParameters) -> str:
+    """Open the image and close it; why that cannot be done, or nothing."""
+
+    async def rehearse() -> None:
+        await (await open_image(parameters, read_only=True)).close()
+
+    try:
+        asyncio.run(rehearse())
+    except (NbdfleeceError, OSError) as error:
+        return str(error)
+    except Exception:
+        return traceback.format_exc()
+    return ""
 
 
 # What nbdkit's callbacks do, as coroutines.
