@@ -94,9 +94,9 @@ class ImagePlugin:
         os.close(writer)
         with os.fdopen(reader) as stream:
             failure = stream.read()
-        os.waitpid(child, 0)
-        if failure:
-            raise StateError(failure)
+        _, status = os.waitpid(child, 0)
+        if failure or status:
+            raise StateError(failure or f"opening {self.parameters.image} ended with {status}")
 
     def start(self) -> None:
         """Begin the loop's thread."""

@@ -129,15 +129,15 @@ class FaultyTransmission(Transmission):
         try:
             await self._answer(handler, request, payload, faults)
         finally:
-            del self._faulty.faults[request.cookie]
+            self._faulty.faults.pop(request.cookie, None)
 
     async def _answer(
         self, handler: Handler, request: Request, payload: memoryview, faults: list[Fault]
     ) -> None:
         for fault in faults:
             if isinstance(fault, Fail):
-                error = Error(fault.error) if fault.error in set(Error) else fault.error
-                self._refuse(request, RequestError(error, fault.text))  # type: ignore[arg-type]
+                # Any number, not only those that NBD knows.
+                self._refuse(request, RequestError(fault.error, fault.text))  # type: ignore[arg-type]
                 return
         await handler(request, payload)
 

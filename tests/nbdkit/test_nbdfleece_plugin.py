@@ -200,6 +200,30 @@ def test_image_that_is_written_is_locked_as_qemu_locks_it(nbdkit: Nbdkit, tmp_pa
         client.pwrite(b"x", 0)  # the lock and the process ended together
 
 
+def test_client_who_finds_the_image_in_use_is_refused_and_a_later_one_is_not(
+    nbdkit: Nbdkit, tmp_path: Path
+) -> None:
+    """QEMU may read what we have not begun to write; then we may not write."""
+    image = make_image(tmp_path)
+    with subprocess.Popen(
+        ["qemu-io", "-r", "-f", "qcow2", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        reader.stdin.write(b"length\n")
+        reader.stdin.flush()
+        assert reader.stdout.readline()
+        with nbdkit.running("python", nbdkit.plugin, f"image={image}") as running:
+            with pytest.raises(nbd.Error), connected(running.uri):
+                pass
+            [said] = [each for each in running.log.read_text().splitlines() if "open: err" in each]
+            assert f"{image}: " in said
+            assert "another program" in said
+            reader.communicate(b"quit\n")
+            with connected(running.uri) as client:
+                client.pwrite(b"x", 0)
+
+
 def bitmap_flags_forced(image: Path) -> list[str]:
     described = json.loads(run("qemu-img", "info", "-U", "--output=json", image))
     flags: list[str] = described["format-specific"]["data"]["bitmaps"][0]["flags"]
