@@ -89,8 +89,11 @@ class ImagePlugin:
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            os.write(writer, _rehearse(self.parameters).encode())
-            os._exit(0)
+            try:
+                os.write(writer, _rehearse(self.parameters).encode())
+                os._exit(0)
+            finally:
+                os._exit(1)
         os.close(writer)
         with os.fdopen(reader) as stream:
             failure = stream.read()
@@ -204,8 +207,9 @@ def log_without_tracebacks() -> None:
     """
     format_in_full = traceback.format_exception
 
-    def format_exception(*given: Any) -> list[str]:
-        is_expected = isinstance(given[1], NbdfleeceError | OSError)
-        return [str(given[1])] if is_expected else format_in_full(*given)
+    def format_exception(*given: Any, **options: Any) -> list[str]:
+        error = given[1] if len(given) > 1 else given[0]
+        is_expected = isinstance(error, NbdfleeceError | OSError)
+        return [str(error)] if is_expected else format_in_full(*given, **options)
 
-    traceback.format_exception = format_exception  # type: ignore[assignment]
+    traceback.format_exception = format_exception
