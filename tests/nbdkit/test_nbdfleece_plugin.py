@@ -201,7 +201,7 @@ def test_image_that_is_written_is_locked_as_qemu_locks_it(nbdkit: Nbdkit, tmp_pa
 
 
 def test_client_who_finds_the_image_in_use_is_refused_and_a_later_one_is_not(
-    nbdkit: Nbdkit, tmp_path: Path
+    system_nbdkit: Nbdkit, tmp_path: Path
 ) -> None:
     """QEMU may read what we have not begun to write; then we may not write."""
     image = make_image(tmp_path)
@@ -213,7 +213,7 @@ def test_client_who_finds_the_image_in_use_is_refused_and_a_later_one_is_not(
         reader.stdin.write(b"length\n")
         reader.stdin.flush()
         assert reader.stdout.readline()
-        with nbdkit.running("python", nbdkit.plugin, f"image={image}") as running:
+        with system_nbdkit.running("python", system_nbdkit.plugin, f"image={image}") as running:
             with pytest.raises(nbd.Error), connected(running.uri):
                 pass
             [said] = [each for each in running.log.read_text().splitlines() if "open: err" in each]
@@ -231,11 +231,11 @@ def bitmap_flags_forced(image: Path) -> list[str]:
 
 
 def test_kill_leaves_the_image_sound_and_the_bitmap_inconsistent(
-    nbdkit: Nbdkit, tmp_path: Path
+    system_nbdkit: Nbdkit, tmp_path: Path
 ) -> None:
     """Rules 2 and 4: what was flushed stays, and an incomplete bitmap does not look complete."""
     image = make_image(tmp_path)
-    with nbdkit.running("python", nbdkit.plugin, f"image={image}") as running:
+    with system_nbdkit.running("python", system_nbdkit.plugin, f"image={image}") as running:
         with connected(running.uri) as client:
             client.pwrite(b"kept" * KIB, 2 * MIB, nbd.CMD_FLAG_FUA)
         running.stop(signal.SIGKILL)
@@ -243,13 +243,15 @@ def test_kill_leaves_the_image_sound_and_the_bitmap_inconsistent(
     checked = subprocess.run(["qemu-img", "check", image], capture_output=True)
     assert checked.returncode in (0, 3), "at most leaked clusters"
     assert bitmap_flags(image) == ["in-use", "auto"]
-    assert "inconsistent" in nbdkit.fail("python", nbdkit.plugin, f"image={image}", "bitmap=bits")
+    assert "inconsistent" in system_nbdkit.fail(
+        "python", system_nbdkit.plugin, f"image={image}", "bitmap=bits"
+    )
 
 
-def test_many_clients_at_a_time_see_one_disk(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_many_clients_at_a_time_see_one_disk(system_nbdkit: Nbdkit, tmp_path: Path) -> None:
     """CAN_MULTI_CONN: what one has written the others read, and any flush covers it."""
     image = make_image(tmp_path)
-    with nbdkit.running("python", nbdkit.plugin, f"image={image}") as running:
+    with system_nbdkit.running("python", system_nbdkit.plugin, f"image={image}") as running:
 
         def write_part(number: int) -> None:
             with connected(running.uri) as client:
@@ -326,11 +328,17 @@ def test_copy_on_write_filter_shares_the_image(nbdkit: Nbdkit, tmp_path: Path) -
         assert content_of(image)[:3] == b"\1\1\1"
 
 
-def test_error_filter_fails_before_our_disk_does(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_error_filter_fails_before_our_disk_does(system_nbdkit: Nbdkit, tmp_path: Path) -> None:
     image = make_image(tmp_path)
-    words = ("--filter=error", "python", nbdkit.plugin, f"image={image}", "error-pread=ENOSPC")
+    words = (
+        "--filter=error",
+        "python",
+        system_nbdkit.plugin,
+        f"image={image}",
+        "error-pread=ENOSPC",
+    )
     with (
-        nbdkit.running(*words, "error-pread-rate=100%") as running,
+        system_nbdkit.running(*words, "error-pread-rate=100%") as running,
         connected(running.uri) as client,
     ):
         with pytest.raises(nbd.Error) as caught:
@@ -339,7 +347,7 @@ def test_error_filter_fails_before_our_disk_does(nbdkit: Nbdkit, tmp_path: Path)
         client.pwrite(b"x", 0)
 
 
-def test_partition_filter_shows_a_partition(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_partition_filter_shows_a_partition(system_nbdkit: Nbdkit, tmp_path: Path) -> None:
     image = make_image(tmp_path)
     table = bytearray(512)
     table[446:462] = (
@@ -350,8 +358,8 @@ def test_partition_filter_shows_a_partition(nbdkit: Nbdkit, tmp_path: Path) -> N
     table[510:512] = b"\x55\xaa"
     (tmp_path / "table").write_bytes(table)
     run("qemu-io", "-f", "qcow2", "-c", f"write -s {tmp_path / 'table'} 0 512", image)
-    words = ("--filter=partition", "python", nbdkit.plugin, f"image={image}", "partition=1")
-    with nbdkit.running(*words) as running:
+    words = ("--filter=partition", "python", system_nbdkit.plugin, f"image={image}", "partition=1")
+    with system_nbdkit.running(*words) as running:
         with connected(running.uri) as client:
             assert client.get_size() == 4096 * 512
             client.pwrite(b"inside", 0)
@@ -396,19 +404,19 @@ def test_increment_of_a_bitmap_is_complete(nbdkit: Nbdkit, tmp_path: Path) -> No
     assert copied == 4 * 65536, "what changed, and nothing more"
 
 
-def test_increment_since_a_checkpoint_is_complete(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_increment_since_a_checkpoint_is_complete(system_nbdkit: Nbdkit, tmp_path: Path) -> None:
     """The union of the chain's bitmaps from the checkpoint on; recorded by the plugin itself."""
     image = make_image(tmp_path)
     full = tmp_path / "full.qcow2"
     run("qemu-img", "convert", "-O", "qcow2", image, full)
     for number, checkpoint in enumerate(["monday", "tuesday"]):
         run(NBDFLEECE, "checkpoint", "create", checkpoint, "--image", image)
-        with nbdkit.running("python", nbdkit.plugin, f"image={image}") as running:
+        with system_nbdkit.running("python", system_nbdkit.plugin, f"image={image}") as running:
             with connected(running.uri) as client:
                 client.pwrite(bytes([number + 2]) * 65536, number * 5 * MIB)
                 client.zero(65536, (number + 8) * 65536)
             running.stop()
-    overlay = copy_changes(nbdkit, tmp_path, full, f"image={image}", "checkpoint=monday")
+    overlay = copy_changes(system_nbdkit, tmp_path, full, f"image={image}", "checkpoint=monday")
     assert content_of(overlay) == content_of(image)
 
 
@@ -433,13 +441,15 @@ def test_view_of_changes_reads_as_it_is_described(nbdkit: Nbdkit, tmp_path: Path
         assert map_of(client) == [*extents, (SIZE - position, HOLE | ZERO)]
 
 
-def test_internal_snapshot_is_shown(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_internal_snapshot_is_shown(system_nbdkit: Nbdkit, tmp_path: Path) -> None:
     image = make_image(tmp_path)
     before = content_of(image)
     run("qemu-img", "snapshot", "-c", "first", image)
     run("qemu-io", "-f", "qcow2", "-c", "write -P 8 0 64k", image)
     with (
-        nbdkit.running("python", nbdkit.plugin, f"image={image}", "snapshot=first") as running,
+        system_nbdkit.running(
+            "python", system_nbdkit.plugin, f"image={image}", "snapshot=first"
+        ) as running,
         connected(running.uri) as client,
     ):
         assert client.is_read_only()
@@ -467,7 +477,9 @@ def test_wrong_parameters_end_nbdkit_with_one_line(
     assert len(said.strip().splitlines()) == 1, said
 
 
-def test_damaged_cluster_is_an_error_of_its_read_only(nbdkit: Nbdkit, tmp_path: Path) -> None:
+def test_damaged_cluster_is_an_error_of_its_read_only(
+    system_nbdkit: Nbdkit, tmp_path: Path
+) -> None:
     plain = make_image(tmp_path)
     image = tmp_path / "compressed.qcow2"
     run("qemu-img", "convert", "-c", "-O", "qcow2", plain, image)
@@ -476,7 +488,7 @@ def test_damaged_cluster_is_an_error_of_its_read_only(nbdkit: Nbdkit, tmp_path: 
     data[metadata:] = b"\xff" * (len(data) - metadata)
     image.write_bytes(data)
     with (
-        nbdkit.running("-r", "python", nbdkit.plugin, f"image={image}") as running,
+        system_nbdkit.running("-r", "python", system_nbdkit.plugin, f"image={image}") as running,
         connected(running.uri) as client,
     ):
         with pytest.raises(nbd.Error) as caught:
