@@ -8,8 +8,9 @@ from ..block.file import FileNode
 from ..errors import ImageError, UnsupportedImageError
 from .check import Repair, examine, read_header
 from .check_repair import repair_image
-from .compressed import HAS_ZSTD, ZSTD
+from .compressed import ZSTD
 from .header import Header, Incompatible
+from .zstd import HAS_ZSTD
 
 _log = logging.getLogger(__name__)
 

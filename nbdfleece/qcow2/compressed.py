@@ -8,19 +8,10 @@ theirs: inflating stops after one cluster.
 from __future__ import annotations
 
 import errno
-import sys
 import zlib
 from typing import Final
 
-try:
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        from backports import zstd
-    HAS_ZSTD = True
-except ImportError:
-    HAS_ZSTD = False
-"""Distributions' own Pythons have no backports.zstd: there an image that needs it is refused."""
+from .zstd import zstd
 
 ZLIB: Final = 0
 ZSTD: Final = 1
@@ -48,13 +39,13 @@ def inflate(data: bytes | bytearray, cluster_size: int, compression_type: int) -
     Raises:
         OSError: EIO: the data are damaged or do not fill the cluster.
     """
-    damage: type[Exception]
-    damage, inflate_one = zlib.error, _inflate_zlib
-    if compression_type:
-        damage, inflate_one = zstd.ZstdError, _inflate_zstd
     try:
-        cluster = inflate_one(data, cluster_size)
-    except damage as error:
+        cluster = (
+            _inflate_zstd(data, cluster_size)
+            if compression_type
+            else _inflate_zlib(data, cluster_size)
+        )
+    except (zlib.error, zstd.ZstdError) as error:
         raise OSError(errno.EIO, f"damaged compressed cluster: {error}") from error
     if len(cluster) != cluster_size:
         raise OSError(errno.EIO, "compressed cluster is too short")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .real import Nbdkit, find_nbdkit
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 STUB = ROOT / "nbdkit-stubs" / "__init__.pyi"
 
 SCRIPT = """

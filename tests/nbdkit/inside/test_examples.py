@@ -17,7 +17,7 @@ import pytest
 from .real import Nbdkit
 from .test_nbdfleece_plugin import HOLE, KIB, MIB, ZERO, connected, map_of
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
 def script(nbdkit: Nbdkit, name: str) -> Path:
