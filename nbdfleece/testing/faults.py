@@ -121,8 +121,10 @@ class Lying(Fault):
     Attributes:
         how: A :class:`Lie`, or a function of the request's offset and length and the true
             extents, that returns what to send as it is.
+        context: Only this metadata context is lied about; None for all.
     """
 
+    context: str | None = None
     how: Lie | Callable[[int, int, Pairs], Pairs]
 
     def distort(self, offset: int, length: int, pairs: Pairs, size: int) -> Pairs:

@@ -38,17 +38,18 @@ class FaultyReplies(Replies):
 
     Args:
         inner: The replies.
-        size: Bytes of the export.
+        negotiated: What the handshake ended with.
 
     Attributes:
         faults: Of the requests in work, by cookie.
     """
 
-    __slots__ = ("_inner", "_size", "chunked", "faults")
+    __slots__ = ("_contexts", "_inner", "_size", "chunked", "faults")
 
-    def __init__(self, inner: Replies, size: int) -> None:
+    def __init__(self, inner: Replies, negotiated: Negotiated) -> None:
         self._inner = inner
-        self._size = size
+        self._size = negotiated.export.size
+        self._contexts = {each.context_id: each.name for each in negotiated.contexts}
         self.chunked = inner.chunked
         self.faults: dict[int, list[Fault]] = {}
 
@@ -86,7 +87,11 @@ class FaultyReplies(Replies):
     ) -> bytes:
         """See :class:`Replies`; the extents may be no truth."""
         pack = partial(self._inner.block_status, request, context_id)
-        lies = [each for each in self.faults.get(request.cookie, ()) if isinstance(each, Lying)]
+        lies = [
+            fault
+            for fault in self.faults.get(request.cookie, ())
+            if isinstance(fault, Lying) and fault.context in (None, self._contexts[context_id])
+        ]
         if not lies:
             return self._spoil(request, pack(extents, done=done))
         pairs = extents.pairs()
@@ -108,7 +113,7 @@ class FaultyTransmission(Transmission):
         super().__init__(negotiated, host, limits)
         self._connection = host
         self._server = host.server
-        self._replies = self._faulty = FaultyReplies(self._replies, self.export.size)
+        self._replies = self._faulty = FaultyReplies(self._replies, negotiated)
         self._handlers = {
             command: partial(self._handle_faulty, handler)
             for command, handler in self._handlers.items()

@@ -239,6 +239,21 @@ def test_lie_of_ones_own_is_told(nbd_server: Serve) -> None:
     assert raw_status(server) == [[7, 9, 1, 1]]
 
 
+def test_lie_about_one_context_leaves_the_others_true(nbd_server: Serve) -> None:
+    lie = Lying(context="qemu:dirty-bitmap:b0", how=lambda offset, length, pairs: [(length, 1)])
+    server = nbd_server(MIB, dirty={"b0": [], "b1": []}, faults=[lie])
+    with connected(server, "qemu:dirty-bitmap:b0", "qemu:dirty-bitmap:b1") as client:
+        assert status(client) == [
+            ("qemu:dirty-bitmap:b0", [MIB, 1]),
+            ("qemu:dirty-bitmap:b1", [MIB, 0]),
+        ]
+
+
+def test_context_can_be_told_nothing_of(nbd_server: Serve) -> None:
+    server = nbd_server(MIB, faults=[Lying(how=lambda offset, length, pairs: [])])
+    assert raw_status(server) == [[]]
+
+
 def raw_status(server: LiveServer) -> list[list[int]]:
     """The words of all block status chunks for the first MiB, unseen by any client library."""
     name = b"base:allocation"
