@@ -32,6 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control": {"engine", "export", "nbd"},
     "backup": {"bitmaps", "block", "qcow2", "nbd"},
     "standalone": {"bitmaps", "block", "qcow2", "export", "server", "nbd"},
+    "nbdkit": {"block", "qcow2", "engine", "server", "standalone"},
+    "testing": {"bitmaps", "block", "export", "nbd", "server", "standalone"},
     "daemon": {"server", "engine", "control", "export", "nbd", "block"},
     "cli": {"daemon", "control", "backup", "engine", "qcow2", "nbd", "server", "block", "export"}
     | {"standalone"},

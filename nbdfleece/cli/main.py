@@ -11,6 +11,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -69,8 +70,22 @@ class LazyGroup(click.Group):
         formatter.write(f"\nExit status:\n{describe()}\n  128+N  ended by signal N\n")
 
 
+def _print_nbdkit_plugin(ctx: click.Context, option: click.Parameter, is_given: bool) -> None:
+    if is_given:
+        click.echo(Path(__file__).parents[1] / "nbdkit" / "nbdfleece_plugin.py")
+        ctx.exit()
+
+
 @click.group(cls=LazyGroup, no_args_is_help=False)
 @click.version_option(__version__, prog_name="nbdfleece", message="%(prog)s %(version)s")
+@click.option(
+    "--nbdkit-plugin",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_nbdkit_plugin,
+    help="Print the path of the script for 'nbdkit python SCRIPT image=FILE'.",
+)
 @click.option("-v", "--verbose", count=True, help="Say what happens; twice for more.")
 def cli(verbose: int) -> None:
     """Live qcow2 disks over NBD: dirty bitmaps, checkpoints and snapshots.

@@ -118,18 +118,38 @@ class OfflineImage:
         is_logged = self.chain.logged and self.is_fresh and bitmap.recording
         return bitmap.inconsistent and not is_logged
 
-    async def link_info(self, checkpoint: Checkpoint) -> LinkInfo:
-        """Describe a checkpoint of this image."""
+    def _state(self) -> DiskState:
+        """Bitmaps and chain as a disk would have them, without bits."""
         bitmaps = {
             each.name: DiskBitmap(
                 each.name, each.granularity, each.recording, self.is_inconsistent(each)
             )
             for each in self.store.entries
         }
-        problem = DiskState(bitmaps, self.chain).problem(checkpoint)
+        return DiskState(bitmaps, self.chain)
+
+    async def link_info(self, checkpoint: Checkpoint) -> LinkInfo:
+        """Describe a checkpoint of this image."""
+        problem = self._state().problem(checkpoint)
         name = checkpoint.bitmap_name
         changed = None if problem else await self.store.dirty_bytes(name)
         return LinkInfo(size=checkpoint.size, changed=changed, problem=problem)
+
+    async def changes_since(self, name: str) -> Bitmap:
+        """The changes from a checkpoint to now, as one new bitmap.
+
+        Raises:
+            StateError: There is no such checkpoint, or the changes since it are not known.
+            OSError, ImageError: A bitmap could not be read.
+        """
+        if self.chain.change is not None:
+            raise StateError(self.chain.change.describe(self.path))
+        self._state().check_since(name)
+        first, *others = self.chain.checkpoints[self.chain.index(name) :]
+        merged = await self.store.load_bits(first.bitmap_name)
+        for link in others:
+            merged.merge(await self.store.load_bits(link.bitmap_name))
+        return merged
 
     def kept(self) -> list[StoredBitmap]:
         """All bitmaps as they are stored."""

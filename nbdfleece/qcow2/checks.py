@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 
 from ..block.file import FileNode
-from ..errors import ImageError
+from ..errors import ImageError, UnsupportedImageError
 from .check import Repair, examine, read_header
 from .check_repair import repair_image
+from .compressed import ZSTD
 from .header import Header, Incompatible
+from .zstd import HAS_ZSTD
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +23,10 @@ def check_supported(header: Header, file: FileNode) -> None:
     """
     if header.has_data_file and header.snapshot_count:
         raise ImageError(file.path, "an image with an external data file cannot have snapshots")
+    if header.compression_type == ZSTD and not HAS_ZSTD:
+        raise UnsupportedImageError(
+            file.path, "is compressed with zstd: install the Python package backports.zstd"
+        )
     if file.read_only:
         return
     if header.incompatible_features & Incompatible.CORRUPT:

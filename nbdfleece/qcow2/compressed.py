@@ -8,16 +8,11 @@ theirs: inflating stops after one cluster.
 from __future__ import annotations
 
 import errno
-import sys
 import zlib
 from typing import Final
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
 from .entries import COMPRESSED
+from .zstd import zstd
 
 ZLIB: Final = 0
 ZSTD: Final = 1

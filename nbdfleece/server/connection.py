@@ -162,7 +162,10 @@ class Connection:
         export: What it has open, in its transmission phase.
         statistics: What it has done.
         is_draining: It is shutting down, and not all is answered that was asked before.
+        transmission_class: What the phase of that name is.
     """
+
+    transmission_class: type[Transmission] = Transmission
 
     def __init__(self, host: Host, channel: Channel) -> None:
         self.state = State.HANDSHAKE
@@ -429,7 +432,7 @@ class Connection:
         self.state = State.TRANSMISSION
         if isinstance(self._channel, SocketChannel):
             self.outbox.sendfile = self._channel.sendfile
-        self._phase = transmission = Transmission(negotiated, self, self._limits)
+        self._phase = transmission = self.transmission_class(negotiated, self, self._limits)
         self.statistics = transmission.statistics
         refusal = self._host.open_export(self, transmission.export)
         if refusal is not None:

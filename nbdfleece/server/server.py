@@ -56,7 +56,10 @@ class NbdServer:
     Attributes:
         connections: All that are open, in the order of their arrival.
         exports: As given.
+        connection_class: What serves one client; a subclass of the server may have another one.
     """
+
+    connection_class: type[Connection] = Connection
 
     def __init__(
         self,
@@ -151,7 +154,7 @@ class NbdServer:
 
     def add_channel(self, channel: Channel) -> Connection:
         """Serve one client on a channel that is connected already."""
-        connection = Connection(self, channel)
+        connection = self.connection_class(self, channel)
         self.connections[connection] = None
         logger.debug("%s: connected", channel.peer)
         connection.start()

@@ -17,7 +17,7 @@ from nbdfleece.block.guest import GuestNode
 from nbdfleece.block.node import BlockStatus, allocation_flags
 from nbdfleece.block.snapshot_access import SnapshotAccess
 from nbdfleece.errors import SnapshotError
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 KIB = 1024
 CLUSTER = 64 * KIB

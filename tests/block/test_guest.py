@@ -10,7 +10,7 @@ import pytest
 from nbdfleece.bitmaps.bitmap import Bitmap
 from nbdfleece.block.copy_before_write import CopyBeforeWrite
 from nbdfleece.block.guest import GuestNode
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 SIZE = 1 << 20
 

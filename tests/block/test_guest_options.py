@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nbdfleece.block.guest_options import DetectZeroes, GuestOptions, is_zero
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 
 class Recorder(MemoryNode):

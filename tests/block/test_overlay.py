@@ -11,7 +11,7 @@ import pytest
 
 from nbdfleece.block.node import BlockStatus
 from nbdfleece.block.overlay import Overlay
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 
 async def read(node: Overlay, offset: int, length: int) -> bytes:

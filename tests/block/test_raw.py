@@ -6,7 +6,7 @@ import pytest
 
 from nbdfleece.block.raw import RawNode
 from nbdfleece.errors import UsageError
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 CONTENT = bytes(range(256)) * 256
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click import UsageError as ClickUsageError
@@ -22,7 +23,15 @@ def test_version_is_one_line(run: Run) -> None:
     assert (outcome.status, outcome.output) == (0, f"nbdfleece {nbdfleece.__version__}\n")
 
 
-@pytest.mark.parametrize("words", [["--version"], ["info", "--help"], ["serve", "--help"]])
+def test_script_for_nbdkit_is_named(run: Run) -> None:
+    outcome = run("--nbdkit-plugin")
+    assert outcome.status == 0
+    assert Path(outcome.output.rstrip("\n")).is_file()
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--nbdkit-plugin"], ["info", "--help"], ["serve", "--help"]]
+)
 def test_version_and_help_import_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys\nfrom nbdfleece.cli.main import main\nmain(sys.argv[1:])\n"

@@ -21,6 +21,8 @@ from nbdfleece.engine.engine import Engine
 from nbdfleece.errors import ImageLockedError, StateError
 from nbdfleece.export.export import ExportTable
 
+from .rig import open_engine, write
+
 NAMES = ("one", "two", "three")
 
 
@@ -257,3 +259,24 @@ async def test_image_named_twice_is_refused(tmp_path: Path) -> None:
     linked.hardlink_to(path)
     with pytest.raises((StateError, ImageLockedError)):
         await offline.change_bitmaps([path, linked], CHANGES["add"])
+
+
+async def test_changes_since_a_checkpoint_are_the_union_of_the_chain(tmp_path: Path) -> None:
+    """Rule 2: what is not known to be complete is refused, with the link that is broken."""
+    path = make_images(tmp_path)[0]
+    engine = await open_engine(tmp_path, path)
+    for number, name in enumerate(["monday", "tuesday"]):
+        await engine.create_checkpoint(name)
+        await write(engine, path.stem, (number + 4) << 20, b"x")
+    await engine.close()
+    async with offline.open_images([path], read_only=True) as [image]:
+        both = list((await image.changes_since("monday")).dirty_ranges())
+        last = list((await image.changes_since("tuesday")).dirty_ranges())
+        with pytest.raises(StateError, match="there is no checkpoint 'sunday'"):
+            await image.changes_since("sunday")
+    assert [offset for offset, _ in both] == [4 << 20, 5 << 20]
+    assert [offset for offset, _ in last] == [5 << 20]
+    subprocess.run(["qemu-img", "bitmap", "--remove", path, "tuesday"], check=True)
+    async with offline.open_images([path], read_only=True) as [image]:
+        with pytest.raises(StateError, match="not known: bitmap 'tuesday' is missing"):
+            await image.changes_since("monday")

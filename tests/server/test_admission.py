@@ -8,7 +8,7 @@ import pytest
 
 from nbdfleece.nbd.constants import Option
 from nbdfleece.server.limits import Limits
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import GREETING_BYTES, Serve, export_of, settled
 

@@ -15,7 +15,7 @@ from nbdfleece.nbd.limits import Limits as WireLimits
 from nbdfleece.server.channel import SocketChannel
 from nbdfleece.server.connection_log import FAILURES_LOGGED_MAX, LIMITS_LOGGED_MAX
 from nbdfleece.server.limits import Limits
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import Client, Serve, export_of, pack_request, settled
 

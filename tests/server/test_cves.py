@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.nbd.constants import Command, Option, OptionReply
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import Client, Serve, export_of, pack_request, settled
 

@@ -20,7 +20,7 @@ from nbdfleece.server.connection import Connection
 from nbdfleece.server.limits import Limits
 from nbdfleece.server.listener import Listener
 from nbdfleece.server.tls import Authorization
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import GREETING_BYTES, Client, Serve, export_of, pack_request, settled
 

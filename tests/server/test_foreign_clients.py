@@ -18,7 +18,7 @@ from nbdfleece.block.file import FileNode
 from nbdfleece.nbd.constants import Command
 from nbdfleece.server.channel import PipeChannel, SocketChannel
 from nbdfleece.server.listener import listen_tcp
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import Client, Serve, Served, export_of, pack_request
 
@@ -180,7 +180,7 @@ from nbdfleece.export.export import Export, ExportTable
 from nbdfleece.server.channel import open_standard_channel
 from nbdfleece.server.loop import run
 from nbdfleece.server.server import NbdServer
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 async def main():
     server = NbdServer(ExportTable([Export(name="x", node=MemoryNode(1 << 20))]))

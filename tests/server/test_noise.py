@@ -21,7 +21,7 @@ from nbdfleece.nbd.requests import EXTENDED_REQUEST, REQUEST
 from nbdfleece.server.channel import SocketChannel
 from nbdfleece.server.limits import Limits
 from nbdfleece.server.server import NbdServer
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 from .conftest import debug_loop
 from .harness import Client, export_of

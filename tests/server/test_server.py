@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from nbdfleece.server import server as server_module
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import GREETING_BYTES, Client, Serve, settled
 

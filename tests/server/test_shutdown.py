@@ -11,7 +11,7 @@ from nbdfleece.nbd.constants import Command, Option, OptionReply
 from nbdfleece.server import connection as connection_module
 from nbdfleece.server.channel import SocketChannel
 from nbdfleece.server.limits import Limits
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import Client, Serve, Served, export_of, pack_request, settled
 from .test_connection import HELLO, flood, tcp_pair

@@ -26,7 +26,7 @@ from nbdfleece.server.tls import (
     load_certificates,
     load_keys,
 )
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 from tests.pki import make_pki
 
 from .harness import Client, Serve, Served, export_of, pack_request

@@ -20,7 +20,7 @@ from nbdfleece.server.channel import SocketChannel
 from nbdfleece.server.limits import Limits
 from nbdfleece.server.server import NbdServer
 from nbdfleece.server.tls import TlsSettings, load_certificates
-from tests.memory_node import MemoryNode
+from nbdfleece.testing.memory_node import MemoryNode
 from tests.pki import make_pki
 
 from .conftest import debug_loop

@@ -6,8 +6,8 @@ import asyncio
 import errno
 from collections.abc import Callable
 
-from nbdfleece.block.node import BlockNode, BlockStatus, block_status_word
-from nbdfleece.extents import Extents
+from ..block.node import BlockNode, BlockStatus, block_status_word
+from ..extents import Extents
 
 _DATA = block_status_word(BlockStatus.DATA, 1)
 _HOLE = block_status_word(BlockStatus.HOLE | BlockStatus.ZERO, 0)
@@ -23,7 +23,7 @@ class MemoryNode(BlockNode):
 
     read_only = False
 
-    def __init__(self, content: bytes | int, block: int = 4096) -> None:
+    def __init__(self, content: bytes | bytearray | int, block: int = 4096) -> None:
         self.content = bytearray(content)
         self.size = len(self.content)
         self.block = block
@@ -33,6 +33,15 @@ class MemoryNode(BlockNode):
         self.flushes = 0
         self.closed = False
 
+    @classmethod
+    def sparse(cls, content: bytes | bytearray | int) -> MemoryNode:
+        """A node whose blocks of zeroes are holes."""
+        node = cls(content)
+        for block in range(-(-node.size // node.block)):
+            if not any(node.content[block * node.block : (block + 1) * node.block]):
+                node.holes.add(block)
+        return node
+
     async def _enter(self, operation: str, offset: int) -> None:
         waiting = self.pause(operation)
         if waiting is not None:
@@ -40,12 +49,14 @@ class MemoryNode(BlockNode):
         self.fail(operation, offset)
 
     async def read_into(self, offset: int, view: memoryview) -> None:
+        """Copy out."""
         await self._enter("read", offset)
         if offset + len(view) > self.size:
             raise OSError(errno.EINVAL, "past the end")
         view[:] = self.content[offset : offset + len(view)]
 
     async def write(self, offset: int, data: memoryview) -> None:
+        """Copy in."""
         await self._enter("write", offset)
         self.content[offset : offset + len(data)] = data
         self._unhole(offset, len(data))
@@ -53,11 +64,13 @@ class MemoryNode(BlockNode):
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
     ) -> None:
+        """Keep the space."""
         await self._enter("write_zeroes", offset)
         self.content[offset : offset + length] = bytes(length)
         self._unhole(offset, length)
 
     async def trim(self, offset: int, length: int) -> None:
+        """Make whole blocks holes."""
         await self._enter("trim", offset)
         for block in range(-(-offset // self.block), (offset + length) // self.block):
             begin = block * self.block
@@ -66,12 +79,14 @@ class MemoryNode(BlockNode):
             self.holes.add(block)
 
     async def flush(self) -> None:
+        """Count."""
         await self._enter("flush", 0)
         self.flushes += 1
 
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20
     ) -> Extents:
+        """Tell holes from data, by blocks."""
         await self._enter("block_status", offset)
         pairs = []
         end = offset + length
@@ -82,6 +97,7 @@ class MemoryNode(BlockNode):
         return Extents.from_pairs(pairs).limited(extents_max)
 
     async def close(self) -> None:
+        """Note that it was closed."""
         self.closed = True
 
     def _unhole(self, offset: int, length: int) -> None:

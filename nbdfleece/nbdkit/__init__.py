@@ -1,0 +1,1 @@
+"""nbdkit's Python plugin API, both ways."""
