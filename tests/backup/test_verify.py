@@ -42,7 +42,7 @@ async def test_point_is_verified_with_what_it_stands_on(history: History) -> Non
     assert (found.points, found.files) == (["p1"], 2)
 
 
-FLIPS = int(os.environ.get("NBDFLEECE_FLIPS", "60"))
+FLIPS = int(os.environ.get("NBDFLEECE_FLIPS", "40"))
 """Bytes that are flipped, one after another; 0 for each byte of the backup: the full run."""
 
 

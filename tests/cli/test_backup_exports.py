@@ -44,7 +44,7 @@ def serve(tmp_path: Path, start: Start, backup: str = "backup") -> None:
     start("--backup", tmp_path / backup, "--listen", f"unix:{tmp_path}/n", "--control", "none")
 
 
-def test_foreign_clients_see_what_the_disk_was(
+def test_foreign_clients_see_what_the_disk_was_and_what_has_changed(
     tmp_path: Path, start: Start, contents: dict[str, bytes]
 ) -> None:
     serve(tmp_path, start)
@@ -61,11 +61,6 @@ def test_foreign_clients_see_what_the_disk_was(
         compared = execute("qemu-img", "compare", "-f", "raw", uri, tmp_path / "copied.raw")
         assert "identical" in compared
 
-
-def test_allocation_and_difference_are_those_of_the_writes(
-    tmp_path: Path, start: Start, contents: dict[str, bytes]
-) -> None:
-    serve(tmp_path, start)
     uri = uri_of(tmp_path, "tuesday/vda")
     mib = 1 << 20
     found = json.loads(execute("nbdinfo", "--map", "--json", uri))

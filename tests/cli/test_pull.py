@@ -310,6 +310,47 @@ def test_full_disk_cuts_the_pull_and_room_lets_it_go_on(
     assert content_of(tmp_path / "backup" / "p.disk.qcow2") == content
 
 
+NO_ROOM = """
+set -eu
+nbdfleece=$1 folder=$2 uri=$3
+mount -t tmpfs -o size=20M tmpfs "$folder"
+pull() { "$nbdfleece" pull "$uri" --to "$folder/b" --point p "$@"; }
+expect() { wanted=$1; shift; status=0; "$@" || status=$?; [ $status = $wanted ] || exit 99; }
+expect 75 pull
+expect 1 "$nbdfleece" show "$folder/b@p"
+mount -o remount,size=80M "$folder"
+expect 0 pull --resume
+expect 0 "$nbdfleece" verify "$folder/b"
+expect 0 qemu-img check -q "$folder/b/p.disk.qcow2"
+expect 1 "$nbdfleece" restore "$folder/b" --to "$folder/out.raw"
+ls "$folder"
+"""
+
+
+def test_no_room_cuts_pull_and_restore_and_the_pull_goes_on_with_more_room(
+    tmp_path: Path, large: tuple[str, bytes]
+) -> None:
+    """ENOSPC, on a file system of 20 MiB in a mount namespace of its own."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    rights = [] if os.geteuid() == 0 else ["--map-root-user"]
+    done = subprocess.run(
+        ["unshare", *rights, "--mount", "--propagation=private",
+         "sh", "-c", NO_ROOM, "sh", PROGRAM[0], folder, large[0]],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env=environment(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, missing, restored = done.stderr.splitlines()
+    assert "was cut and can go on" in first
+    assert "No space left on device" in first
+    assert "no restore point or checkpoint 'p'" in missing
+    assert "No space left on device" in restored
+    assert done.stdout.splitlines()[-1] == "b"
+
+
 def test_interrupted_pull_ends_with_the_signals_status(
     tmp_path: Path, large: tuple[str, bytes]
 ) -> None:
