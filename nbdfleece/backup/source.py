@@ -141,8 +141,17 @@ class Source:
 
 
 async def offered_bitmaps(uri: str) -> list[str]:
-    """The names of the dirty bitmaps that an export offers, without the context's prefix."""
-    names = await offered_contexts(uri, (DIRTY_PREFIX,))
+    """The names of the dirty bitmaps that an export offers, without the context's prefix.
+
+    Raises:
+        ServerError: There is no server, no such export, or no way to ask.
+    """
+    try:
+        names = await offered_contexts(uri, (DIRTY_PREFIX,))
+    except ServerError:
+        # libnbd says only "not supported" of a list for an export that does not exist.
+        (await connect(uri, ConnectOptions())).disconnect()
+        raise
     return [name.removeprefix(DIRTY_PREFIX) for name in names if name.startswith(DIRTY_PREFIX)]
 
 
