@@ -19,7 +19,7 @@ from conformance.content import DIRTY, Images
 from conformance.programs import Programs
 from conformance.stream import Endpoint
 
-START_SECONDS = 10.0
+START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 
 
@@ -215,7 +215,7 @@ class Running:
 def _greets(family: int, address: str | tuple[str, int]) -> bool:
     """Whether a server is there and ready: nbd-server listens long before it accepts."""
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
+        probe.settimeout(3)
         try:
             probe.connect(address)
             return bool(probe.recv(1))

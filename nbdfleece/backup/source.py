@@ -153,8 +153,18 @@ class Source:
 async def offered_bitmaps(
     uri: str, *, timeout_seconds: float | None = TIMEOUT_SECONDS
 ) -> list[str]:
-    """The names of the dirty bitmaps that an export offers, without the context's prefix."""
-    names = await offered_contexts(uri, (DIRTY_PREFIX,), timeout_seconds=timeout_seconds)
+    """The names of the dirty bitmaps that an export offers, without the context's prefix.
+
+    Raises:
+        ServerError: There is no server, no such export, no way to ask, or no answer.
+    """
+    try:
+        names = await offered_contexts(uri, (DIRTY_PREFIX,), timeout_seconds=timeout_seconds)
+    except ServerError:
+        # libnbd says only "not supported" of a list for an export that does not exist.
+        options = ConnectOptions(timeout_seconds=timeout_seconds)
+        (await connect(uri, options)).disconnect()
+        raise
     return [name.removeprefix(DIRTY_PREFIX) for name in names if name.startswith(DIRTY_PREFIX)]
 
 

@@ -68,6 +68,14 @@ def test_whole_backups_from_our_own_server(
     assert restored.read_bytes() == content_of(tmp_path / "backup" / "wednesday.vda.qcow2")
 
 
+def test_pull_of_an_unknown_export_names_it(tmp_path: Path, server: Server, run: Run) -> None:
+    uri = f"nbd+unix:///nope?socket={tmp_path}/n"
+    done = run("pull", uri, "--to", tmp_path / "backup")
+    assert done.status == 1
+    assert "no export named 'nope'" in done.complaint
+    assert not (tmp_path / "backup").exists()
+
+
 def test_restore_to_a_live_export_while_it_is_tracked(
     tmp_path: Path, server: Server, run: Run, live: str
 ) -> None:
