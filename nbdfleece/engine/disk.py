@@ -15,12 +15,14 @@ from typing import Final, NamedTuple, TypeVar
 
 from ..bitmaps.bitmap import Bitmap
 from ..block.copy_before_write import CopyBeforeWrite, Layer, OnCbwError
+from ..block.file import FileNode
 from ..block.guest import GuestNode
 from ..errors import StateError, UsageError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
 from .chain import Chain, Checkpoint, pack_chain, unpack_chain
 from .disk_state import DiskBitmap, DiskState
+from .raw_store import RawStore
 
 GRANULARITY_RANGE: Final = (512, 1 << 20)
 """Bytes: a sector, and what is copied at once."""
@@ -87,8 +89,8 @@ class Disk:
     def __init__(
         self,
         name: str,
-        image: Qcow2Image,
-        store: BitmapStore,
+        image: Qcow2Image | FileNode,
+        store: BitmapStore | RawStore,
         scratch: ScratchOptions,
         on_broken: Callable[[Layer], None],
     ) -> None:
@@ -116,6 +118,8 @@ class Disk:
         path: Path,
         scratch: ScratchOptions,
         on_broken: Callable[[Layer], None] = lambda layer: None,
+        *,
+        is_raw: bool = False,
     ) -> Disk:
         """Open an image for writing, load what records, and mark it in use before any write.
 
@@ -124,12 +128,16 @@ class Disk:
             path: The image.
             scratch: How snapshots of it are kept.
             on_broken: Called when a copy failed and a snapshot was broken for it.
+            is_raw: The file's bytes are the disk's; it holds no bitmaps.
 
         Raises:
             OSError: The image cannot be opened.
             ImageError: It is damaged, in use, or of a kind that is not supported.
             StateError: A change of its bitmaps was interrupted and must be settled first.
         """
+        if is_raw:
+            file = FileNode.open(path, read_only=False)
+            return cls(name, file, RawStore(file.path), scratch, on_broken)
         image = await Qcow2Image.open(path, read_only=False)
         try:
             disk = cls(name, image, await BitmapStore.load(image), scratch, on_broken)
@@ -147,12 +155,22 @@ class Disk:
     @property
     def default_granularity(self) -> int:
         """Bytes per bit of a new bitmap: the cluster size within 4 KiB and 64 KiB, as in QEMU."""
-        return min(max(self.image.cluster_size, 4096), 65536)
+        return min(max(self.cluster_size, 4096), 65536)
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes of a cluster; of a raw file what QEMU takes for one."""
+        return self.image.cluster_size if isinstance(self.image, Qcow2Image) else 65536
+
+    @property
+    def format(self) -> str:
+        """QEMU's name for what the image is."""
+        return "qcow2" if self.can_persist else "raw"
 
     @property
     def can_persist(self) -> bool:
-        """The image can hold bitmaps."""
-        return True
+        """Whether the image can hold bitmaps."""
+        return isinstance(self.image, Qcow2Image)
 
     async def drain(self) -> None:
         """Hold guest writes back, and wait for those in flight."""

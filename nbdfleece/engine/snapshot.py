@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..bitmaps.bitmap import Bitmap
 from ..block.snapshot_access import SnapshotAccess
 from ..errors import StateError
+from .chain import check_name
 from .disk import Disk, Instant
 
 
@@ -54,6 +55,31 @@ class SnapshotDisk:
     disk: Disk
     node: SnapshotAccess
     instant: Instant
+
+    async def changes(
+        self, since: Mapping[str, str], between: Mapping[str, tuple[str, str]]
+    ) -> dict[str, Bitmap]:
+        """The changes that an export is to offer, by the names of their bitmaps.
+
+        Args:
+            since: For a checkpoint, the name of what changed from it to the snapshot.
+            between: For a name, the checkpoints from which and to which.
+
+        Raises:
+            StateError: A name is there twice or cannot be, or changes are not known.
+        """
+        names = [*since.values(), *between]
+        if len(set(names)) < len(names):
+            raise StateError("two bitmaps of an export cannot have the same name")
+        for name in names:
+            check_name(name, "bitmap")
+        found = {
+            name: await self.disk.changes_since(checkpoint, self.instant)
+            for checkpoint, name in since.items()
+        }
+        for name, (first, last) in between.items():
+            found[name] = await self.disk.changes_between(first, last)
+        return found
 
 
 def freeze_disk(

@@ -234,7 +234,8 @@ async def test_what_cannot_be_meant_is_refused_by_name(qmp: QMPClient, tmp_path:
         (node("file", "f", filename=file, target="t"), "Parameter 'target' is unexpected"),
         (node("qcow2", "q"), "Parameter 'file' is missing"),
         (node("copy-before-write", "c", file="vda"), "Parameter 'target' is missing"),
-        (node("copy-before-write", "c", file="t", target="t"), "node 't' is no disk"),
+        (node("copy-before-write", "c", file="tf", target="t"), "node 'tf' is no disk"),
+        (node("copy-before-write", "c", file="t", target="t"), "Block device t is in use"),
         (
             node("copy-before-write", "c", file="vda", target="vdb", **{"cbw-timeout": 5}),
             "cbw-timeout is 0 for all snapshots of this server: it is an option of its start",
@@ -252,8 +253,8 @@ async def test_what_cannot_be_meant_is_refused_by_name(qmp: QMPClient, tmp_path:
         ),
         (node("snapshot-access", "s", file="vda"), "node 'vda' is no copy-before-write node"),
         (
-            export("e", "t", name="n"),
-            "node 't' is a scratch image of no disk, and cannot be exported",
+            export("e", "tf", name="n"),
+            "node 'tf' is a mere file: export a raw or qcow2 node over it",
         ),
         (
             job("blockdev-backup", device="vda", target="t", sync="none"),

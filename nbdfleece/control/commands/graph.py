@@ -25,7 +25,7 @@ Driver = Literal["file", "raw", "qcow2", "copy-before-write", "snapshot-access"]
 
 _COMMON: Final = {"driver", "node_name"}
 _ABOUT_FILES: Final = {"read_only", "auto_read_only", "discard", "cache", "detect_zeroes"}
-"""What QEMU can be told of a file; ours are not opened."""
+"""What QEMU can be told of a file or an image; only ``read-only`` changes anything here."""
 
 _OPTIONS: Final[dict[str, set[str]]] = {
     "file": _COMMON | _ABOUT_FILES | {"filename", "aio", "locking"},
@@ -46,11 +46,12 @@ _REQUIRED: Final = {
 class BlockdevAdd(Command):
     """Add a node.
 
-    ``file`` and ``qcow2`` are scratch images, the second with a disk as ``backing`` for a
-    backup job. ``raw`` is another name for a node. ``copy-before-write`` freezes the disk
-    ``file`` at once, since the guest's node is above it already; ``on-cbw-error`` and
-    ``cbw-timeout`` are the server's and can only be confirmed. ``snapshot-access`` shows what
-    it keeps; with ``discard`` = ``unmap`` TRIM gives ranges up.
+    ``qcow2`` and ``raw`` over a ``file`` open a new disk, which blockdev-del closes; export it
+    to have it written to. With ``read-only`` it is only shown. ``qcow2`` with a disk as
+    ``backing`` is a scratch image for a backup job. ``raw`` over another node is one more name
+    for that. ``copy-before-write`` freezes the disk ``file`` at once, since the guest's node is
+    above it already. ``snapshot-access`` shows what it keeps; with ``discard`` = ``unmap`` TRIM
+    gives ranges up.
     """
 
     driver: Driver
@@ -73,13 +74,13 @@ class BlockdevAdd(Command):
     async def run(self, server: Controlled) -> None:
         """Carry it out."""
         self._check_options()
-        graph, file = server.graph, self.file or ""
+        graph, file, read_only = server.graph, self.file or "", bool(self.read_only)
         if self.driver == "file":
-            graph.add_file(self.node_name, self.filename or "")
+            graph.add_file(self.node_name, self.filename or "", read_only=read_only)
         elif self.driver == "raw":
-            graph.add_raw(self.node_name, file)
+            await graph.add_raw(self.node_name, file, read_only=read_only)
         elif self.driver == "qcow2":
-            graph.add_qcow2(self.node_name, file, self.backing)
+            await graph.add_qcow2(self.node_name, file, self.backing, read_only=read_only)
         elif self.driver == "snapshot-access":
             graph.add_snapshot_access(self.node_name, file, unmap=self.discard == "unmap")
         else:
@@ -124,6 +125,9 @@ class BlockdevDel(Command):
         """Carry it out."""
         if server.node_exports.are_on(self.node_name) or server.jobs.are_on(self.node_name):
             raise QmpError(f"Node {self.node_name} is in use")
+        for overlay in server.overlays:
+            if overlay.disk.name == self.node_name:
+                raise QmpError(f"{overlay.title} stands on node {self.node_name}")
         await server.graph.remove(self.node_name)
 
 
