@@ -211,6 +211,35 @@ async def test_job_tells_its_life_by_events(qmp: QMPClient, tmp_path: Path) -> N
     assert await qmp.execute("query-jobs") == []
 
 
+async def test_grouped_jobs_end_together_as_in_qemu(qmp: QMPClient, tmp_path: Path) -> None:
+    grouped = {"properties": {"completion-mode": "grouped"}}
+    other = str(make_image(tmp_path / "other.qcow2"))
+    steps = [node("file", "f-vda", filename="FILE"), node("file", "f-vdb", filename=other)]
+    steps += [node("qcow2", f"t-{name}", file=f"f-{name}", backing=name) for name in ("vda", "vdb")]
+    backups = [
+        action(
+            "blockdev-backup",
+            device=name,
+            target=f"t-{name}",
+            sync="none",
+            **{"job-id": f"j-{name}", "auto-dismiss": False},
+        )
+        for name in ("vda", "vdb")
+    ]
+    both = ("transaction", {"actions": backups, **grouped})
+    mixed = ("transaction", {"actions": [add("vda", "b"), *backups], **grouped})
+    for side in ("ours", "qemus"):
+        make_image(tmp_path / f"{side}.qcow2")
+    async with storage_daemon(tmp_path, ["vda", "vdb"]) as qemu:
+        await compare(qmp, qemu, [*steps, mixed, both], tmp_path)
+        for client in (qmp, qemu):
+            with client.listener("BLOCK_JOB_CANCELLED") as events:
+                await client.execute("block-job-cancel", {"device": "j-vda"})
+                ended = {(await events.get())["data"]["device"] for _ in backups}
+                assert ended == {"j-vda", "j-vdb"}
+        await compare(qmp, qemu, [("job-dismiss", {"id": "j-vdb"})], tmp_path)
+
+
 async def test_limiting_bitmap_refuses_what_it_does_not_mark(
     qmp: QMPClient, daemon: Daemon, tmp_path: Path
 ) -> None:
