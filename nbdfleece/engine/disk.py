@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 from ..bitmaps.bitmap import Bitmap
-from ..block.copy_before_write import CopyBeforeWrite, Layer, OnCbwError
+from ..block.copy_before_write import CopyBeforeWrite
+from ..block.copy_failure import USUAL, CopyFailure
 from ..block.file import FileNode
 from ..block.guest import GuestNode
+from ..block.layer import Layer
 from ..errors import StateError, UsageError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
@@ -41,15 +43,13 @@ class ScratchOptions:
         directory: Where copies go. /var/tmp rather than /tmp, which may be memory.
         granularity: Bytes that a first guest write copies at least; a power of two.
         quota: Bytes of copies per disk; None leaves the limit to the file system.
-        on_error: What a failure to copy breaks.
-        timeout_seconds: A copy that takes longer is a failure; None waits for ever.
+        failure: When a copy has failed and what that breaks, unless a snapshot has its own.
     """
 
     directory: Path = Path("/var/tmp")
     granularity: int = 4096
     quota: int | None = None
-    on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
-    timeout_seconds: float | None = None
+    failure: CopyFailure = USUAL
 
     def __post_init__(self) -> None:
         least, most = GRANULARITY_RANGE
@@ -101,8 +101,7 @@ class Disk:
             scratch.directory,
             granularity=scratch.granularity,
             quota=scratch.quota,
-            on_error=scratch.on_error,
-            timeout_seconds=scratch.timeout_seconds,
+            failure=scratch.failure,
             on_broken=on_broken,
         )
         self.node = GuestNode(image, self.copies)

@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..block.copy_failure import OnCbwError
 from ..block.file import FileNode
 from ..block.node import BlockNode
 from ..block.switchable import SwitchableView
@@ -279,7 +280,13 @@ class Graph:
             raise StateError(f"Could not open backing file: {error}") from None
 
     async def add_copy_before_write(
-        self, name: str, file: str, target: str, limit: tuple[BitmapNode, str] | None
+        self,
+        name: str,
+        file: str,
+        target: str,
+        limit: tuple[BitmapNode, str] | None,
+        on_error: str | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:
         """Take a snapshot of a disk now.
 
@@ -288,6 +295,8 @@ class Graph:
             file: The disk's node.
             target: A scratch image.
             limit: The bitmap that marks what is to be kept; None for all.
+            on_error: What a failure to copy breaks, in QEMU's words; None for the usual.
+            timeout_seconds: A copy that takes longer is a failure, 0: never; None for the usual.
 
         Raises:
             StateError: A name is taken or unknown, or a node is not of the right kind.
@@ -298,7 +307,12 @@ class Graph:
         if disk is None or self.find(file, file).view is not disk.node:
             raise StateError(f"node '{file}' is no disk")
         await self._set_aside(target, disk)
-        freeze = Freeze(name, [disk], limit=limit)
+        failure = disk.copies.failure
+        if on_error is not None:
+            failure = failure._replace(on_error=OnCbwError(on_error))
+        if timeout_seconds is not None:
+            failure = failure._replace(timeout_seconds=timeout_seconds or None)
+        freeze = Freeze(name, [disk], limit=limit, failure=failure)
         try:
             await self._engine.transact([freeze])
         except BaseException:

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.copy_failure import CopyFailure
 from ..block.snapshot_access import SnapshotAccess
 from ..errors import StateError
 from .chain import check_name
@@ -83,7 +84,12 @@ class SnapshotDisk:
 
 
 def freeze_disk(
-    disk: Disk, release: Release, access: Bitmap | None = None, *, freezing: bool = False
+    disk: Disk,
+    release: Release,
+    access: Bitmap | None = None,
+    failure: CopyFailure | None = None,
+    *,
+    freezing: bool = False,
 ) -> SnapshotDisk:
     """Freeze a view of a disk while its guest's writes are held back.
 
@@ -91,6 +97,7 @@ def freeze_disk(
         disk: The disk.
         release: When ranges of the view are given up.
         access: If given, only what it marks is kept and may be read.
+        failure: When a copy has failed and what that breaks, if not as usual.
         freezing: As for :meth:`Disk.instant`.
 
     Raises:
@@ -99,7 +106,7 @@ def freeze_disk(
     instant = disk.instant(freezing=freezing)
     node = SnapshotAccess(
         disk.copies,
-        disk.copies.add_layer(access),
+        disk.copies.add_layer(access, failure),
         disk.size,
         disk.node.preferred_block_size,
         release_after_read=release is Release.ON_READ,

@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
+from ..block.copy_failure import CopyFailure
 
 from ..bitmaps.bitmap import Bitmap
 from ..errors import StateError
@@ -158,6 +159,7 @@ class Draft:
     ) -> Snapshot:
         """Take a snapshot.
 
+        failure: CopyFailure | None = None,
         Args:
             name: What to call it.
             disks: Of what.
@@ -166,6 +168,7 @@ class Draft:
 
         Raises:
             StateError: The name is taken.
+            failure: When a copy has failed and what that breaks, if not as usual.
             OSError: The scratch file cannot be made.
         """
         if name in self._snapshots or name in self.frozen:
@@ -173,7 +176,7 @@ class Draft:
         snapshot = Snapshot(name=name, disks={}, release=release)
         self.frozen[name] = snapshot
         for disk in disks:
-            snapshot.disks[disk.name] = freeze_disk(disk, release, access)
+            snapshot.disks[disk.name] = freeze_disk(disk, release, access, failure)
         return snapshot
 
     def stored_node(self) -> BitmapNode | None:
@@ -238,6 +241,7 @@ class Freeze(Action):
         snapshot: The snapshot, once it has been taken.
     """
 
+        failure: When a copy has failed and what that breaks, if not as usual.
     snapshot: Snapshot
 
     def __init__(
@@ -252,7 +256,9 @@ class Freeze(Action):
         self._disks = disks
         self._limit = limit
         self._release = release
+        failure: CopyFailure | None = None,
 
+        self._failure = failure
     def nodes(self) -> Sequence[BitmapNode]:
         """The disks."""
         return self._disks
@@ -270,7 +276,7 @@ class Freeze(Action):
         """
         check_name(self._name, "snapshot")
         access = None if self._limit is None else _usable_bits(draft, *self._limit)
-        self.snapshot = draft.freeze(self._name, self._disks, access, self._release)
+        self.snapshot = draft.freeze(self._name, self._disks, access, self._release, self._failure)
 
 
 def _usable_bits(draft: Draft, node: BitmapNode, name: str) -> Bitmap:

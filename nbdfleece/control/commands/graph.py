@@ -10,7 +10,7 @@ Spec: QEMU qapi/block-core.json.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -50,8 +50,8 @@ class BlockdevAdd(Command):
     to have it written to. With ``read-only`` it is only shown. ``qcow2`` with a disk as
     ``backing`` is a scratch image for a backup job. ``raw`` over another node is one more name
     for that. ``copy-before-write`` freezes the disk ``file`` at once, since the guest's node is
-    above it already. ``snapshot-access`` shows what it keeps; with ``discard`` = ``unmap`` TRIM
-    gives ranges up.
+    above it already; ``on-cbw-error`` and ``cbw-timeout`` are the server's if they are left out.
+    ``snapshot-access`` shows what it keeps; with ``discard`` = ``unmap`` TRIM gives ranges up.
     """
 
     driver: Driver
@@ -62,7 +62,7 @@ class BlockdevAdd(Command):
     target: str | None = None
     bitmap: BitmapReference | None = None
     on_cbw_error: Literal["break-snapshot", "break-guest-write"] | None = None
-    cbw_timeout: int | None = None
+    cbw_timeout: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] | None = None
     discard: Literal["ignore", "unmap"] | None = None
     read_only: bool | None = None
     auto_read_only: bool | None = None
@@ -98,22 +98,12 @@ class BlockdevAdd(Command):
                 raise QmpError(f"Parameter '{name}' is missing")
 
     async def _add_copy_before_write(self, server: Controlled, file: str) -> None:
-        scratch = server.scratch
-        timeout = 0 if scratch.timeout_seconds is None else scratch.timeout_seconds
-        if self.on_cbw_error not in (None, scratch.on_error.value):
-            raise QmpError(
-                f"on-cbw-error is '{scratch.on_error.value}' for all snapshots of this server:"
-                " it is an option of its start"
-            )
-        if self.cbw_timeout not in (None, timeout):
-            raise QmpError(
-                f"cbw-timeout is {timeout:g} for all snapshots of this server:"
-                " it is an option of its start"
-            )
         limit = None
         if self.bitmap is not None:
             limit = find_node(server, self.bitmap.node), self.bitmap.name
-        await server.graph.add_copy_before_write(self.node_name, file, self.target or "", limit)
+        await server.graph.add_copy_before_write(
+            self.node_name, file, self.target or "", limit, self.on_cbw_error, self.cbw_timeout
+        )
 
 
 class BlockdevDel(Command):
