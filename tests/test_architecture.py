@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control": {"engine", "export", "nbd"},
     "backup": {"bitmaps", "block", "qcow2", "nbd"},
     "standalone": {"bitmaps", "block", "qcow2", "export", "server", "nbd"},
-    "daemon": {"server", "engine", "control", "export", "nbd", "block"},
+    "daemon": {"server", "engine", "control", "export", "nbd", "block", "standalone"},
     "cli": {"daemon", "control", "backup", "engine", "qcow2", "nbd", "server", "block", "export"}
     | {"standalone"},
 }
