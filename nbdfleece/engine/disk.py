@@ -201,6 +201,8 @@ class Disk:
         if chain.disk_id:
             await self.store(self.state)
         else:
+        if chain.joint is not None:
+            self.busy.update(chain.joint.names)
             await self._store.mark_in_use()
             self.node.recording = self.state.recording
 

@@ -24,7 +24,7 @@ from ..bitmaps.bitmap import Bitmap
 from ..errors import StateError
 from ..export.contexts import DirtyBitmap
 from ..export.export import Export, ExportTable
-from . import checkpoints
+from . import checkpoints, joint
 from .chain import Checkpoint, CheckpointState, check_name, new_identity
 from .disk import Disk, ScratchOptions
 from .disk_state import DiskState
@@ -591,3 +591,4 @@ class Engine:
         async with self._changing:
             running = {each.checkpoint for each in self.snapshots.values() if each.is_pending}
             await checkpoints.settle(self.disks.values(), running)
+            await joint.settle(self.disks.values())

@@ -70,8 +70,6 @@ class Transaction(Command):
     Actions are ``block-dirty-bitmap-add``, ``-remove``, ``-clear``, ``-enable``, ``-disable``,
     ``-merge``, ``blockdev-backup``, ``snapshot-create`` (without a checkpoint) and ``abort``.
     With ``completion-mode`` = ``grouped``, for backup jobs only, all are cancelled if one is.
-    Persistent bitmaps can be changed on one disk in a transaction: on several it could not be
-    all or nothing across a crash. Use checkpoint-create there.
     """
 
     actions: list[dict[str, Any]]
