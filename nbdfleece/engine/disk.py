@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
@@ -24,6 +24,8 @@ from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
 from .chain import Chain, Checkpoint, pack_chain, unpack_chain
 from .disk_state import DiskBitmap, DiskState
+from .layers import Layer as BackingLayer
+from .layers import changes_below, load_layers
 from .raw_store import RawStore
 
 GRANULARITY_RANGE: Final = (512, 1 << 20)
@@ -109,6 +111,7 @@ class Disk:
         self.chain_problem: str | None = None
         self.busy: Counter[str] = Counter()
         self._store = store
+        self._layers: Sequence[BackingLayer] | None = None
 
     @classmethod
     async def open(
@@ -198,11 +201,11 @@ class Disk:
                 bitmap = bitmap._replace(bits=await self._store.load_bits(entry.name))
             bitmaps[entry.name] = bitmap
         self.state = DiskState(bitmaps, chain)
+        if chain.joint is not None:
+            self.busy.update(chain.joint.names)
         if chain.disk_id:
             await self.store(self.state)
         else:
-        if chain.joint is not None:
-            self.busy.update(chain.joint.names)
             await self._store.mark_in_use()
             self.node.recording = self.state.recording
 
@@ -378,6 +381,7 @@ class Disk:
             StateError: The checkpoint is unknown or newer than the instant, or the changes
                 since it are not known.
         """
+        await self._check_knows(name)
         self.state.check_since(name)
         links = self.state.chain.checkpoints[self.state.chain.index(name) :]
         if links[0].id not in instant.checkpoint_ids or instant.changes is None:
@@ -386,7 +390,7 @@ class Disk:
         for link in links:
             if link.id in instant.checkpoint_ids and link.id != instant.newest_id:
                 merged.merge(await self.bits(link.bitmap_name))
-        return merged
+        return await self._with_layers(merged, name, None)
 
     async def changes_between(self, first: str, last: str) -> Bitmap:
         """The changes from a checkpoint to a later one, as one new bitmap.
@@ -398,6 +402,34 @@ class Disk:
         merged = (await self.bits(links[0].bitmap_name)).copy()
         for link in links[1:]:
             merged.merge(await self.bits(link.bitmap_name))
+        return await self._with_layers(merged, first, last)
+
+    async def knows(self, name: str) -> bool:
+        """Whether the disk, or an image behind it, has a checkpoint."""
+        if self.state.chain.find(name) is not None:
+            return True
+        return any(layer.has(name) for layer in await self._backing_layers())
+
+    async def _backing_layers(self) -> Sequence[BackingLayer]:
+        """The images behind the disk's own, which nobody writes."""
+        if self._layers is None:
+            self._layers = await load_layers(self.image)
+        return self._layers
+
+    async def _check_knows(self, name: str) -> None:
+        """Refuse a checkpoint that only images behind the disk's own have."""
+        if self.state.chain.find(name) is None and await self.knows(name):
+            raise StateError(
+                f"the changes since checkpoint '{name}' are not known: '{self.image.path}' has no"
+                " such checkpoint, though an image behind it has"
+            )
+
+    async def _with_layers(self, merged: Bitmap, first: str, last: str | None) -> Bitmap:
+        """Add to changes what the images behind the disk's own have recorded of them."""
+        granularity = merged.granularity
+        layers = await self._backing_layers()
+        for bits in await changes_below(layers, first, last, granularity):
+            merged.merge(bits if bits.size == self.size else bits.resized(self.size))
         return merged
 
     def instant(self, *, freezing: bool) -> Instant:

@@ -417,7 +417,7 @@ class Engine:
         """
         async with self._changing:
             chosen = self._chosen(disks)
-            if since is not None and not any(disk.state.chain.find(since) for disk in chosen):
+            if since is not None and not any([await disk.knows(since) for disk in chosen]):
                 raise StateError(f"there is no checkpoint '{since}'")
             check_name(name, "backup")
             snapshot = await self._freeze(name, chosen, checkpoint, owner, release)

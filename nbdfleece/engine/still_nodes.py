@@ -12,7 +12,8 @@ from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
 from .chain import Chain
 from .disk import Disk
-from .disk_state import DiskBitmap, DiskState
+from .disk_state import DiskState
+from .stored_state import stored_state
 
 
 class StillNode:
@@ -95,15 +96,7 @@ class ReadOnlyImage(StillNode):
         super().__init__(name, image.size, min(max(image.cluster_size, 4096), 65536))
         self.image = image
         self._store = store
-        self.state = DiskState(
-            {
-                each.name: DiskBitmap(
-                    each.name, each.granularity, each.recording, each.inconsistent
-                )
-                for each in store.entries
-            },
-            Chain(),
-        )
+        self.state = stored_state(store)
 
     @classmethod
     async def open(cls, name: str, path: Path) -> Self:
@@ -111,6 +104,7 @@ class ReadOnlyImage(StillNode):
 
         Raises:
             OSError, ImageError: It cannot be opened.
+            StateError: Its chain's record cannot be understood.
         """
         image = await Qcow2Image.open(path, read_only=True)
         try:
