@@ -196,8 +196,8 @@ class Engine:
             await self._abort(snapshot)
             raise
 
-    async def drop_snapshot(self, name: str) -> None:
-        """End a snapshot, its exports and their clients.
+    async def drop_snapshot(self, name: str, *, is_told: bool = True) -> None:
+        """End a snapshot, its exports and their clients; an event tells, if it is to.
 
         Raises:
             StateError: There is none of that name, or its backup is not finished.
@@ -208,6 +208,8 @@ class Engine:
                 raise StateError(f"backup '{name}' is not finished: commit or abort it")
             snapshot.check_unused()
             await self._drop(name)
+            if is_told:
+                self._event("SNAPSHOT_DELETED", {"snapshot": name})
 
     def snapshot(self, name: str) -> Snapshot:
         """The snapshot of that name.
@@ -590,5 +592,5 @@ class Engine:
         """
         async with self._changing:
             running = {each.checkpoint for each in self.snapshots.values() if each.is_pending}
-            await checkpoints.settle(self.disks.values(), running)
             await joint.settle(self.disks.values())
+            await checkpoints.settle(self.disks.values(), running)

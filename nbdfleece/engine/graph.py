@@ -433,7 +433,7 @@ class Graph:
         """
         snapshot.users.discard(user)
         try:
-            await self._engine.drop_snapshot(snapshot.name)
+            await self._engine.drop_snapshot(snapshot.name, is_told=False)
         except StateError:
             snapshot.users.add(user)
             raise
