@@ -120,7 +120,7 @@ class Daemon:
         self._listeners: list[Listener] = []
         self.objects = Objects()
         self._added: list[NbdServer] = []
-        """Those of start_listening; the last one listens, if its list of listeners says so."""
+        """Those of start_listening; one of them listens at most, the others have clients."""
         self._control_listener: Listener | None = None
         self.control: ControlServer | None = None
         self._stdio_ended: asyncio.Future[None] | None = None

@@ -142,8 +142,10 @@ class Engine:
             for disk in self.disks.values():
                 ending.push_async_callback(self._end_disk, disk)
             for name, snapshot in self.snapshots.items():
-                end = self.abort_backup if snapshot.is_unfinished else self.drop_snapshot
-                ending.push_async_callback(end, name)
+                if snapshot.is_unfinished:
+                    ending.push_async_callback(self.abort_backup, name)
+                else:
+                    ending.push_async_callback(self.drop_snapshot, name, is_told=False)
 
     async def _end_disk(self, disk: Disk) -> None:
         """End a disk's live export, if it has one, and close the disk."""

@@ -341,7 +341,8 @@ class Graph:
         if node.driver not in ("file", "raw", "qcow2"):
             raise StateError(f"node '{name}' is no scratch image")
         if isinstance(node.opened, Disk):
-            if node.opened is source or self._is_used(name):
+            is_target = name not in self._engine.disks
+            if node.opened is source or is_target or self._is_used(name):
                 raise StateError(f"Block device {name} is in use")
             await self._engine.give_up_disk(node.opened)
 

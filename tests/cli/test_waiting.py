@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -117,10 +118,10 @@ def test_wait_for_what_is_not_there_is_refused(run: Run, server: Server, kind: s
     assert (outcome.status, outcome.complaint) == (1, f"there is no {kind} 'x'")
 
 
-def test_server_that_is_killed_meanwhile_is_status_75(
-    server: Server, tmp_path: Path, stack: ExitStack
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_server_that_ends_meanwhile_is_status_75(
+    server: Server, tmp_path: Path, stack: ExitStack, number: int
 ) -> None:
-    waiting = begin(stack, tmp_path, "backup", "begin", "b", "--wait")
-    server.process.kill()
-    outcome = waiting.end()
-    assert outcome.status == 75
+    waiting = begin(stack, tmp_path, "snapshot", "create", "s", "--json", "--wait")
+    server.end(number)
+    assert waiting.end().status == 75
