@@ -32,7 +32,8 @@ class Waiting:
     def end(self) -> Outcome:
         assert self.process.stdout is not None
         assert self.process.stderr is not None
-        output, errors = self.process.stdout.read(), self.process.stderr.read()
+        with self.process.stdout, self.process.stderr:
+            output, errors = self.process.stdout.read(), self.process.stderr.read()
         status = self.process.wait(SECONDS_MAX)
         return Outcome(status, "".join(self.said) + output, errors)
 

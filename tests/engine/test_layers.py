@@ -28,6 +28,17 @@ def write_by_qemu(path: Path, cluster: int) -> None:
     subprocess.run(["qemu-io", "-c", command, path], check=True, capture_output=True)
 
 
+def mark_in_use(path: Path, name: str) -> None:
+    """As a program that was killed leaves a bitmap, in every directory that the file has had."""
+    data = bytearray(path.read_bytes())
+    at = data.find(name.encode())
+    while at >= 0:
+        if data[at - 8] == 1:  # the type of the entry that ends with this name
+            data[at - 9] |= 1  # its flags' last byte
+        at = data.find(name.encode(), at + 1)
+    path.write_bytes(data)
+
+
 def make_overlay(path: Path, base: Path, *bitmaps: str) -> Path:
     """What libvirt makes: an image over another one, with bitmaps of the same names."""
     qemu_img("create", "-q", "-f", "qcow2", "-b", base.name, "-F", "qcow2", path)
@@ -126,10 +137,7 @@ async def test_gap_makes_that_disk_full_and_says_why(
         qemu_img("bitmap", "--remove", base, OLD)
         qemu_img("bitmap", "--add", "-g", "128k", base, OLD)
     if damage == "in use":
-        data = base.read_bytes()
-        # The directory's entry: its flags stand 8 bytes after the table's place, before the name.
-        at = data.index(b"old", 65536) - 24 + 12
-        base.write_bytes(data[: at + 3] + bytes([data[at + 3] | 1]) + data[at + 4 :])
+        mark_in_use(base, OLD)
     names = [NEW] if damage == "missing in the middle" else [OLD, NEW]
     middle = make_overlay(tmp_path / "middle.qcow2", base, *names)
     top = make_overlay(tmp_path / "top.qcow2", middle, OLD, NEW)
