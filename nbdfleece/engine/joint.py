@@ -66,7 +66,8 @@ async def store_together(parts: Sequence[Part]) -> None:
         await _finish(*parts[0])
     except BaseException:
         for disk in prepared:
-            await _take_back(disk)
+            if not await _take_back(disk):
+                break  # the first may be done for all we know: then the others must follow it
         raise
     if all([await _finished(*part) for part in parts[1:]]):
         for disk, _ in parts:
@@ -122,12 +123,14 @@ async def _finished(disk: Disk, new: DiskState) -> bool:
     return True
 
 
-async def _take_back(disk: Disk) -> None:
-    """Undo the preparation; where that cannot be stored, the next start does it."""
+async def _take_back(disk: Disk) -> bool:
+    """Undo the preparation; where that cannot be stored, the next start settles it."""
     try:
         await disk.store(_undone(disk.state))
     except (OSError, StateError) as error:
-        _log.error("disk '%s': a transaction is undone at the next start: %s", disk.name, error)
+        _log.error("disk '%s': a transaction is settled at the next start: %s", disk.name, error)
+        return False
+    return True
 
 
 async def _forget(disk: Disk) -> None:
