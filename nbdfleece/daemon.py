@@ -43,7 +43,8 @@ from .server.channel import open_standard_channel
 from .server.limits import Limits
 from .server.listener import Listener, SocketFile, listen_systemd, listen_unix, listen_uri
 from .server.server import NbdServer
-from .server.tls import Authorizer, TlsSettings
+from .server.tls import AllOf, Authorizer, TlsSettings
+from .standalone.objects import Objects
 
 CONTROL_MODE = 0o600
 
@@ -115,21 +116,18 @@ class Daemon:
         self.engine = Engine(
             self.exports,
             options.scratch,
-            disconnect=self.server.close_export,
+            disconnect=self._close_export,
             event=self._tell,
         )
-        self.overlays = Overlays(self.engine, options.scratch, self.server.close_export)
+        self.overlays = Overlays(self.engine, options.scratch, self._close_export)
         self.graph = Graph(self.engine)
-        self.node_exports = NodeExports(
-            self.engine,
-            self.graph,
-            lambda name, hard: self.server.close_export(name, hard=hard),
-            self._tell,
-        )
+        self.node_exports = NodeExports(self.engine, self.graph, self._close_export, self._tell)
         self.jobs = Jobs(self.graph, self.node_exports, self._tell)
         self.commands = all_commands()
         self._listeners: list[Listener] = []
-        self._added_listeners: list[Listener] = []
+        self.objects = Objects()
+        self._added: list[NbdServer] = []
+        """Those of start_listening; one of them listens at most, the others have clients."""
         self._control_listener: Listener | None = None
         self.control: ControlServer | None = None
         self._stdio_ended: asyncio.Future[None] | None = None
@@ -164,7 +162,15 @@ class Daemon:
         found = self.exports.find(export)
         tls = self.server.tls_mode is TlsMode.FORCEDTLS or (found is not None and found.tls_only)
         uris = [listener.uri(export, tls=tls) for listener in self.server.listeners]
+        for server in self._added:
+            forced = server.tls_mode is TlsMode.FORCEDTLS
+            uris += [listener.uri(export, tls=tls or forced) for listener in server.listeners]
         return [str(_with_absolute_path(uri)) for uri in uris]
+
+    async def _close_export(self, name: str, hard: bool = False) -> None:
+        """End an export on all servers."""
+        for server in (self.server, *self._added):
+            await server.close_export(name, hard=hard)
 
     def _prepare_export(self, export: Export) -> None:
         """Let the operator's rules hold for a new export.
@@ -177,25 +183,63 @@ class Daemon:
         if export.tls_only and self.options.tls is None:
             raise UsageError(f"export '{export.name}' needs TLS, and the server has no certificate")
 
-    @property
-    def scratch(self) -> ScratchOptions:
-        """How snapshots are kept."""
-        return self.options.scratch
+    def add_object(self, values: dict[str, Any]) -> None:
+        """Define credentials or an authorization, by QEMU's properties.
 
-    def start_listening(self, uri: NbdUri) -> None:
-        """Accept NBD clients at one more place.
+        Raises:
+            UsageError: It cannot be meant, or its id is taken.
+        """
+        self.objects.add_values(values)
+
+    def remove_object(self, identity: str) -> None:
+        """Forget credentials or an authorization.
+
+        Raises:
+            UsageError: There is none of that id.
+        """
+        self.objects.remove(identity)
+
+    def start_listening(
+        self,
+        uri: NbdUri,
+        *,
+        credentials: str | None = None,
+        authorization: str | None = None,
+        connections_max: int | None = None,
+    ) -> None:
+        """Accept NBD clients at one more place, by a server of its own over the same exports.
+
+        Args:
+            uri: Where.
+            credentials: The object for TLS; None for what the server was started with.
+            authorization: The object that says which clients may connect; what the server was
+                started with holds, too.
+            connections_max: Clients at a time, the others wait; None for the server's limit.
 
         Raises:
             StateError: There is one more place already, or it cannot be listened on.
+            UsageError: There is no such object, or it cannot be used.
         """
-        if self._added_listeners:
+        if any(server.listeners for server in self._added):
             raise StateError("NBD server already running")
+        options, tls, limits = self.options, self.options.tls, self.options.limits
+        if credentials is not None:
+            tls = self.objects.tls(credentials, "server").server_settings()
+        rules: list[Authorizer] = [options.authorization] if options.authorization else []
+        if authorization is not None:
+            rules.append(self.objects.authorizer(authorization))
+        if connections_max is not None:
+            least = min(connections_max, limits.connections_max)
+            limits = replace(limits, connections_max=least, excess_waits=True)
         try:
-            self._added_listeners = listen_uri(uri, self.options.socket_file)
+            listeners = listen_uri(uri, options.socket_file)
         except UsageError as error:
             raise StateError(str(error)) from error
-        for listener in self._added_listeners:
-            self.server.add_listener(listener)
+        server = NbdServer(self.exports, limits=limits, tls=tls, authorization=AllOf(tuple(rules)))
+        for listener in listeners:
+            server.add_listener(listener)
+        self._added = [each for each in self._added if each.connections]
+        self._added.append(server)
 
     def stop_listening(self) -> None:
         """Undo :meth:`start_listening`; clients stay.
@@ -203,10 +247,11 @@ class Daemon:
         Raises:
             StateError: There is no such place.
         """
-        if not self._added_listeners:
+        listening = [server for server in self._added if server.listeners]
+        if not listening:
             raise StateError("NBD server not running")
-        while self._added_listeners:
-            self.server.remove_listener(self._added_listeners.pop())
+        for listener in listening[0].listeners:
+            listening[0].remove_listener(listener)
 
     def request_stop(self, reason: str) -> None:
         """Have :meth:`wait_stop_requested` return; the first reason counts.
@@ -265,7 +310,8 @@ class Daemon:
         if self.control is not None:
             await self.control.finish_commands()
         self._tell("SHUTDOWN", {"guest": False, "reason": self._stop_reason})
-        await self.server.shut_down(self.options.grace_seconds)
+        servers = (self.server, *self._added)
+        await asyncio.gather(*(each.shut_down(self.options.grace_seconds) for each in servers))
         if self._stdio_ended is not None:
             await self._stdio_ended
         try:

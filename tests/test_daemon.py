@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import nbd
 import pytest
 
 from nbdfleece.control.client import ControlClient
@@ -101,3 +102,29 @@ async def test_exception_inside_ends_the_server_in_good_order(
             raise KeyError
     assert list(tmp_path.glob("*.sock")) == []
     subprocess.run(["qemu-img", "check", "-q", options.disks["vda"]], check=True)
+
+
+async def test_client_that_reads_no_replies_stalls_neither_guest_nor_backup(
+    options: DaemonOptions,
+) -> None:
+    """Rule 5: it asks for the whole snapshot, takes nothing of it, and is closed in the end."""
+    async with Daemon(replace(options, grace_seconds=0.5)) as daemon:
+        disk = daemon.engine.disk("vda")
+        await disk.node.write(0, memoryview(b"a" * disk.size))
+        await daemon.engine.create_snapshot("s")
+        export = await daemon.engine.add_export("s", "vda")
+        (uri, _) = daemon.export_uris(export.name)
+        dead = nbd.NBD()
+        await asyncio.to_thread(dead.connect_uri, uri)
+        buffers = [nbd.Buffer(1 << 20) for _ in range(16)]
+        for number, buffer in enumerate(buffers):
+            dead.aio_pread(buffer, number << 20)
+        for offset in range(0, disk.size, 1 << 20):
+            await disk.node.write(offset, memoryview(b"b" * (1 << 20)))
+        copied = await asyncio.create_subprocess_exec(
+            "nbdcopy", uri, "-", stdout=asyncio.subprocess.PIPE
+        )
+        output, _ = await copied.communicate()
+        assert output == b"a" * disk.size
+        assert daemon.engine.snapshot("s").error is None
+        assert dead.aio_in_flight() > 0

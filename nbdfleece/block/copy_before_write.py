@@ -41,14 +41,13 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable
-from enum import Enum
 from typing import Final
 
 import numpy as np
 
 from ..bitmaps.bitmap import Bitmap
-from ..errors import SnapshotError
 from ..extents import Extents
+from .copy_failure import USUAL, CopyFailure, OnCbwError, shortest_timeout
 from .granule_codes import (
     COPIED,
     FORGOTTEN,
@@ -61,7 +60,8 @@ from .granule_codes import (
     status_of_codes,
     true_runs,
 )
-from .granule_map import Codes, GranuleMap, page_end
+from .granule_map import Codes, page_end
+from .layer import Layer
 from .node import BlockNode
 from .range_lock import RangeLock
 from .scratch import Scratch
@@ -76,46 +76,6 @@ COPY_BYTES_MAX: Final = 1 << 20
 """Bytes copied at once: a bound on memory, not on what a guest write may touch."""
 
 
-class OnCbwError(Enum):
-    """What a failure to copy old data breaks; QEMU's names, not QEMU's default."""
-
-    BREAK_SNAPSHOT = "break-snapshot"
-    BREAK_GUEST_WRITE = "break-guest-write"
-
-
-class Layer:
-    """One snapshot of the disk.
-
-    Attributes:
-        error: Why the snapshot is broken; None while it is good.
-        is_removed: Whether the layer was given up.
-    """
-
-    __slots__ = ("access", "error", "is_removed", "map")
-
-    def __init__(self, access: Bitmap | None) -> None:
-        self.map = GranuleMap()
-        self.access = access
-        self.error: str | None = None
-        self.is_removed = False
-
-    @property
-    def is_good(self) -> bool:
-        """Whether the snapshot can still be read."""
-        return self.error is None and not self.is_removed
-
-    def check(self) -> None:
-        """Refuse a snapshot that is broken or gone.
-
-        Raises:
-            SnapshotError: It is.
-        """
-        if self.error is not None:
-            raise SnapshotError(f"the snapshot is broken: {self.error}")
-        if self.is_removed:
-            raise SnapshotError("the snapshot has been dropped")
-
-
 class CopyBeforeWrite:
     """The snapshots of one disk and the copies that they share.
 
@@ -124,8 +84,7 @@ class CopyBeforeWrite:
         scratch_directory: Where copies go; a file is made there while snapshots stand.
         granularity: Bytes of a granule, a power of two.
         quota: Bytes of scratch that may be in use at once; None for no limit of our own.
-        on_error: What a failure to copy breaks.
-        timeout_seconds: A copy that takes longer is a failure; None waits for ever.
+        failure: When a copy has failed and what that breaks, unless a snapshot has its own.
         on_broken: Called with a layer that has just been broken.
     """
 
@@ -136,16 +95,16 @@ class CopyBeforeWrite:
         *,
         granularity: int = DEFAULT_GRANULARITY,
         quota: int | None = None,
-        on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT,
-        timeout_seconds: float | None = None,
+        failure: CopyFailure = USUAL,
         on_broken: Callable[[Layer], None] = lambda layer: None,
     ) -> None:
         self._source = source
         self._scratch_directory = scratch_directory
         self._shift = granularity.bit_length() - 1
         self._quota = quota
-        self._on_error = on_error
-        self._timeout_seconds = timeout_seconds
+        self.failure = failure
+        self._timeout_seconds: float | None = None
+        """The shortest of the snapshots that stand."""
         self._on_broken = on_broken
         self._scratch: Scratch | None = None
         self._layers: list[Layer] = []
@@ -168,19 +127,22 @@ class CopyBeforeWrite:
         """Bytes of copies held now."""
         return self._scratch.bytes_in_use if self._scratch is not None else 0
 
-    def add_layer(self, access: Bitmap | None = None) -> Layer:
+    def add_layer(self, access: Bitmap | None = None, failure: CopyFailure | None = None) -> Layer:
         """Freeze the disk as it is now. No guest write may be in flight.
 
         Args:
             access: If given, only what it marks is kept and may be read.
+            failure: When a copy has failed and what that breaks, if not as usual.
 
         Raises:
             OSError: The scratch file cannot be made.
         """
         if self._scratch is None:
             self._scratch = Scratch(self._scratch_directory, self.granularity, self._quota)
-        layer = Layer(None if access is None else self._wide(access))
+        wide = None if access is None else self._wide(access)
+        layer = Layer(wide, failure or self.failure)
         self._layers.append(layer)
+        self._timeout_seconds = shortest_timeout(each.failure for each in self._layers)
         self._version += 1
         return layer
 
@@ -202,6 +164,7 @@ class CopyBeforeWrite:
         at = self._layers.index(layer)
         layer.is_removed = True
         del self._layers[at]
+        self._timeout_seconds = shortest_timeout(each.failure for each in self._layers)
         self._version += 1
         if at:
             self._hand_down(layer, self._layers[at - 1])
@@ -313,22 +276,33 @@ class CopyBeforeWrite:
             self._break_or_raise(first, end, error)
 
     def _break_or_raise(self, first: int, end: int, error: OSError) -> None:
-        if self._on_error is OnCbwError.BREAK_GUEST_WRITE:
-            raise error
-        self._break_needing(first, end, error)
+        self._break(self._needing(first, end), error)
+        self._record(first, np.full(end - first, FORGOTTEN, dtype=np.uint32))
+        self._free_broken()
 
     async def _copy_in_time(self, first: int, end: int) -> Codes:
         scratch = self._scratch
         assert scratch is not None, "layers have a scratch"
         if self._timeout_seconds is None:
             return await self._copy(scratch, first, end)
-        copy = asyncio.get_running_loop().create_task(self._copy(scratch, first, end))
-        done, _ = await asyncio.wait({copy}, timeout=self._timeout_seconds)
-        if not done:
+        loop = asyncio.get_running_loop()
+        copy = loop.create_task(self._copy(scratch, first, end))
+        begun = loop.time()
+        error = OSError(errno.ETIMEDOUT, "copying old data took too long")
+        try:
+            while needing := self._needing(first, end):
+                limit = shortest_timeout(layer.failure for layer in needing)
+                rest = None if limit is None else begun + limit - loop.time()
+                if (await asyncio.wait({copy}, timeout=rest))[0]:
+                    return copy.result()
+                self._break(
+                    [each for each in needing if each.failure.timeout_seconds == limit], error
+                )
+            raise error
+        except OSError:
             # The guest's write goes on now, so what arrives late must not be recorded.
             copy.add_done_callback(lambda late: _drop_late_copy(scratch, late))
-            raise OSError(errno.ETIMEDOUT, "copying old data took too long")
-        return copy.result()
+            raise
 
     async def _copy(self, scratch: Scratch, first: int, end: int) -> Codes:
         """Bring the old content of the granules ``[first, end)`` into safety.
@@ -396,27 +370,34 @@ class CopyBeforeWrite:
         else:
             self._free(np.array([code], dtype=np.uint32))
 
-    def _break_needing(self, first: int, end: int, error: OSError) -> None:
-        """Break every snapshot that needs the granules, which are about to be overwritten."""
+    def _needing(self, first: int, end: int) -> list[Layer]:
+        """The good snapshots that see any of the granules in the disk itself."""
+        found = []
         unresolved = np.ones(end - first, dtype=np.bool_)
         for layer in reversed(self._layers):
             unresolved &= layer.map.codes(first, end) == UNTOUCHED
-            access = layer.access
-            if (
-                layer.is_good
-                and (
-                    unresolved
-                    if access is None
-                    else unresolved & self._accessible(access, first, end)
-                ).any()
-            ):
-                layer.error = (
-                    f"its old data could not be kept ({error.strerror});"
-                    " drop the snapshot and take a new one"
-                )
-                self._on_broken(layer)
-        self._record(first, np.full(end - first, FORGOTTEN, dtype=np.uint32))
-        self._free_broken()
+            seen = unresolved
+            if layer.access is not None:
+                seen = unresolved & self._accessible(layer.access, first, end)
+            if layer.is_good and seen.any():
+                found.append(layer)
+        return found
+
+    def _break(self, layers: list[Layer], error: OSError) -> None:
+        """Break the snapshots, or for one that wants it so the guest's write.
+
+        Raises:
+            OSError: ``error``, which is to be the guest's; no snapshot was broken.
+        """
+        good = [layer for layer in layers if layer.is_good]
+        if any(layer.failure.on_error is OnCbwError.BREAK_GUEST_WRITE for layer in good):
+            raise error
+        for layer in good:
+            layer.error = (
+                f"its old data could not be kept ({error.strerror});"
+                " drop the snapshot and take a new one"
+            )
+            self._on_broken(layer)
 
     def _free_broken(self) -> None:
         """Once no good snapshot is left, no copy is needed any more."""

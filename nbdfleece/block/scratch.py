@@ -129,4 +129,7 @@ class Scratch:
         if self._busy:
             self._idle = asyncio.get_running_loop().create_future()
             await self._idle
-        await self._file.close()
+        try:
+            await self._file.close()
+        except OSError as error:  # nobody needs what is in it any more
+            _log.warning("%s: %s", self._file.path, error.strerror)

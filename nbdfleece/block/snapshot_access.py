@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..bitmaps.bitmap import Bitmap
 from ..extents import Extents
-from .copy_before_write import CopyBeforeWrite, Layer
+from .copy_before_write import CopyBeforeWrite
+from .layer import Layer
 from .node import BlockNode
 
 

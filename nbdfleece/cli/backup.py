@@ -13,6 +13,7 @@ from ..errors import SnapshotError
 from .client import client_options, connect, disks_option, execute, owner_option, release_option
 from .exit_status import ExitStatus
 from .output import format_time, print_json, print_table
+from .waiting import wait_for, wait_for_end, wait_option
 
 
 @click.group(no_args_is_help=False)
@@ -34,6 +35,7 @@ def backup() -> None:
 )
 @owner_option
 @release_option
+@wait_option
 @client_options
 def begin(
     name: str,
@@ -43,6 +45,7 @@ def begin(
     only_changes: bool,
     owner: str,
     release: str,
+    waits: bool,
     control: Path | None,
     as_json: bool,
 ) -> ExitStatus:
@@ -59,11 +62,14 @@ def begin(
         "release": release,
         "only-changes": only_changes,
     }
-    begun = execute(control, "backup-begin", arguments)
-    if as_json:
-        print_json(begun)
-    else:
-        _print_backup(begun)
+    with connect(control, keeps_events=True) as client:
+        begun = client.execute("backup-begin", arguments)
+        if as_json:
+            print_json(begun)
+        else:
+            _print_backup(begun)
+        if waits:
+            wait_for_end(client, name)
     if any(each["reason"] for each in begun["disks"]):
         return ExitStatus.FULL_INSTEAD
     return ExitStatus.OK
@@ -115,6 +121,17 @@ def abort(name: str, control: Path | None, as_json: bool) -> None:
     result = execute(control, "backup-abort", {"name": name})
     if as_json:
         print_json(result)
+
+
+@backup.command()
+@click.argument("name")
+@client_options
+def wait(name: str, control: Path | None, as_json: bool) -> None:
+    """Stay until a backup has ended: status 0 committed, 1 aborted, 5 broken."""
+    with connect(control, keeps_events=True) as client:
+        wait_for(client, "query-backups", name, "backup")
+    if as_json:
+        print_json({"name": name, "state": "committed"})
 
 
 @backup.command("list")

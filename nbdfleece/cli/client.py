@@ -45,9 +45,9 @@ force_share_option = click.option(
 )
 
 
-def connect(control: Path | None) -> ControlClient:
+def connect(control: Path | None, *, keeps_events: bool = False) -> ControlClient:
     """A session with the named server, or the one at the usual place."""
-    return ControlClient(control or default_control())
+    return ControlClient(control or default_control(), keeps_events=keeps_events)
 
 
 def execute(control: Path | None, command: str, arguments: dict[str, Any] | None = None) -> Any:

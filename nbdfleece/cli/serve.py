@@ -158,7 +158,7 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
     Raises:
         UsageError: It cannot be meant.
     """
-    from ..block.copy_before_write import OnCbwError
+    from ..block.copy_failure import CopyFailure, OnCbwError
     from ..daemon import DaemonOptions
     from ..engine.disk import ScratchOptions
 
@@ -189,8 +189,7 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
             directory=values["scratch_dir"],
             granularity=values["scratch_granularity"],
             quota=values["scratch_quota"],
-            on_error=OnCbwError(values["on_cbw_error"]),
-            timeout_seconds=values["cbw_timeout"],
+            failure=CopyFailure(OnCbwError(values["on_cbw_error"]), values["cbw_timeout"]),
         ),
     )
 

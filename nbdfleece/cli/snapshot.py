@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from .client import client_options, disks_option, execute, owner_option, release_option
+from .client import client_options, connect, disks_option, execute, owner_option, release_option
 from .output import format_list, format_time, print_json, print_table
+from .waiting import wait_for, wait_for_end, wait_option
 
 
 @click.group(no_args_is_help=False)
@@ -21,6 +22,7 @@ def snapshot() -> None:
 @click.option("--checkpoint", metavar="NAME", help="Make a checkpoint of the same instant.")
 @owner_option
 @release_option
+@wait_option
 @client_options
 def create(
     name: str,
@@ -28,6 +30,7 @@ def create(
     checkpoint: str | None,
     owner: str,
     release: str,
+    waits: bool,
     control: Path | None,
     as_json: bool,
 ) -> None:
@@ -39,9 +42,23 @@ def create(
         "owner": owner,
         "release": release,
     }
-    created = execute(control, "snapshot-create", arguments)
+    with connect(control, keeps_events=True) as client:
+        created = client.execute("snapshot-create", arguments)
+        if as_json:
+            print_json(created)
+        if waits:
+            wait_for_end(client, name)
+
+
+@snapshot.command()
+@click.argument("name")
+@client_options
+def wait(name: str, control: Path | None, as_json: bool) -> None:
+    """Stay until a snapshot has ended: status 0 deleted, 5 broken."""
+    with connect(control, keeps_events=True) as client:
+        wait_for(client, "query-snapshots", name, "snapshot")
     if as_json:
-        print_json(created)
+        print_json({"name": name, "state": "deleted"})
 
 
 @snapshot.command("list")

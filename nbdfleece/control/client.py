@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -33,10 +34,14 @@ class ControlClient:
 
     Args:
         path: The control socket.
+        keeps_events: Events that come while a command is carried out are kept for
+            :meth:`next_event`; otherwise they are dropped.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, keeps_events: bool = False) -> None:
         self._path = Path(path)
+        self._keeps_events = keeps_events
+        self._events: deque[dict[str, Any]] = deque()
         self._sock = socket.socket(socket.AF_UNIX)
         self._received = bytearray()
 
@@ -74,7 +79,7 @@ class ControlClient:
         self._sock.close()
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Have a command carried out; events that come meanwhile are dropped.
+        """Have a command carried out.
 
         Args:
             command: Its name.
@@ -95,10 +100,19 @@ class ControlClient:
         except OSError as error:
             raise self._gone() from error
         while "event" in (message := self._receive()):
-            pass
+            if self._keeps_events:
+                self._events.append(message)
         if "error" in message:
             raise _failure(message["error"])
         return message["return"]
+
+    def next_event(self) -> dict[str, Any]:
+        """Wait for an event: ``event`` is its name, ``data`` what it tells.
+
+        Raises:
+            ServerGoneError: The server hung up.
+        """
+        return self._events.popleft() if self._events else self._receive()
 
     def _receive(self) -> dict[str, Any]:
         while (end := self._received.find(b"\n")) < 0:

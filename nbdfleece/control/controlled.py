@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ..engine.disk import ScratchOptions
 from ..engine.engine import Engine
 from ..engine.graph import Graph
 from ..engine.jobs import Jobs
@@ -40,21 +39,45 @@ class Controlled(Protocol):
         """Backup jobs of QEMU's commands."""
 
     @property
-    def scratch(self) -> ScratchOptions:
-        """How snapshots are kept."""
-
-    @property
     def commands(self) -> Registry:
         """What it can be told."""
 
     def export_uris(self, export: str) -> list[str]:
         """How clients name an export: one NBD URI per listener."""
 
-    def start_listening(self, uri: NbdUri) -> None:
+    def add_object(self, values: dict[str, Any]) -> None:
+        """Define credentials or an authorization, by QEMU's properties.
+
+        Raises:
+            UsageError: It cannot be meant, or its id is taken.
+        """
+
+    def remove_object(self, identity: str) -> None:
+        """Forget credentials or an authorization.
+
+        Raises:
+            UsageError: There is none of that id.
+        """
+
+    def start_listening(
+        self,
+        uri: NbdUri,
+        *,
+        credentials: str | None = None,
+        authorization: str | None = None,
+        connections_max: int | None = None,
+    ) -> None:
         """Accept NBD clients at one more place.
+
+        Args:
+            uri: Where.
+            credentials: The object for TLS; None for what the server was started with.
+            authorization: The object that says which clients may connect.
+            connections_max: Clients at a time, the others wait; None for the server's limit.
 
         Raises:
             StateError: There is one more place already, or it cannot be listened on.
+            UsageError: There is no such object.
         """
 
     def stop_listening(self) -> None:

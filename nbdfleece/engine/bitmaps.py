@@ -44,6 +44,10 @@ class AddBitmap(Action):
         """The one."""
         return (self.node,)
 
+    def stores(self) -> Iterable[BitmapNode]:
+        """The one, if the image is to hold it."""
+        return (self.node,) if self.persistent else ()
+
     def apply(self, draft: Draft) -> None:
         """Add it.
 
@@ -81,6 +85,10 @@ class RemoveBitmap(Action):
         """The one."""
         return (self.node,)
 
+    def stores(self) -> Iterable[BitmapNode]:
+        """The one, if its image holds the bitmap."""
+        return _holder(self.node, self.name)
+
     def apply(self, draft: Draft) -> None:
         """Remove it.
 
@@ -101,6 +109,10 @@ class ClearBitmap(Action):
     def nodes(self) -> Iterable[BitmapNode]:
         """The one."""
         return (self.node,)
+
+    def stores(self) -> Iterable[BitmapNode]:
+        """The one, if its image holds the bitmap."""
+        return _holder(self.node, self.name)
 
     def apply(self, draft: Draft) -> None:
         """Clear it.
@@ -123,6 +135,10 @@ class SetRecording(Action):
     def nodes(self) -> Iterable[BitmapNode]:
         """The one."""
         return (self.node,)
+
+    def stores(self) -> Iterable[BitmapNode]:
+        """The one, if its image holds the bitmap."""
+        return _holder(self.node, self.name)
 
     def needs(self) -> Iterable[tuple[BitmapNode, str]]:
         """Its bits."""
@@ -151,6 +167,10 @@ class MergeBitmaps(Action):
         """The target's and the sources'."""
         return (self.node, *(node for node, _ in self.sources))
 
+    def stores(self) -> Iterable[BitmapNode]:
+        """The target's, if its image holds the bitmap."""
+        return _holder(self.node, self.target)
+
     def needs(self) -> Iterable[tuple[BitmapNode, str]]:
         """The bits of all of them."""
         return ((self.node, self.target), *self.sources)
@@ -173,6 +193,12 @@ class MergeBitmaps(Action):
                 )
             bits.merge(draft.bits(node, name))
         draft.put(self.node, _with_bits(target, bits))
+
+
+def _holder(node: BitmapNode, name: str) -> Iterable[BitmapNode]:
+    """The node, if its image holds a bitmap; nothing otherwise."""
+    bitmap = node.state.bitmaps.get(name)
+    return (node,) if bitmap is not None and bitmap.persistent else ()
 
 
 def _with_bits(bitmap: DiskBitmap, bits: Bitmap) -> DiskBitmap:

@@ -106,6 +106,35 @@ class PendingChange(msgspec.Struct, frozen=True, array_like=True, omit_defaults=
         )
 
 
+class JointChange(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw_only=True):
+    """A transaction over the bitmaps of several disks that is under way (:mod:`.joint`).
+
+    Attributes:
+        id: The same on every disk.
+        disks: Identities of all disks.
+        renames: The names that bitmaps are to have, by the index in their names until then
+            (:meth:`interim_name`); "" for one that the image does not hold.
+        removed: The bitmaps that are to go.
+        done: It has been done on this disk.
+    """
+
+    id: str
+    disks: tuple[str, ...]
+    renames: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    done: bool = False
+
+    def interim_name(self, index: int) -> str:
+        """What a bitmap is called until the transaction is done."""
+        return f"{self.id}.{index}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All bitmaps that it is about."""
+        interim = (self.interim_name(index) for index in range(len(self.renames)))
+        return (*self.renames, *self.removed, *interim)
+
+
 class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw_only=True):
     """The checkpoints of one disk, oldest first.
 
@@ -115,6 +144,7 @@ class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw
         logged: Whether the stored bits of what records are kept a superset by activity
             logs, so that they can be believed although they are in use.
         change: A change of bitmaps that was begun on several images and not settled.
+        joint: A transaction that was begun on several disks and not settled.
     """
 
     version: int = 1
@@ -122,6 +152,7 @@ class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw
     checkpoints: tuple[Checkpoint, ...] = ()
     logged: bool = False
     change: PendingChange | None = None
+    joint: JointChange | None = None
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -156,6 +187,10 @@ class Chain(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, kw
     def with_change(self, change: PendingChange | None) -> Chain:
         """The chain of an image on which a change is under way, or not any more."""
         return msgspec.structs.replace(self, change=change)
+
+    def with_joint(self, joint: JointChange | None) -> Chain:
+        """The chain of a disk on which a transaction is under way, or not any more."""
+        return msgspec.structs.replace(self, joint=joint)
 
     def with_identity(self) -> Chain:
         """The chain of a disk that can be named by others."""

@@ -146,8 +146,12 @@ async def _decide_deletion(disks: Collection[Disk], name: str) -> None:
         raise
 
 
-async def settle(disks: Collection[Disk]) -> None:
+async def settle(disks: Collection[Disk], running: Collection[str | None] = ()) -> None:
     """Finish or take back what a crash left half done.
+
+    Args:
+        disks: All.
+        running: The checkpoints of backups that are not finished, which stay pending.
 
     Raises:
         OSError: An image could not be written.
@@ -158,7 +162,7 @@ async def settle(disks: Collection[Disk]) -> None:
         for checkpoint in disk.state.chain.checkpoints
         if checkpoint.state is not CheckpointState.COMMITTED
     }
-    for name in sorted(unsettled):
+    for name in sorted(unsettled.difference(running)):
         await _settle_one(disks, name)
 
 

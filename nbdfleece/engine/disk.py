@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 from ..bitmaps.bitmap import Bitmap
-from ..block.copy_before_write import CopyBeforeWrite, Layer, OnCbwError
+from ..block.copy_before_write import CopyBeforeWrite
+from ..block.copy_failure import USUAL, CopyFailure
+from ..block.file import FileNode
 from ..block.guest import GuestNode
 from ..block.guest_options import DEFAULT_POLICY, GuestPolicy
+from ..block.layer import Layer
 from ..errors import StateError, UsageError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
 from .chain import Chain, Checkpoint, pack_chain, unpack_chain
 from .disk_state import DiskBitmap, DiskState
+from .layers import Layer as BackingLayer
+from .layers import changes_below, load_layers
+from .raw_store import RawStore
 
 GRANULARITY_RANGE: Final = (512, 1 << 20)
 """Bytes: a sector, and what is copied at once."""
@@ -40,15 +46,13 @@ class ScratchOptions:
         directory: Where copies go. /var/tmp rather than /tmp, which may be memory.
         granularity: Bytes that a first guest write copies at least; a power of two.
         quota: Bytes of copies per disk; None leaves the limit to the file system.
-        on_error: What a failure to copy breaks.
-        timeout_seconds: A copy that takes longer is a failure; None waits for ever.
+        failure: When a copy has failed and what that breaks, unless a snapshot has its own.
     """
 
     directory: Path = Path("/var/tmp")
     granularity: int = 4096
     quota: int | None = None
-    on_error: OnCbwError = OnCbwError.BREAK_SNAPSHOT
-    timeout_seconds: float | None = None
+    failure: CopyFailure = USUAL
 
     def __post_init__(self) -> None:
         least, most = GRANULARITY_RANGE
@@ -89,8 +93,8 @@ class Disk:
     def __init__(
         self,
         name: str,
-        image: Qcow2Image,
-        store: BitmapStore,
+        image: Qcow2Image | FileNode,
+        store: BitmapStore | RawStore,
         scratch: ScratchOptions,
         on_broken: Callable[[Layer], None],
         policy: GuestPolicy,
@@ -102,8 +106,7 @@ class Disk:
             scratch.directory,
             granularity=scratch.granularity,
             quota=scratch.quota,
-            on_error=scratch.on_error,
-            timeout_seconds=scratch.timeout_seconds,
+            failure=scratch.failure,
             on_broken=on_broken,
         )
         self._guest = GuestNode(image, self.copies)
@@ -113,6 +116,7 @@ class Disk:
         self.chain_problem: str | None = None
         self.busy: Counter[str] = Counter()
         self._store = store
+        self._layers: Sequence[BackingLayer] | None = None
 
     @classmethod
     async def open(
@@ -122,6 +126,8 @@ class Disk:
         scratch: ScratchOptions,
         on_broken: Callable[[Layer], None] = lambda layer: None,
         policy: GuestPolicy = DEFAULT_POLICY,
+        *,
+        is_raw: bool = False,
     ) -> Disk:
         """Open an image for writing, load what records, and mark it in use before any write.
 
@@ -131,12 +137,16 @@ class Disk:
             scratch: How snapshots of it are kept.
             on_broken: Called when a copy failed and a snapshot was broken for it.
             policy: What becomes of the guest's discards and zeroes.
+            is_raw: The file's bytes are the disk's; it holds no bitmaps.
 
         Raises:
             OSError: The image cannot be opened.
             ImageError: It is damaged, in use, or of a kind that is not supported.
             StateError: A change of its bitmaps was interrupted and must be settled first.
         """
+        if is_raw:
+            file = FileNode.open(path, read_only=False)
+            return cls(name, file, RawStore(file.path), scratch, on_broken, policy)
         image = await Qcow2Image.open(path, read_only=False)
         try:
             disk = cls(name, image, await BitmapStore.load(image), scratch, on_broken, policy)
@@ -154,12 +164,22 @@ class Disk:
     @property
     def default_granularity(self) -> int:
         """Bytes per bit of a new bitmap: the cluster size within 4 KiB and 64 KiB, as in QEMU."""
-        return min(max(self.image.cluster_size, 4096), 65536)
+        return min(max(self.cluster_size, 4096), 65536)
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes of a cluster; of a raw file what QEMU takes for one."""
+        return self.image.cluster_size if isinstance(self.image, Qcow2Image) else 65536
+
+    @property
+    def format(self) -> str:
+        """QEMU's name for what the image is."""
+        return "qcow2" if self.can_persist else "raw"
 
     @property
     def can_persist(self) -> bool:
-        """The image can hold bitmaps."""
-        return True
+        """Whether the image can hold bitmaps."""
+        return isinstance(self.image, Qcow2Image)
 
     async def drain(self) -> None:
         """Hold guest writes back, and wait for those in flight."""
@@ -188,6 +208,8 @@ class Disk:
                 bitmap = bitmap._replace(bits=await self._store.load_bits(entry.name))
             bitmaps[entry.name] = bitmap
         self.state = DiskState(bitmaps, chain)
+        if chain.joint is not None:
+            self.busy.update(chain.joint.names)
         if chain.disk_id:
             await self.store(self.state)
         else:
@@ -366,6 +388,7 @@ class Disk:
             StateError: The checkpoint is unknown or newer than the instant, or the changes
                 since it are not known.
         """
+        await self._check_knows(name)
         self.state.check_since(name)
         links = self.state.chain.checkpoints[self.state.chain.index(name) :]
         if links[0].id not in instant.checkpoint_ids or instant.changes is None:
@@ -374,7 +397,7 @@ class Disk:
         for link in links:
             if link.id in instant.checkpoint_ids and link.id != instant.newest_id:
                 merged.merge(await self.bits(link.bitmap_name))
-        return merged
+        return await self._with_layers(merged, name, None)
 
     async def changes_between(self, first: str, last: str) -> Bitmap:
         """The changes from a checkpoint to a later one, as one new bitmap.
@@ -386,6 +409,34 @@ class Disk:
         merged = (await self.bits(links[0].bitmap_name)).copy()
         for link in links[1:]:
             merged.merge(await self.bits(link.bitmap_name))
+        return await self._with_layers(merged, first, last)
+
+    async def knows(self, name: str) -> bool:
+        """Whether the disk, or an image behind it, has a checkpoint."""
+        if self.state.chain.find(name) is not None:
+            return True
+        return any(layer.has(name) for layer in await self._backing_layers())
+
+    async def _backing_layers(self) -> Sequence[BackingLayer]:
+        """The images behind the disk's own, which nobody writes."""
+        if self._layers is None:
+            self._layers = await load_layers(self.image)
+        return self._layers
+
+    async def _check_knows(self, name: str) -> None:
+        """Refuse a checkpoint that only images behind the disk's own have."""
+        if self.state.chain.find(name) is None and await self.knows(name):
+            raise StateError(
+                f"the changes since checkpoint '{name}' are not known: '{self.image.path}' has no"
+                " such checkpoint, though an image behind it has"
+            )
+
+    async def _with_layers(self, merged: Bitmap, first: str, last: str | None) -> Bitmap:
+        """Add to changes what the images behind the disk's own have recorded of them."""
+        granularity = merged.granularity
+        layers = await self._backing_layers()
+        for bits in await changes_below(layers, first, last, granularity):
+            merged.merge(bits if bits.size == self.size else bits.resized(self.size))
         return merged
 
     def instant(self, *, freezing: bool) -> Instant:

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..block.guest_options import DEFAULT_POLICY, GuestPolicy
 from ..errors import StateError
 from ..export.contexts import DirtyBitmap
 from ..export.export import Export, ExportTable
-from . import checkpoints
+from . import checkpoints, joint
 from .chain import Checkpoint, CheckpointState, check_name, new_identity
 from .disk import Disk, ScratchOptions
 from .disk_state import DiskState
@@ -68,8 +69,23 @@ class Engine:
 
     # -- disks --------------------------------------------------------------------
 
-    async def open_disk(self, name: str, path: Path, policy: GuestPolicy = DEFAULT_POLICY) -> Disk:
-        """Open an image for a guest of whom ``policy`` holds; export it under the disk's name.
+    async def open_disk(
+        self,
+        name: str,
+        path: Path,
+        policy: GuestPolicy = DEFAULT_POLICY,
+        *,
+        is_exported: bool = True,
+        is_raw: bool = False,
+    ) -> Disk:
+        """Open an image for the guest, and export it under the disk's name.
+
+        Args:
+            name: What to call it.
+            path: The image.
+            policy: What becomes of the guest's discards and zeroes.
+            is_exported: False leaves exporting it to the caller.
+            is_raw: It is no qcow2 image but the disk's bytes.
 
         Raises:
             StateError: The name is taken.
@@ -79,18 +95,36 @@ class Engine:
             check_name(name, "disk")
             if name in self.disks:
                 raise StateError(f"disk '{name}' exists already")
-            if self.exports.has(name):
+            if is_exported and self.exports.has(name):
                 raise StateError(f"export '{name}' exists already")
             disk = await Disk.open(
-                name, path, self._scratch, lambda _: self._tell_broken(name), policy
+                name,
+                path,
+                self._scratch,
+                lambda _: self._tell_broken(name),
+                policy,
+                is_raw=is_raw,
             )
             try:
-                self.exports.add(live_export(disk))
+                if is_exported:
+                    self.exports.add(live_export(disk))
             except BaseException:
                 await disk.close()
                 raise
             self.disks[name] = disk
             return disk
+
+    async def give_up_disk(self, disk: Disk) -> None:
+        """Forget a disk, which the caller closes, and its exports before.
+
+        Raises:
+            StateError: A snapshot stands on it.
+        """
+        async with self._changing:
+            for snapshot in self.snapshots.values():
+                if disk.name in snapshot.disks:
+                    raise StateError(f"snapshot '{snapshot.name}' stands on disk '{disk.name}'")
+            del self.disks[disk.name]
 
     def disk(self, name: str) -> Disk:
         """The disk of that name.
@@ -115,19 +149,27 @@ class Engine:
     async def close(self) -> None:
         """Abort what is pending, drop all snapshots, and close all disks.
 
-        Every disk is tried; the first error is raised at the end.
+        Every disk is tried; the last error is raised at the end.
         """
-        errors: list[Exception] = []
-        for name, snapshot in list(self.snapshots.items()):
-            ending = self.abort_backup(name) if snapshot.is_unfinished else self.drop_snapshot(name)
-            await _collect(errors, ending)
-        for name, disk in list(self.disks.items()):
-            self.exports.remove(name)
-            await _collect(errors, self._disconnect(name))
-            await _collect(errors, disk.close())
-            del self.disks[name]
-        if errors:
-            raise errors[0]
+        async with AsyncExitStack() as ending:
+            for disk in self.disks.values():
+                ending.push_async_callback(self._end_disk, disk)
+            for name, snapshot in self.snapshots.items():
+                if snapshot.is_unfinished:
+                    ending.push_async_callback(self.abort_backup, name)
+                else:
+                    ending.push_async_callback(self.drop_snapshot, name, is_told=False)
+
+    async def _end_disk(self, disk: Disk) -> None:
+        """End a disk's live export, if it has one, and close the disk."""
+        del self.disks[disk.name]
+        try:
+            export = self.exports.find(disk.name)
+            if export is not None and export.node is disk.node:
+                self.exports.remove(disk.name)
+                await self._disconnect(disk.name)
+        finally:
+            await disk.close()
 
     # -- snapshots ----------------------------------------------------------------
 
@@ -169,8 +211,8 @@ class Engine:
             await self._abort(snapshot)
             raise
 
-    async def drop_snapshot(self, name: str) -> None:
-        """End a snapshot, its exports and their clients.
+    async def drop_snapshot(self, name: str, *, is_told: bool = True) -> None:
+        """End a snapshot, its exports and their clients; an event tells, if it is to.
 
         Raises:
             StateError: There is none of that name, or its backup is not finished.
@@ -181,6 +223,8 @@ class Engine:
                 raise StateError(f"backup '{name}' is not finished: commit or abort it")
             snapshot.check_unused()
             await self._drop(name)
+            if is_told:
+                self._event("SNAPSHOT_DELETED", {"snapshot": name})
 
     def snapshot(self, name: str) -> Snapshot:
         """The snapshot of that name.
@@ -323,19 +367,7 @@ class Engine:
             found = self.snapshot(snapshot)
             if disk not in found.disks:
                 raise StateError(f"snapshot '{snapshot}' has no disk '{disk}'")
-            part = found.disks[disk]
-            since, between = since or {}, between or {}
-            names = [*since.values(), *between]
-            if len(set(names)) < len(names):
-                raise StateError("two bitmaps of an export cannot have the same name")
-            for leaf in names:
-                check_name(leaf, "bitmap")
-            bitmaps = {
-                leaf: await part.disk.changes_since(checkpoint, part.instant)
-                for checkpoint, leaf in since.items()
-            }
-            for leaf, (first, last) in between.items():
-                bitmaps[leaf] = await part.disk.changes_between(first, last)
+            bitmaps = await found.disks[disk].changes(since or {}, between or {})
             return self._export(found, disk, name, bitmaps, allocation_depth)
 
     def _export(
@@ -402,7 +434,7 @@ class Engine:
         """
         async with self._changing:
             chosen = self._chosen(disks)
-            if since is not None and not any(disk.state.chain.find(since) for disk in chosen):
+            if since is not None and not any([await disk.knows(since) for disk in chosen]):
                 raise StateError(f"there is no checkpoint '{since}'")
             check_name(name, "backup")
             snapshot = await self._freeze(name, chosen, checkpoint, owner, release)
@@ -574,12 +606,6 @@ class Engine:
             OSError: An image could not be written.
         """
         async with self._changing:
-            await checkpoints.settle(self.disks.values())
-
-
-async def _collect(errors: list[Exception], work: Awaitable[None]) -> None:
-    """Await work of a shutdown; what it raises is kept, so that the rest is done too."""
-    try:
-        await work
-    except Exception as error:
-        errors.append(error)
+            running = {each.checkpoint for each in self.snapshots.values() if each.is_pending}
+            await joint.settle(self.disks.values())
+            await checkpoints.settle(self.disks.values(), running)

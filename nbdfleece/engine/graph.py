@@ -6,15 +6,20 @@ QEMU's commands add nodes of their own:
 =====================  ====================================================================
 driver                 what it is here
 =====================  ====================================================================
-``file``               a file, for a scratch image; it is not written
-``raw``                another name for what is under it: a disk or a file
-``qcow2``              a scratch image, the target of a backup job or of copy-before-write;
-                       with a disk as its backing node it shows the disk, and from the
-                       instant of a backup job on the disk as it was then
+``file``               a file for a node above it, by which alone it is opened
+``raw``                over a file, a new disk, its bytes the disk's; over another node,
+                       another name for that
+``qcow2``              a new disk; or, with a disk as its backing node, a scratch image: it
+                       shows the disk, and from the instant of a backup job on the disk as it
+                       was then
 ``copy-before-write``  a snapshot of the node's name, from the moment at which it is added:
                        the guest's node is above it already, so nothing has to be reopened
 ``snapshot-access``    what that snapshot shows
 =====================  ====================================================================
+
+A new disk is one like those that the server was started with, but it is not exported, and it is
+closed when its node is removed. Read-only, it is no disk but only shown, with its bitmaps. As
+long as it is the target of copy-before-write it counts as no disk either.
 
 Old data goes to the scratch of the disk, which all its snapshots share, and never to the
 scratch images: these are only names.
@@ -23,66 +28,22 @@ scratch images: these are only names.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..bitmaps.bitmap import Bitmap
+from ..block.copy_failure import OnCbwError
+from ..block.file import FileNode
 from ..block.node import BlockNode
 from ..block.switchable import SwitchableView
 from ..errors import StateError
-from .chain import Chain, check_name
+from ..qcow2.image import Qcow2Image
+from .chain import check_name
 from .disk import Disk
-from .disk_state import DiskState
 from .engine import Engine
 from .snapshot import Snapshot
+from .still_nodes import ReadOnlyImage, ScratchImage
 from .transaction import BitmapNode, Freeze
-
-SCRATCH_GRANULARITY = 65536
-"""Bytes per bit of a bitmap of a scratch image: what QEMU takes for clusters of the usual size."""
-
-
-class ScratchImage:
-    """The bitmaps of a scratch image over a disk: transient, and marked by nobody.
-
-    What the image shows changes only when its guest's does, and from a backup's instant on
-    not at all.
-    """
-
-    can_persist = False
-    default_granularity = SCRATCH_GRANULARITY
-
-    def __init__(self, name: str, disk: Disk) -> None:
-        self.name = name
-        self.size = disk.size
-        self.state = DiskState({}, Chain())
-        self.busy: Counter[str] = Counter()
-
-    async def bits(self, name: str) -> Bitmap:
-        """The bits of a bitmap."""
-        bits = self.state.bitmaps[name].bits
-        assert bits is not None, "transient bitmaps are in memory"
-        return bits
-
-    async def drain(self) -> None:
-        """Nobody writes to it."""
-
-    def resume(self) -> None:
-        """Likewise."""
-
-    def stage(self, state: DiskState) -> None:
-        """Nothing records."""
-
-    def unstage(self) -> None:
-        """Likewise."""
-
-    async def store(self, state: DiskState) -> None:
-        """There is no image; never asked for, because no bitmap is persistent."""
-        raise AssertionError("a scratch image stores nothing")
-
-    def install(self, state: DiskState) -> None:
-        """Put a state in its place."""
-        self.state = state
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -100,6 +61,7 @@ class GraphNode:
         children: Names of the nodes under it.
         read_only: It cannot be exported for writing.
         can_trim: A client may say by TRIM what it is done with.
+        opened: What was opened for it alone, and is closed with it.
     """
 
     name: str
@@ -112,6 +74,7 @@ class GraphNode:
     children: tuple[str, ...] = ()
     read_only: bool = True
     can_trim: bool = False
+    opened: Disk | Qcow2Image | FileNode | None = None
 
 
 class Graph:
@@ -194,23 +157,27 @@ class Graph:
         if name in self._nodes or self._engines_node(name) is not None:
             raise StateError(f"Duplicate nodes with node-name='{name}'")
 
-    def add_file(self, name: str, filename: str) -> None:
-        """Add a file that is to be a scratch image.
+    def add_file(self, name: str, filename: str, *, read_only: bool = False) -> None:
+        """Add a file, which is opened once a node over it needs that.
 
         Raises:
             StateError: The name is taken, or there is no such file.
         """
         if not os.path.exists(filename):
             raise StateError(f"Could not open '{filename}': No such file or directory")
-        self._add(GraphNode(name=name, driver="file", filename=filename))
+        self._add(GraphNode(name=name, driver="file", filename=filename, read_only=read_only))
 
-    def add_raw(self, name: str, file: str) -> None:
-        """Add another name for a node.
+    async def add_raw(self, name: str, file: str, *, read_only: bool = False) -> None:
+        """Add a raw disk over a file, or another name for a node.
 
         Raises:
             StateError: The name is taken, or there is no such node.
+            OSError, ImageError: The file cannot be opened.
         """
         under = self.find(file, file)
+        if under.driver == "file":
+            await self._add_opened(name, "raw", under, read_only=read_only)
+            return
         self._add(
             GraphNode(
                 name=name,
@@ -221,30 +188,90 @@ class Graph:
                 disk=under.disk,
                 snapshot=under.snapshot,
                 children=(file,),
-                read_only=under.read_only,
+                read_only=under.read_only or read_only,
                 can_trim=under.can_trim,
             )
         )
 
-    def add_qcow2(self, name: str, file: str, backing: str | None) -> None:
-        """Add a scratch image.
+    async def add_qcow2(
+        self, name: str, file: str, backing: str | None, *, read_only: bool = False
+    ) -> None:
+        """Add a disk, or a scratch image over a disk.
 
         Raises:
             StateError: The name is taken, there is no such file, or the backing node is no disk.
+            OSError, ImageError: The image cannot be opened.
         """
         under = self.find(file, file)
         if under.driver != "file":
             raise StateError(f"node '{file}' is no file for an image")
-        node = GraphNode(name=name, driver="qcow2", filename=under.filename, children=(file,))
-        if backing is not None:
-            behind = self._find_backing(backing)
-            if behind.disk is None or behind.view is not behind.disk.node:
-                raise StateError(f"backing node '{backing}' is no disk")
-            node.disk = behind.disk
-            node.view = SwitchableView(behind.disk.node)
-            node.bitmaps = (ScratchImage(name, behind.disk), behind.disk)
-            node.children = (file, backing)
-        self._add(node)
+        if backing is None:
+            await self._add_opened(name, "qcow2", under, read_only=read_only)
+            return
+        behind = self._find_backing(backing)
+        if behind.disk is None or behind.view is not behind.disk.node:
+            raise StateError(f"backing node '{backing}' is no disk")
+        self._add(
+            GraphNode(
+                name=name,
+                driver="qcow2",
+                filename=under.filename,
+                view=SwitchableView(behind.disk.node),
+                bitmaps=(ScratchImage(name, behind.disk), behind.disk),
+                disk=behind.disk,
+                children=(file, backing),
+            )
+        )
+
+    async def _add_opened(
+        self, name: str, driver: str, under: GraphNode, *, read_only: bool
+    ) -> None:
+        """Open a file as what the driver says."""
+        self._check_new(name)
+        if under.read_only and not read_only:
+            raise StateError("Block node is read-only")
+        node = GraphNode(name=name, driver=driver, filename=under.filename, children=(under.name,))
+        self._nodes[name] = node
+        try:
+            await self._open(node, read_only=read_only)
+        except BaseException:
+            del self._nodes[name]
+            raise
+
+    async def _open(self, node: GraphNode, *, read_only: bool) -> None:
+        path = Path(node.filename)
+        if not read_only:
+            node.disk = await self._open_disk(node.name, path, is_raw=node.driver == "raw")
+            node.opened, node.view, node.bitmaps = node.disk, node.disk.node, (node.disk,)
+            node.read_only = False
+        elif node.driver == "raw":
+            node.opened = node.view = FileNode.open(path, read_only=True)
+        else:
+            shown = await ReadOnlyImage.open(node.name, path)
+            node.opened, node.view, node.bitmaps = shown.image, shown.image, (shown,)
+
+    async def _open_disk(self, name: str, path: Path, *, is_raw: bool) -> Disk:
+        """Open a disk, and settle what a crash left open on it.
+
+        Raises:
+            StateError: A backup that runs makes a checkpoint that the disk has.
+            OSError, ImageError: The image cannot be opened.
+        """
+        disk = await self._engine.open_disk(name, path, is_exported=False, is_raw=is_raw)
+        try:
+            for snapshot in self._engine.snapshots.values():
+                made = snapshot.checkpoint if snapshot.is_pending else None
+                if made is not None and disk.state.chain.find(made):
+                    raise StateError(
+                        f"'{path}' has a checkpoint '{made}', which backup '{snapshot.name}'"
+                        " makes: commit or abort that first"
+                    )
+            await self._engine.recover()
+        except BaseException:
+            await self._engine.give_up_disk(disk)
+            await disk.close()
+            raise
+        return disk
 
     def _find_backing(self, name: str) -> GraphNode:
         try:
@@ -253,7 +280,13 @@ class Graph:
             raise StateError(f"Could not open backing file: {error}") from None
 
     async def add_copy_before_write(
-        self, name: str, file: str, target: str, limit: tuple[BitmapNode, str] | None
+        self,
+        name: str,
+        file: str,
+        target: str,
+        limit: tuple[BitmapNode, str] | None,
+        on_error: str | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:
         """Take a snapshot of a disk now.
 
@@ -262,6 +295,8 @@ class Graph:
             file: The disk's node.
             target: A scratch image.
             limit: The bitmap that marks what is to be kept; None for all.
+            on_error: What a failure to copy breaks, in QEMU's words; None for the usual.
+            timeout_seconds: A copy that takes longer is a failure, 0: never; None for the usual.
 
         Raises:
             StateError: A name is taken or unknown, or a node is not of the right kind.
@@ -271,10 +306,18 @@ class Graph:
         disk = self.find(file, file).disk
         if disk is None or self.find(file, file).view is not disk.node:
             raise StateError(f"node '{file}' is no disk")
-        if self.find(target, target).driver not in ("file", "raw", "qcow2"):
-            raise StateError(f"node '{target}' is no scratch image")
-        freeze = Freeze(name, [disk], limit=limit)
-        await self._engine.transact([freeze])
+        await self._set_aside(target, disk)
+        failure = disk.copies.failure
+        if on_error is not None:
+            failure = failure._replace(on_error=OnCbwError(on_error))
+        if timeout_seconds is not None:
+            failure = failure._replace(timeout_seconds=timeout_seconds or None)
+        freeze = Freeze(name, [disk], limit=limit, failure=failure)
+        try:
+            await self._engine.transact([freeze])
+        except BaseException:
+            self._take_back(target)
+            raise
         freeze.snapshot.users.add(f"node '{name}'")
         self._nodes[name] = GraphNode(
             name=name,
@@ -287,6 +330,21 @@ class Graph:
             children=(file, target),
             read_only=False,
         )
+
+    async def _set_aside(self, name: str, source: Disk) -> None:
+        """Let a node be a target: if it has been a disk, it counts as one no more.
+
+        Raises:
+            StateError: There is none of that name, or it is used otherwise.
+        """
+        node = self.find(name, name)
+        if node.driver not in ("file", "raw", "qcow2"):
+            raise StateError(f"node '{name}' is no scratch image")
+        if isinstance(node.opened, Disk):
+            is_target = name not in self._engine.disks
+            if node.opened is source or is_target or self._is_used(name):
+                raise StateError(f"Block device {name} is in use")
+            await self._engine.give_up_disk(node.opened)
 
     def add_snapshot_access(self, name: str, file: str, *, unmap: bool) -> None:
         """Show the snapshot that a copy-before-write node keeps.
@@ -343,15 +401,30 @@ class Graph:
             if self._engines_node(name) is not None:
                 raise StateError(f"Node {name} is not owned by the monitor")
             raise StateError(f"Failed to find node with node-name='{name}'")
-        if any(name in each.children for each in self):
+        if self._is_used(name):
             raise StateError(f"Block device {name} is in use")
+        if isinstance(node.opened, Disk):
+            await self._engine.give_up_disk(node.opened)
         del self._nodes[name]
+        if node.opened is not None:
+            await node.opened.close()
         if node.driver == "copy-before-write" and node.snapshot is not None:
             try:
                 await self.end_snapshot(node.snapshot, f"node '{name}'")
             except StateError:
                 self._nodes[name] = node
                 raise
+            self._take_back(node.children[1])
+
+    def _is_used(self, name: str) -> bool:
+        """Whether a node is under another one."""
+        return any(name in each.children for each in self)
+
+    def _take_back(self, target: str) -> None:
+        """Let what was the target of copy-before-write be a disk again, if it was one."""
+        node = self._nodes.get(target)
+        if node is not None and isinstance(node.opened, Disk):
+            self._engine.disks[target] = node.opened
 
     async def end_snapshot(self, snapshot: Snapshot, user: str) -> None:
         """Drop a snapshot on which only ``user`` stands.
@@ -361,14 +434,17 @@ class Graph:
         """
         snapshot.users.discard(user)
         try:
-            await self._engine.drop_snapshot(snapshot.name)
+            await self._engine.drop_snapshot(snapshot.name, is_told=False)
         except StateError:
             snapshot.users.add(user)
             raise
 
     async def close(self) -> None:
-        """Remove all nodes, those above others first."""
+        """Remove all nodes, those above others first; the disks are the engine's to close."""
         while self._nodes:
             used = {child for node in self for child in node.children}
             for name in [name for name in self._nodes if name not in used]:
-                await self.remove(name)
+                if isinstance(self._nodes[name].opened, Disk):
+                    del self._nodes[name]
+                else:
+                    await self.remove(name)

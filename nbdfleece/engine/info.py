@@ -105,7 +105,7 @@ async def disk_info(disk: Disk) -> DiskInfo:
         name=disk.name,
         file=str(disk.image.path),
         size=disk.size,
-        cluster_size=disk.image.cluster_size,
+        cluster_size=disk.cluster_size,
         bitmaps=await bitmap_infos(disk),
         checkpoints=[each.name for each in disk.state.chain.checkpoints],
         chain_problem=disk.chain_problem,

@@ -8,7 +8,7 @@ Life of a job
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class BackupJob:
         auto_finalize: As the client asked for; such a job has nothing to finalize.
         auto_dismiss: It is forgotten once it is concluded.
         status: QEMU's JobStatus.
+        group: The jobs, this one among them, of which all are cancelled if one is.
         snapshot: What it keeps; None before and after.
     """
 
@@ -46,6 +47,7 @@ class BackupJob:
     auto_finalize: bool
     auto_dismiss: bool
     status: str = "created"
+    group: Sequence[BackupJob] = ()
     snapshot: Snapshot | None = None
 
     def show(self) -> None:
@@ -67,11 +69,11 @@ class StartBackup(Action):
 
     def __init__(self, jobs: Jobs, job: BackupJob) -> None:
         self._jobs = jobs
-        self._job = job
+        self.job = job
 
     def nodes(self) -> Iterable[BitmapNode]:
         """The disk."""
-        return (self._job.disk,)
+        return (self.job.disk,)
 
     def apply(self, draft: Draft) -> None:
         """Freeze the disk and show it.
@@ -80,17 +82,17 @@ class StartBackup(Action):
             StateError: The job's name is a snapshot's, or it was started already.
             OSError: The scratch file cannot be made.
         """
-        self._jobs.claim(self._job)
-        self._job.snapshot = draft.freeze(self._job.id, [self._job.disk])
-        self._job.show()
+        self._jobs.claim(self.job)
+        self.job.snapshot = draft.freeze(self.job.id, [self.job.disk])
+        self.job.show()
 
     def committed(self) -> None:
         """It runs."""
-        self._jobs.started(self._job)
+        self._jobs.started(self.job)
 
     def taken_back(self) -> None:
         """It has never been."""
-        self._jobs.unclaim(self._job)
+        self._jobs.unclaim(self.job)
 
 
 class Jobs:
@@ -180,24 +182,36 @@ class Jobs:
             raise NoJobError("Job not found") from None
 
     async def cancel(self, identity: str) -> None:
-        """End a job, and the exports of its target.
+        """End a job, those of its group, and the exports of their targets.
 
         Raises:
             NoJobError: There is none.
-            StateError: It has ended already, or something stands on its snapshot.
+            StateError: It has ended already, or something stands on a snapshot; jobs that were
+                not ended run on.
         """
         job = self.find(identity)
         if job.status != "running" or job.snapshot is None:
             raise StateError(
                 f"Job '{identity}' in state '{job.status}' cannot accept command verb 'cancel'"
             )
-        self._set_status(job, "aborting")
+        ending = [job, *(each for each in job.group if each is not job)]
+        ending = [each for each in ending if each.status == "running"]
+        for each in ending:
+            self._set_status(each, "aborting")
         try:
-            await self._exports.close(job.target.view)
-            await self._graph.end_snapshot(job.snapshot, _user(job))
+            while ending:
+                await self._end(ending[-1])
+                ending.pop()
         except BaseException:
-            self._set_status(job, "running")
+            for each in ending:
+                self._set_status(each, "running")
             raise
+
+    async def _end(self, job: BackupJob) -> None:
+        """End the frozen view of a job, and the job with it."""
+        assert job.snapshot is not None, "it runs"
+        await self._exports.close(job.target.view)
+        await self._graph.end_snapshot(job.snapshot, _user(job))
         job.snapshot = None
         self._event(
             "BLOCK_JOB_CANCELLED",

@@ -171,7 +171,7 @@ class NodeExports:
         for holder in node.bitmaps:
             bitmap = holder.state.bitmaps.get(wanted)
             if bitmap is not None:
-                if bitmap.recording and not writable:
+                if bitmap.recording and not writable and node.disk is not None:
                     raise StateError(f"Enabled bitmap '{wanted}' incompatible with readonly export")
                 return holder, wanted
         raise StateError(f"Bitmap '{wanted}' is not found")
@@ -259,11 +259,9 @@ def _export(node: GraphNode, name: str | None, description: str, writable: bool)
         StateError: The node cannot be read, or not be written, or the name cannot be.
     """
     if node.view is None:
-        raise StateError(
-            f"node '{node.name}' is a scratch image of no disk, and cannot be exported"
-        )
+        raise StateError(f"node '{node.name}' is a mere file: export a raw or qcow2 node over it")
     if writable and node.read_only:
-        raise StateError("Block node is read-only")
+        raise StateError("Cannot export read-only node as writable")
     if name:
         check_name(name, "export")
     contexts: tuple[MetadataContext, ...] = (BaseAllocation(node.view),)

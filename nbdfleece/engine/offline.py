@@ -44,6 +44,7 @@ from ..bitmaps.bitmap import Bitmap
 from ..errors import StateError
 from ..qcow2.bitmap_store import BitmapDescriptor, BitmapStore, RepairReport, StoredBitmap
 from ..qcow2.image import Qcow2Image
+from . import joint
 from .chain import (
     Chain,
     Checkpoint,
@@ -54,6 +55,7 @@ from .chain import (
     pack_chain,
     unpack_chain,
 )
+from .disk import Disk, ScratchOptions
 from .disk_state import DiskBitmap, DiskState
 from .info import CheckpointInfo, LinkInfo
 
@@ -273,6 +275,9 @@ async def change_bitmaps(paths: Sequence[Path], change: PendingChange) -> None:
     """
     async with open_images(paths) as images:
         await settle(images)
+        for each in images:
+            if each.chain.joint is not None:
+                raise StateError(_unsettled(each.path))
         if await _drop_damaged(images, change):
             return
         for each in images:  # what cannot be done on one is done on none
@@ -370,6 +375,34 @@ async def settle_images(paths: Sequence[Path], *, forget: bool = False) -> None:
             await _forget([each for each in images if each.chain.change is not None])
         else:
             await settle(images)
+        is_joint = any(each.chain.joint is not None for each in images)
+    if is_joint:
+        await _settle_joint(paths, forget=forget)
+
+
+async def _settle_joint(paths: Sequence[Path], *, forget: bool) -> None:
+    """Settle a server's transaction over several disks.
+
+    Raises:
+        StateError: It concerns other images too.
+        OSError, ImageError: An image could not be opened or written.
+    """
+    async with AsyncExitStack() as opened:
+        disks: list[Disk] = []
+        for path in paths:
+            disks.append(await Disk.open(str(path), path, ScratchOptions()))
+            opened.push_async_callback(disks[-1].close)
+        await joint.settle(disks, forget=forget)
+        for disk in disks:
+            if disk.state.chain.joint is not None:
+                raise StateError(_unsettled(disk.name))
+
+
+def _unsettled(path: str) -> str:
+    return (
+        f"{path}: a transaction over several disks was interrupted: run"
+        " 'nbdfleece bitmap settle' with all of their images"
+    )
 
 
 async def _drop_damaged(images: list[OfflineImage], change: PendingChange) -> bool:

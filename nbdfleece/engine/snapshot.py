@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.copy_failure import CopyFailure
 from ..block.snapshot_access import SnapshotAccess
 from ..errors import StateError
+from .chain import check_name
 from .disk import Disk, Instant
 
 
@@ -55,9 +57,39 @@ class SnapshotDisk:
     node: SnapshotAccess
     instant: Instant
 
+    async def changes(
+        self, since: Mapping[str, str], between: Mapping[str, tuple[str, str]]
+    ) -> dict[str, Bitmap]:
+        """The changes that an export is to offer, by the names of their bitmaps.
+
+        Args:
+            since: For a checkpoint, the name of what changed from it to the snapshot.
+            between: For a name, the checkpoints from which and to which.
+
+        Raises:
+            StateError: A name is there twice or cannot be, or changes are not known.
+        """
+        names = [*since.values(), *between]
+        if len(set(names)) < len(names):
+            raise StateError("two bitmaps of an export cannot have the same name")
+        for name in names:
+            check_name(name, "bitmap")
+        found = {
+            name: await self.disk.changes_since(checkpoint, self.instant)
+            for checkpoint, name in since.items()
+        }
+        for name, (first, last) in between.items():
+            found[name] = await self.disk.changes_between(first, last)
+        return found
+
 
 def freeze_disk(
-    disk: Disk, release: Release, access: Bitmap | None = None, *, freezing: bool = False
+    disk: Disk,
+    release: Release,
+    access: Bitmap | None = None,
+    failure: CopyFailure | None = None,
+    *,
+    freezing: bool = False,
 ) -> SnapshotDisk:
     """Freeze a view of a disk while its guest's writes are held back.
 
@@ -65,6 +97,7 @@ def freeze_disk(
         disk: The disk.
         release: When ranges of the view are given up.
         access: If given, only what it marks is kept and may be read.
+        failure: When a copy has failed and what that breaks, if not as usual.
         freezing: As for :meth:`Disk.instant`.
 
     Raises:
@@ -73,7 +106,7 @@ def freeze_disk(
     instant = disk.instant(freezing=freezing)
     node = SnapshotAccess(
         disk.copies,
-        disk.copies.add_layer(access),
+        disk.copies.add_layer(access, failure),
         disk.size,
         disk.node.preferred_block_size,
         release_after_read=release is Release.ON_READ,

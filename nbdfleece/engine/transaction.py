@@ -9,11 +9,9 @@ Theory of operation
     states take the place of the old ones, which until then have missed nothing.
 
 All or nothing
-    One image changes by one atomic switch, so a transaction may change the persistent bitmaps
-    of one disk, and beside them anything that goes with the process anyway: transient bitmaps
-    and snapshots of any number of disks. Persistent bitmaps of several disks are refused by
-    name: a kill between two switches would leave a part of it (rule 6). Checkpoints, which
-    record how far they have got, are there for that.
+    One image changes by one atomic switch. Transient bitmaps and snapshots go with the process
+    anyway. Where the persistent bitmaps of several disks change, :mod:`.joint` makes one of the
+    switches of all images (rule 6).
 """
 
 from __future__ import annotations
@@ -25,10 +23,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.copy_failure import CopyFailure
 from ..errors import StateError
 from .chain import check_name
 from .disk import Disk
 from .disk_state import DiskBitmap, DiskState
+from .joint import store_together
 from .snapshot import Release, Snapshot, freeze_disk
 
 
@@ -94,6 +94,10 @@ class Action(ABC):
         """Bitmaps whose bits :meth:`apply` asks for, if there are such."""
         return ()
 
+    def stores(self) -> Iterable[BitmapNode]:
+        """Where persistent bitmaps may change."""
+        return ()
+
     @abstractmethod
     def apply(self, draft: Draft) -> None:
         """Add what the action does to the draft.
@@ -155,6 +159,7 @@ class Draft:
         disks: Sequence[Disk],
         access: Bitmap | None = None,
         release: Release = Release.NEVER,
+        failure: CopyFailure | None = None,
     ) -> Snapshot:
         """Take a snapshot.
 
@@ -163,6 +168,7 @@ class Draft:
             disks: Of what.
             access: If given, only what it marks is kept and may be read.
             release: When ranges of it are given up.
+            failure: When a copy has failed and what that breaks, if not as usual.
 
         Raises:
             StateError: The name is taken.
@@ -173,41 +179,43 @@ class Draft:
         snapshot = Snapshot(name=name, disks={}, release=release)
         self.frozen[name] = snapshot
         for disk in disks:
-            snapshot.disks[disk.name] = freeze_disk(disk, release, access)
+            snapshot.disks[disk.name] = freeze_disk(disk, release, access, failure)
         return snapshot
-
-    def stored_node(self) -> BitmapNode | None:
-        """The node whose image must be written.
-
-        Raises:
-            StateError: There are several.
-        """
-        found = [node for node, state in self._states.values() if _persistent_differ(node, state)]
-        if len(found) > 1:
-            names = ", ".join(f"'{node.name}'" for node in found)
-            raise StateError(
-                f"persistent bitmaps of several disks ({names}) cannot be changed in one"
-                " transaction: a crash could leave a part of it; use checkpoint-create, or one"
-                " transaction per disk"
-            )
-        return found[0] if found else None
 
     def stage(self) -> None:
         """Let guest writes be recorded by the states to come, too."""
         for node, state in self._states.values():
             node.stage(state)
 
-    async def store(self, stored: BitmapNode | None) -> None:
-        """Let the states take their places, the one that is stored first.
+    async def store(self) -> None:
+        """Let the states take their places, those that are stored first.
 
         Raises:
-            OSError, StateError: It could not be stored, and none has taken its place.
+            OSError, StateError: They could not be stored, and none has taken its place.
         """
-        if stored is not None:
-            await stored.store(self.state(stored))
-        for node, state in self._states.values():
-            if node is not stored:
+        stored = self._stored()
+        if len(stored) == 1:
+            await stored[0][0].store(stored[0][1])
+        elif stored:
+            await store_together(stored)
+        ids = {id(disk) for disk, _ in stored}
+        for key, (node, state) in self._states.items():
+            if key not in ids:
                 node.install(state)
+
+    def _stored(self) -> list[tuple[Disk, DiskState]]:
+        """The disks whose images must be written.
+
+        Raises:
+            StateError: It would be the image of a node that is only read.
+        """
+        stored = []
+        for node, state in self._states.values():
+            if _persistent_differ(node, state):
+                if not isinstance(node, Disk):
+                    raise StateError(f"node '{node.name}' is read-only")
+                stored.append((node, state))
+        return stored
 
     async def take_back(self) -> None:
         """Undo what :meth:`stage` and :meth:`freeze` did."""
@@ -233,6 +241,7 @@ class Freeze(Action):
         disks: Of what.
         limit: A node's bitmap that marks what is to be kept and may be read; None for all.
         release: When ranges of it are given up.
+        failure: When a copy has failed and what that breaks, if not as usual.
 
     Attributes:
         snapshot: The snapshot, once it has been taken.
@@ -247,7 +256,9 @@ class Freeze(Action):
         *,
         limit: tuple[BitmapNode, str] | None = None,
         release: Release = Release.NEVER,
+        failure: CopyFailure | None = None,
     ) -> None:
+        self._failure = failure
         self._name = name
         self._disks = disks
         self._limit = limit
@@ -270,7 +281,7 @@ class Freeze(Action):
         """
         check_name(self._name, "snapshot")
         access = None if self._limit is None else _usable_bits(draft, *self._limit)
-        self.snapshot = draft.freeze(self._name, self._disks, access, self._release)
+        self.snapshot = draft.freeze(self._name, self._disks, access, self._release, self._failure)
 
 
 def _usable_bits(draft: Draft, node: BitmapNode, name: str) -> Bitmap:
@@ -293,11 +304,12 @@ async def carry_out(actions: Sequence[Action], snapshots: dict[str, Snapshot]) -
         StateError: An action cannot be done, or not together with the others.
         OSError: An image or the scratch directory cannot be written.
     """
+    await _identify(actions)
     draft = Draft(snapshots, await _load(actions))
     try:
-        stored = await _apply(actions, draft)
+        await _apply(actions, draft)
         snapshots.update(draft.frozen)
-        await draft.store(stored)
+        await draft.store()
     except BaseException:
         for name, snapshot in draft.frozen.items():
             if snapshots.get(name) is snapshot:
@@ -308,6 +320,15 @@ async def carry_out(actions: Sequence[Action], snapshots: dict[str, Snapshot]) -
         raise
     for action in actions:
         action.committed()
+
+
+async def _identify(actions: Sequence[Action]) -> None:
+    """Give disks identities, by which records name them, if several images are to change."""
+    nodes = {id(node): node for action in actions for node in action.stores()}.values()
+    disks = [node for node in nodes if isinstance(node, Disk) and node.can_persist]
+    if len(disks) > 1:
+        for disk in disks:
+            await disk.ensure_identity()
 
 
 async def _load(actions: Sequence[Action]) -> dict[tuple[int, str], Bitmap]:
@@ -321,16 +342,14 @@ async def _load(actions: Sequence[Action]) -> dict[tuple[int, str], Bitmap]:
     return loaded
 
 
-async def _apply(actions: Sequence[Action], draft: Draft) -> BitmapNode | None:
+async def _apply(actions: Sequence[Action], draft: Draft) -> None:
     """Hold guest writes for as long as it takes to apply all actions, without I/O."""
     nodes = {id(node): node for action in actions for node in action.nodes()}.values()
     try:
         await asyncio.gather(*(node.drain() for node in nodes))
         for action in actions:
             action.apply(draft)
-        stored = draft.stored_node()
         draft.stage()
-        return stored
     finally:
         for node in nodes:
             node.resume()

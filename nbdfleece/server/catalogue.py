@@ -21,11 +21,12 @@ class ServedExport(ExportInfo):
     export: Export
 
 
-def describe_export(export: Export, limits: WireLimits) -> ServedExport:
+def describe_export(export: Export, limits: WireLimits, *, is_single: bool = False) -> ServedExport:
     """Say to the wire what an export can do.
 
     All connections to an export share its one block node, and a flush of the node covers all
-    that was written to it: CAN_MULTI_CONN would hold for every export.
+    that was written to it: CAN_MULTI_CONN would hold for every export. With ``is_single``
+    there can be only one connection, so it is not told.
     """
     node = export.node
     read_only = export.read_only or node.read_only
@@ -36,7 +37,7 @@ def describe_export(export: Export, limits: WireLimits) -> ServedExport:
         description=export.description,
         size=export.size,
         read_only=read_only,
-        can_multi_conn=export.can_multi_conn,
+        can_multi_conn=export.can_multi_conn and not is_single,
         can_trim=export.can_trim,
         can_write_zeroes=not read_only,
         can_fast_zero=not read_only,
@@ -54,15 +55,19 @@ def describe_export(export: Export, limits: WireLimits) -> ServedExport:
 class Catalogue:
     """An :class:`ExportTable` as negotiation asks for it; every answer is worked out anew."""
 
-    def __init__(self, table: ExportTable, limits: WireLimits) -> None:
+    def __init__(self, table: ExportTable, limits: WireLimits, *, is_single: bool = False) -> None:
         self._table = table
         self._limits = limits
+        self._is_single = is_single
+
+    def _describe(self, export: Export) -> ServedExport:
+        return describe_export(export, self._limits, is_single=self._is_single)
 
     def exports(self) -> Iterable[ExportInfo]:
         """The exports in the table's order."""
-        return [describe_export(export, self._limits) for export in self._table]
+        return [self._describe(export) for export in self._table]
 
     def find(self, name: str) -> ExportInfo | None:
         """The export that a client means by ``name``."""
         export = self._table.find(name)
-        return None if export is None else describe_export(export, self._limits)
+        return None if export is None else self._describe(export)

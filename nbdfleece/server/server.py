@@ -72,7 +72,8 @@ class NbdServer:
         self.exports = exports
         self.limits = limits or Limits()
         self.pool = BufferPool(self.limits.idle_buffer_bytes_max)
-        self.catalogue = Catalogue(exports, self.limits.wire)
+        is_single = self.limits.connections_max == 1
+        self.catalogue = Catalogue(exports, self.limits.wire, is_single=is_single)
         self.tls_mode = tls.mode if tls is not None else TlsMode.NOTLS
         self._tls = tls
         self._authorization = authorization or Authorization()

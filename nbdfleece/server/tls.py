@@ -102,6 +102,22 @@ class Authorization:
         return [client for clients in found for client in clients] if found else self.otherwise
 
 
+@dataclass(frozen=True, slots=True)
+class AllOf:
+    """Lets those in whom all of several let in.
+
+    Attributes:
+        rules: The several.
+    """
+
+    rules: Sequence[Authorizer]
+
+    def refusal(self, export: str, identity: str | None) -> str | None:
+        """Why a client may not have an export, or None if it may."""
+        refusals = (rule.refusal(export, identity) for rule in self.rules)
+        return next((refusal for refusal in refusals if refusal is not None), None)
+
+
 class Credentials:
     """What the server shows of itself and asks of clients; made by the functions below.
 

@@ -127,7 +127,7 @@ def in_certificate_order(identity: str) -> str:
 
 
 class Objects:
-    """The objects of a command line by their ids."""
+    """The objects of a server by their ids."""
 
     def __init__(self) -> None:
         self._objects: dict[str, TlsObject | ObjectAuthorizer] = {}
@@ -139,20 +139,40 @@ class Objects:
             UsageError: It cannot be meant, is of a type that is not supported, or its id is
                 taken.
         """
-        options = _parse(text)
+        self._define(_parse(text), f"--object {text}")
+
+    def add_values(self, values: dict[str, Any]) -> None:
+        """Define an object by its properties, ``qom-type`` and ``id`` among them.
+
+        Raises:
+            UsageError: As of :meth:`add`, or its credentials cannot be read.
+        """
+        self._define(Options(values), f"object '{values.get('id')}'")
+
+    def _define(self, options: Options, where: str) -> None:
         kind = options.take_text("qom-type") or ""
         name = options.take_text("id")
         if name is None:
-            raise UsageError(f"--object {text}: 'id' is missing")
+            raise UsageError(f"{where}: 'id' is missing")
         if name in self._objects:
-            raise UsageError(f"--object {text}: there is an object '{name}' already")
+            raise UsageError(f"{where}: there is an object '{name}' already")
         make = _MAKERS.get(kind)
         if make is None:
             raise UsageError(
                 f"objects of type '{kind}' are not supported; these are: {', '.join(_MAKERS)}"
             )
-        self._objects[name] = make(options)
+        made = make(options)
         options.finish(kind)
+        self._objects[name] = made
+
+    def remove(self, name: str) -> None:
+        """Forget an object; servers that were started with it keep it.
+
+        Raises:
+            UsageError: There is none.
+        """
+        if self._objects.pop(name, None) is None:
+            raise UsageError(f"object '{name}' not found")
 
     def tls(self, name: str, endpoint: Endpoint) -> TlsObject:
         """Credentials by their id.

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import pytest
 
 from nbdfleece.bitmaps.bitmap import Bitmap
-from nbdfleece.block.copy_before_write import CopyBeforeWrite, Layer, OnCbwError
+from nbdfleece.block.copy_before_write import CopyBeforeWrite
+from nbdfleece.block.copy_failure import CopyFailure, OnCbwError
 from nbdfleece.block.guest import GuestNode
+from nbdfleece.block.layer import Layer
 from nbdfleece.block.node import BlockStatus, allocation_flags
 from nbdfleece.block.snapshot_access import SnapshotAccess
 from nbdfleece.errors import SnapshotError
@@ -30,8 +32,14 @@ class Setup(NamedTuple):
     copies: CopyBeforeWrite
     guest: GuestNode
 
-    def snapshot(self, access: Bitmap | None = None, *, read_once: bool = False) -> SnapshotAccess:
-        layer = self.copies.add_layer(access)
+    def snapshot(
+        self,
+        access: Bitmap | None = None,
+        failure: CopyFailure | None = None,
+        *,
+        read_once: bool = False,
+    ) -> SnapshotAccess:
+        layer = self.copies.add_layer(access, failure)
         return SnapshotAccess(
             self.copies, layer, self.disk.size, 4096, release_after_read=read_once
         )
@@ -51,6 +59,9 @@ async def read(node: SnapshotAccess, offset: int, length: int) -> bytes:
 
 async def write(guest: GuestNode, offset: int, data: bytes) -> None:
     await guest.write(offset, memoryview(data))
+
+
+GUARDED = CopyFailure(OnCbwError.BREAK_GUEST_WRITE)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -316,6 +327,26 @@ async def test_full_scratch_breaks_the_snapshot_not_the_guest(tmp_path: Path) ->
         await snapshot.close()
 
 
+async def test_failing_scratch_disk_breaks_the_snapshot_not_the_guest(tmp_path: Path) -> None:
+    """Rule 5, with a file that every write to fails."""
+    setup = set_up(tmp_path, b"x" * (2 * CLUSTER))
+    snapshot = setup.snapshot()
+    await write(setup.guest, 0, b"y" * 4096)
+    assert snapshot.error is None
+    scratch = setup.copies._scratch
+    assert scratch is not None
+    full = os.open("/dev/full", os.O_RDWR)
+    os.dup2(full, scratch._file.fileno())
+    os.close(full)
+    await write(setup.guest, 4096, b"y" * 4096)
+    await write(setup.guest, CLUSTER, b"y" * CLUSTER)
+    assert "No space left" in (snapshot.error or "")
+    assert setup.disk.content[4096:8192] == b"y" * 4096
+    with pytest.raises(SnapshotError, match="No space left"):
+        await read(snapshot, 0, 1)
+    await snapshot.close()
+
+
 async def test_only_snapshots_that_need_the_copy_break(tmp_path: Path) -> None:
     setup = set_up(tmp_path, b"x" * (2 * CLUSTER), quota=CLUSTER)
     access = Bitmap(2 * CLUSTER, CLUSTER)
@@ -331,7 +362,7 @@ async def test_only_snapshots_that_need_the_copy_break(tmp_path: Path) -> None:
 
 
 async def test_break_guest_write_fails_the_write_and_keeps_the_snapshot(tmp_path: Path) -> None:
-    setup = set_up(tmp_path, b"x" * CLUSTER, quota=4096, on_error=OnCbwError.BREAK_GUEST_WRITE)
+    setup = set_up(tmp_path, b"x" * CLUSTER, quota=4096, failure=GUARDED)
     snapshot = setup.snapshot()
     with pytest.raises(OSError, match="quota") as caught:
         await write(setup.guest, 0, b"y" * CLUSTER)
@@ -362,7 +393,7 @@ async def test_copy_that_takes_too_long_breaks_the_snapshot_and_is_not_kept(
     tmp_path: Path,
 ) -> None:
     """What arrives late is older than the guest's write: a later snapshot must not get it."""
-    setup = set_up(tmp_path, b"x" * CLUSTER, timeout_seconds=0.001)
+    setup = set_up(tmp_path, b"x" * CLUSTER, failure=CopyFailure(timeout_seconds=0.001))
     first = setup.snapshot()
     held = asyncio.get_running_loop().create_future()
     setup.disk.pause = lambda operation: held if operation == "read" else None
@@ -378,6 +409,57 @@ async def test_copy_that_takes_too_long_breaks_the_snapshot_and_is_not_kept(
     assert await read(second, 0, 4096) == b"y" * 4096
     assert setup.copies.scratch_bytes == 4096
     await second.close()
+
+
+async def test_snapshot_may_have_its_own_choice_of_what_breaks(tmp_path: Path) -> None:
+    """As long as one wants the guest's write to fail, none breaks; then all that need it do."""
+    setup = set_up(tmp_path, b"x" * CLUSTER, quota=4096)
+    usual, guarded = setup.snapshot(), setup.snapshot(None, GUARDED)
+    with pytest.raises(OSError, match="quota"):
+        await write(setup.guest, 0, b"y" * CLUSTER)
+    assert usual.error is None
+    assert await read(usual, 0, CLUSTER) == b"x" * CLUSTER
+    await guarded.close()
+    await write(setup.guest, 0, b"y" * CLUSTER)
+    assert "quota" in (usual.error or "")
+    await usual.close()
+
+
+async def test_timeout_breaks_only_the_snapshot_whose_it_is(tmp_path: Path) -> None:
+    """The guest's write waits for a copy that a more patient snapshot still needs."""
+    broken = asyncio.Event()
+    setup = set_up(tmp_path, b"x" * CLUSTER, on_broken=lambda layer: broken.set())
+    patient = setup.snapshot()
+    hasty = setup.snapshot(None, CopyFailure(timeout_seconds=0.001))
+    held = asyncio.get_running_loop().create_future()
+    setup.disk.pause = lambda operation: held if operation == "read" else None
+    writing = asyncio.ensure_future(write(setup.guest, 0, b"y" * 4096))
+    await broken.wait()
+    assert "too long" in (hasty.error or "")
+    assert not writing.done()
+    setup.disk.pause = lambda operation: None
+    held.set_result(None)
+    await writing
+    assert await read(patient, 0, CLUSTER) == b"x" * CLUSTER
+    await hasty.close()
+    assert await read(patient, 0, CLUSTER) == b"x" * CLUSTER
+    await patient.close()
+
+
+async def test_timeout_of_one_that_guards_itself_fails_the_write(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * CLUSTER)
+    patient = setup.snapshot()
+    strict = CopyFailure(OnCbwError.BREAK_GUEST_WRITE, 0.001)
+    guarded = setup.snapshot(None, strict)
+    held = asyncio.get_running_loop().create_future()
+    setup.disk.pause = lambda operation: held if operation == "read" else None
+    with pytest.raises(OSError, match="too long"):
+        await write(setup.guest, 0, b"y" * 4096)
+    setup.disk.pause = lambda operation: None
+    held.set_result(None)
+    for snapshot in (patient, guarded):
+        assert await read(snapshot, 0, CLUSTER) == b"x" * CLUSTER
+        await snapshot.close()
 
 
 # What a snapshot shows

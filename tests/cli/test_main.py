@@ -102,3 +102,22 @@ def test_completion_prints_a_script(run: Run, shell: str) -> None:
     outcome = run("completion", shell)
     assert outcome.status == 0
     assert "_NBDFLEECE_COMPLETE" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("nbdfleece ba", "backup"),
+        ("nbdfleece backup be", "begin"),
+        ("nbdfleece map --js", "--json"),
+    ],
+)
+def test_shell_completes_commands_and_options(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: str, found: str
+) -> None:
+    """What the script asks for when somebody presses the tab key."""
+    monkeypatch.setenv("_NBDFLEECE_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    outcome = run()
+    assert (outcome.status, outcome.output) == (0, f"plain,{found}\n")

@@ -166,7 +166,7 @@ async def test_scratch_file_and_frozen_nodes_cannot_be_exported_for_writing(
 ) -> None:
     await qmp.execute("snapshot-create", {"name": "s"})
     refused = await reply(qmp, *export(node="s/vda", name="n", writable=True))
-    assert refused == ("GenericError", "Block node is read-only")
+    assert refused == ("GenericError", "Cannot export read-only node as writable")
     assert await reply(qmp, *export(node="s/vda", name="n")) == {}
     refused = await reply(qmp, "snapshot-delete", {"name": "s"})
     assert refused == ("GenericError", "export 'e' stands on snapshot 's'")

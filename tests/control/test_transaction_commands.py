@@ -107,17 +107,25 @@ async def test_change_of_bitmaps_has_one_instant_on_all_disks(
     assert set(daemon.engine.snapshot("s").disks) == {"vda", "vdb"}
 
 
-async def test_persistent_bitmaps_of_two_disks_are_refused_by_name(
+async def test_persistent_bitmaps_of_two_disks_change_together(
     qmp: QMPClient, daemon: Daemon
 ) -> None:
-    """Rule 6: two images are two switches, and a kill may come between them."""
-    with pytest.raises(ExecuteError, match=r"persistent bitmaps of several disks .'vda', 'vdb'."):
-        await qmp.execute(
-            *transaction(add("vda", "b", persistent=True), add("vdb", "b", persistent=True))
+    both = ("vda", "vdb")
+    await qmp.execute(*transaction(*(add(disk, "old", persistent=True) for disk in both)))
+    for disk in both:
+        await write(daemon, disk, 0)
+    await qmp.execute(
+        *transaction(
+            *(add(disk, "new", persistent=True) for disk in both),
+            *(action("block-dirty-bitmap-disable", node=disk, name="old") for disk in both),
         )
-    for disk in daemon.engine.disks.values():
-        assert disk.state.bitmaps == {}
-        assert disk.node.recording == ()
+    )
+    for disk in both:
+        await write(daemon, disk, GRANULE)
+        assert await dirty(daemon, disk, "old") == [(0, GRANULE)]
+        assert await dirty(daemon, disk, "new") == [(GRANULE, GRANULE)]
+        found = await bitmaps_of(qmp, disk)
+        assert [each["name"] for each in found] == ["new", "old"]
 
 
 async def test_failing_image_leaves_everything_as_it_was(

@@ -200,6 +200,31 @@ async def test_prune_by_count_age_and_owner(
     await engine.close()
 
 
+async def test_owners_prune_their_own_and_take_nothing_from_the_others(
+    tmp_path: Path, images: list[Path]
+) -> None:
+    """What the checkpoints of one mark goes to those of the other."""
+    engine = await open_engine(tmp_path, images[0])
+    expected: dict[str, set[int]] = {}
+    for cluster, owner in enumerate(["week", "night", "night", "week", "night", "night"]):
+        name = f"{owner}-{cluster}"
+        await engine.create_checkpoint(name, owner=owner)
+        await write(engine, "vda", cluster * CLUSTER, b"x")
+        expected[name] = set()
+        for changed in expected.values():
+            changed.add(cluster)
+    assert await engine.prune_checkpoints(keep=1, owner="night") == [
+        "night-1",
+        "night-2",
+        "night-4",
+    ]
+    for name in ("week-0", "week-3", "night-5"):
+        (part,) = await engine.begin_backup("look", since=name)
+        assert await dirty_clusters(engine, part.export, name) == expected[name]
+        await engine.abort_backup("look")
+    await engine.close()
+
+
 async def test_disk_without_the_checkpoint_is_read_in_full_with_the_reason(
     tmp_path: Path, images: list[Path]
 ) -> None:

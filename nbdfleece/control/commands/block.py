@@ -77,7 +77,9 @@ class QueryNamedBlockNodes(Command):
     async def run(self, server: Controlled) -> list[dict[str, Any]]:
         """Carry it out."""
         engine = server.engine
-        nodes = [await _disk_node(disk) for disk in engine.disks.values()]
+        added = {node.name for node in server.graph}
+        disks = [disk for disk in engine.disks.values() if disk.name not in added]
+        nodes = [await _disk_node(disk) for disk in disks]
         for snapshot in engine.snapshots.values():
             nodes += [_snapshot_node(snapshot, disk) for disk in snapshot.disks]
         return nodes + [await _added_node(node) for node in server.graph]
@@ -119,9 +121,9 @@ async def _disk_node(disk: Disk) -> dict[str, Any]:
     info = await disk_info(disk)
     image = {
         "filename": info.file,
-        "format": "qcow2",
+        "format": disk.format,
         "virtual-size": info.size,
-        "actual-size": os.stat(info.file).st_blocks * _STAT_BLOCK_BYTES,
+        "actual-size": _file_sizes(info.file)[1],
         "cluster-size": info.cluster_size,
         "dirty-flag": False,
     }
@@ -129,7 +131,7 @@ async def _disk_node(disk: Disk) -> dict[str, Any]:
         **_UNUSED,
         "detect_zeroes": disk.policy.detect_zeroes.value,
         "node-name": disk.name,
-        "drv": "qcow2",
+        "drv": disk.format,
         "ro": False,
         "file": info.file,
         "image": image,
@@ -139,7 +141,9 @@ async def _disk_node(disk: Disk) -> dict[str, Any]:
 
 async def _added_node(node: GraphNode) -> dict[str, Any]:
     """BlockDeviceInfo of a node that was added."""
-    size = os.stat(node.filename).st_size if node.view is None else node.view.size
+    if isinstance(node.opened, Disk):
+        return await _disk_node(node.opened)
+    size = _file_sizes(node.filename)[0] if node.view is None else node.view.size
     found: dict[str, Any] = {
         **_UNUSED,
         "node-name": node.name,
@@ -151,6 +155,15 @@ async def _added_node(node: GraphNode) -> dict[str, Any]:
     if node.bitmaps and (bitmaps := await bitmap_infos(node.bitmaps[0])):
         found["dirty-bitmaps"] = [_dirty_bitmap(bitmap) for bitmap in bitmaps]
     return found
+
+
+def _file_sizes(path: str) -> tuple[int, int]:
+    """Bytes of a file, and those that it takes; zeroes if nothing has that name any more."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_size, found.st_blocks * _STAT_BLOCK_BYTES
 
 
 def _dirty_bitmap(bitmap: BitmapInfo) -> dict[str, Any]:

@@ -10,7 +10,7 @@ Spec: QEMU qapi/block-core.json.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -25,7 +25,7 @@ Driver = Literal["file", "raw", "qcow2", "copy-before-write", "snapshot-access"]
 
 _COMMON: Final = {"driver", "node_name"}
 _ABOUT_FILES: Final = {"read_only", "auto_read_only", "discard", "cache", "detect_zeroes"}
-"""What QEMU can be told of a file; ours are not opened."""
+"""What QEMU can be told of a file or an image; only ``read-only`` changes anything here."""
 
 _OPTIONS: Final[dict[str, set[str]]] = {
     "file": _COMMON | _ABOUT_FILES | {"filename", "aio", "locking"},
@@ -46,11 +46,12 @@ _REQUIRED: Final = {
 class BlockdevAdd(Command):
     """Add a node.
 
-    ``file`` and ``qcow2`` are scratch images, the second with a disk as ``backing`` for a
-    backup job. ``raw`` is another name for a node. ``copy-before-write`` freezes the disk
-    ``file`` at once, since the guest's node is above it already; ``on-cbw-error`` and
-    ``cbw-timeout`` are the server's and can only be confirmed. ``snapshot-access`` shows what
-    it keeps; with ``discard`` = ``unmap`` TRIM gives ranges up.
+    ``qcow2`` and ``raw`` over a ``file`` open a new disk, which blockdev-del closes; export it
+    to have it written to. With ``read-only`` it is only shown. ``qcow2`` with a disk as
+    ``backing`` is a scratch image for a backup job. ``raw`` over another node is one more name
+    for that. ``copy-before-write`` freezes the disk ``file`` at once, since the guest's node is
+    above it already; ``on-cbw-error`` and ``cbw-timeout`` are the server's if they are left out.
+    ``snapshot-access`` shows what it keeps; with ``discard`` = ``unmap`` TRIM gives ranges up.
     """
 
     driver: Driver
@@ -61,7 +62,7 @@ class BlockdevAdd(Command):
     target: str | None = None
     bitmap: BitmapReference | None = None
     on_cbw_error: Literal["break-snapshot", "break-guest-write"] | None = None
-    cbw_timeout: int | None = None
+    cbw_timeout: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] | None = None
     discard: Literal["ignore", "unmap"] | None = None
     read_only: bool | None = None
     auto_read_only: bool | None = None
@@ -73,13 +74,13 @@ class BlockdevAdd(Command):
     async def run(self, server: Controlled) -> None:
         """Carry it out."""
         self._check_options()
-        graph, file = server.graph, self.file or ""
+        graph, file, read_only = server.graph, self.file or "", bool(self.read_only)
         if self.driver == "file":
-            graph.add_file(self.node_name, self.filename or "")
+            graph.add_file(self.node_name, self.filename or "", read_only=read_only)
         elif self.driver == "raw":
-            graph.add_raw(self.node_name, file)
+            await graph.add_raw(self.node_name, file, read_only=read_only)
         elif self.driver == "qcow2":
-            graph.add_qcow2(self.node_name, file, self.backing)
+            await graph.add_qcow2(self.node_name, file, self.backing, read_only=read_only)
         elif self.driver == "snapshot-access":
             graph.add_snapshot_access(self.node_name, file, unmap=self.discard == "unmap")
         else:
@@ -97,22 +98,12 @@ class BlockdevAdd(Command):
                 raise QmpError(f"Parameter '{name}' is missing")
 
     async def _add_copy_before_write(self, server: Controlled, file: str) -> None:
-        scratch = server.scratch
-        timeout = 0 if scratch.timeout_seconds is None else scratch.timeout_seconds
-        if self.on_cbw_error not in (None, scratch.on_error.value):
-            raise QmpError(
-                f"on-cbw-error is '{scratch.on_error.value}' for all snapshots of this server:"
-                " it is an option of its start"
-            )
-        if self.cbw_timeout not in (None, timeout):
-            raise QmpError(
-                f"cbw-timeout is {timeout:g} for all snapshots of this server:"
-                " it is an option of its start"
-            )
         limit = None
         if self.bitmap is not None:
             limit = find_node(server, self.bitmap.node), self.bitmap.name
-        await server.graph.add_copy_before_write(self.node_name, file, self.target or "", limit)
+        await server.graph.add_copy_before_write(
+            self.node_name, file, self.target or "", limit, self.on_cbw_error, self.cbw_timeout
+        )
 
 
 class BlockdevDel(Command):
@@ -124,6 +115,9 @@ class BlockdevDel(Command):
         """Carry it out."""
         if server.node_exports.are_on(self.node_name) or server.jobs.are_on(self.node_name):
             raise QmpError(f"Node {self.node_name} is in use")
+        for overlay in server.overlays:
+            if overlay.disk.name == self.node_name:
+                raise QmpError(f"{overlay.title} stands on node {self.node_name}")
         await server.graph.remove(self.node_name)
 
 

@@ -9,7 +9,7 @@ Spec: QEMU qapi/block-export.json.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -62,14 +62,24 @@ class LegacyVsock(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", 
 class NbdServerStart(Command):
     """Listen for NBD clients at one more place: ``unix``, ``inet`` or ``vsock``.
 
-    TLS, its authorization and limits are those that the server was started with.
+    ``tls-creds`` and ``tls-authz`` are objects of object-add; without them TLS and its
+    authorization are those that the server was started with, which hold for its exports in any
+    case. Above ``max-connections`` (0: the server's limit) clients wait.
     """
 
     addr: LegacyUnix | LegacyInet | LegacyVsock
+    tls_creds: str | None = None
+    tls_authz: str | None = None
+    max_connections: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
 
     async def run(self, server: Controlled) -> None:
         """Carry it out."""
-        server.start_listening(_uri(self.addr))
+        server.start_listening(
+            _uri(self.addr),
+            credentials=self.tls_creds,
+            authorization=self.tls_authz,
+            connections_max=self.max_connections or None,
+        )
 
 
 class NbdServerStop(Command):

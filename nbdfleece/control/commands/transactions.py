@@ -5,10 +5,12 @@ Spec: QEMU qapi/transaction.json.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 import msgspec
 
+from ...engine.jobs import StartBackup
 from ...engine.snapshot import Release
 from ...engine.transaction import Action, Draft, Freeze
 from ...errors import StateError
@@ -18,6 +20,7 @@ from ..drafts import final_form
 from ..errors import QmpError
 from ..registry import fill
 from .disks import find_disk
+from .graph import BlockdevBackup
 
 
 class TransactionProperties(msgspec.Struct, forbid_unknown_fields=True, rename="kebab"):
@@ -66,8 +69,7 @@ class Transaction(Command):
 
     Actions are ``block-dirty-bitmap-add``, ``-remove``, ``-clear``, ``-enable``, ``-disable``,
     ``-merge``, ``blockdev-backup``, ``snapshot-create`` (without a checkpoint) and ``abort``.
-    Persistent bitmaps can be changed on one disk in a transaction: on several it could not be
-    all or nothing across a crash. Use checkpoint-create there.
+    With ``completion-mode`` = ``grouped``, for backup jobs only, all are cancelled if one is.
     """
 
     actions: list[dict[str, Any]]
@@ -78,13 +80,23 @@ class Transaction(Command):
         commands = [
             _build(server, f"actions[{index}].", given) for index, given in enumerate(self.actions)
         ]
-        if self.properties is not None and self.properties.completion_mode == "grouped":
-            for given in self.actions:
+        is_grouped = self.properties is not None and self.properties.completion_mode == "grouped"
+        if is_grouped:
+            self._check_grouped(commands)
+        actions = [command.action(server) for command in commands]
+        if is_grouped:
+            jobs = [action.job for action in actions if isinstance(action, StartBackup)]
+            for job in jobs:
+                job.group = jobs
+        await server.engine.transact(actions)
+
+    def _check_grouped(self, commands: Sequence[Command]) -> None:
+        for given, command in zip(self.actions, commands, strict=True):
+            if not isinstance(command, BlockdevBackup | Abort):
                 raise QmpError(
                     f"Action '{given['type']}' does not support Transaction property"
                     " completion-mode = grouped"
                 )
-        await server.engine.transact([command.action(server) for command in commands])
 
 
 _ACTIONS: Final[dict[str, type[ActionCommand]]] = {
