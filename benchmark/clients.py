@@ -74,8 +74,9 @@ class Fio:
         argv.append(f"--exec_prerun=touch {self._started}")
         self._argv = argv
         self._process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            cwd=place.memory,  # it leaves a file of exec_prerun's output there
+        )  # fmt: skip
 
     def wait_until_running(self) -> None:
         """Wait until it has begun to send requests, or nearly."""
