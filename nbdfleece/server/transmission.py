@@ -25,9 +25,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final, Protocol
 
-import numpy as np
-
-from ..block.node import BlockNode, BlockStatus
+from ..block.node import BlockNode
 from ..errors import SnapshotError
 from ..extents import Extents
 from ..nbd.constants import Command, CommandFlag, Error
@@ -41,6 +39,7 @@ from .eager import start
 from .inbox import IN_PLACE_BYTES_MAX, Inbox
 from .limits import Limits
 from .outbox import Outbox
+from .pieces import find_holes, halve
 from .statistics import Statistics
 
 BAD_BLOCKS_MAX: Final = 16
@@ -48,9 +47,6 @@ BAD_BLOCKS_MAX: Final = 16
 
 SPARSE_BYTES_MIN: Final = 32 << 10
 """Parts of a READ that are smaller are never sent as holes: to ask where they are costs more."""
-
-_PIECES_MAX: Final = 32
-"""Pieces of data and holes that a part of a READ is cut into; "as few chunks as possible"."""
 
 ZERO_COPY_BYTES_MIN: Final = 32 << 10
 """A READ of at least this size is sent from where it lies, if that holds still (rule 1): below,
@@ -67,7 +63,6 @@ _REQUEST_COST: Final = 4096
 
 _NO_PAYLOAD: Final = memoryview(b"")
 _ZEROES: Final = bytes(16)
-_ZERO: Final = np.uint32(BlockStatus.ZERO)
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
 _DISC: Final = int(Command.DISC)
@@ -225,6 +220,8 @@ class Transmission:
         if request[2] == _READ and not self._extended:
             self._begin(request)
             return request[5]
+        if request[2] == _WRITE and not request[1] and self._write_at_once(request, inbox):
+            return request[5]
         return self._handle_uncommon(request, inbox)
 
     def _handle_uncommon(self, request: Request, inbox: Inbox) -> int | None:
@@ -298,6 +295,8 @@ class Transmission:
             self._check(request)
         except RequestError as error:
             self._refuse(request, error)
+            return
+        if request[2] == _READ and request[5] < SPARSE_BYTES_MIN and self._read_at_once(request):
             return
         task = start(self._handlers[request[2]](request, _NO_PAYLOAD))
         if task is not None:
@@ -386,6 +385,26 @@ class Transmission:
                     return
         await self._read_in_chunks(request)
 
+    def _read_at_once(self, request: Request) -> bool:
+        """Answer a small READ whose data are at hand; whether it was one."""
+        offset, length = request[4], request[5]
+        outbox = self._outbox
+        header = self._replies.data(request, offset, length, done=True)
+        buffer, begin = outbox.reserve(len(header) + length)
+        data = begin + len(header)
+        end = data + length
+        try:
+            is_read = self._node.read_at_once(offset, buffer.view[data:end])
+        except OSError:  # told when it is read again
+            is_read = False
+        if not is_read:
+            outbox.discard(buffer)
+            return False
+        buffer.view[begin:data] = header
+        outbox.commit(buffer, begin, end)
+        self.statistics.read_bytes += length
+        return True
+
     async def _send_data(self, request: Request, offset: int, length: int, done: bool) -> None:
         """Read into a place in the outbox and queue it as one chunk, or as a simple reply."""
         outbox = self._outbox
@@ -425,7 +444,7 @@ class Transmission:
     ) -> None:
         """Queue data that was read as chunks of data and of holes."""
         position = 0
-        for length, is_zero in await self._find_holes(offset, len(data)):
+        for length, is_zero in await find_holes(self._node, offset, len(data)):
             end = position + length
             place, last = offset + position, done and end == len(data)
             if is_zero:
@@ -434,18 +453,6 @@ class Transmission:
                 header = self._replies.data(request, place, length, done=last)
                 self._outbox.put(header + data[position:end])
             position = end
-
-    async def _find_holes(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """Cut a range into pieces that read as zeroes and others, if these are few."""
-        try:
-            found = await self._node.block_status(offset, length, extents_max=_PIECES_MAX)
-        except OSError:  # the data is here: where its holes are need not be known
-            return [(length, False)]
-        pieces = found.with_status(found.status & _ZERO).clipped(length).pairs()
-        left = length - sum(piece for piece, _ in pieces)
-        if left:
-            pieces.append((left, 0))
-        return [(piece, bool(zero)) for piece, zero in pieces]
 
     async def _read_in_chunks(self, request: Request) -> None:
         """Answer a READ that is large, or a part of which cannot be read.
@@ -464,7 +471,7 @@ class Transmission:
             try:
                 await self._send_data(request, begin, end - begin, done)
             except OSError as error:
-                halves = _halve(begin, end, self._node.preferred_block_size)
+                halves = halve(begin, end, self._node.preferred_block_size)
                 if not halves:
                     bad_blocks += 1
                     self._tell_bad_block(request, begin, error)
@@ -516,6 +523,26 @@ class Transmission:
             self.statistics.written_bytes += len(payload)
             self._succeed(request)
 
+    def _write_at_once(self, request: Request, inbox: Inbox) -> bool:
+        """Carry out a WRITE that is here whole and need not wait; whether it was one."""
+        begin = inbox.start
+        end = begin + request[5]
+        if end > inbox.end:
+            return False
+        try:
+            self._check(request)
+            if not self._node.write_at_once(request[4], inbox.view[begin:end]):
+                return False
+        except RequestError:  # told when the payload is thrown away
+            return False
+        except Exception as error:
+            self._fail(request, error)
+        else:
+            self.statistics.written_bytes += end - begin
+            self._succeed(request)
+        inbox.start = end
+        return True
+
     async def _flush(self, request: Request, payload: memoryview) -> None:
         await self._node.flush()
 
@@ -559,11 +586,3 @@ class Transmission:
 
 def _refuse_all(request: Request) -> None:
     raise RequestError(Error.ESHUTDOWN, "the server is shutting down")
-
-
-def _halve(begin: int, end: int, block_size: int) -> list[tuple[int, int]]:
-    """Both halves of a range, the first one last, cut at a block; nothing if it is one block."""
-    if end - begin <= block_size:
-        return []
-    middle = max((begin + end) // 2 // block_size, begin // block_size + 1) * block_size
-    return [(middle, end), (begin, middle)]
