@@ -108,6 +108,7 @@ class Transmission:
     Attributes:
         needed: Bytes that the next message takes, as far as is known.
         disconnected: The client has sent DISC.
+        is_bulk: The client has lately had enough requests, or large enough ones, for a whole turn.
         requests_in_flight: Requests that wait for something.
         bytes_in_flight: Their payload, either way.
     """
@@ -117,6 +118,7 @@ class Transmission:
         self.export = negotiated.export.export
         self.statistics = Statistics()
         self.disconnected = False
+        self.is_bulk = False
         self.requests_in_flight = 0
         self.bytes_in_flight = 0
         self._host = host
@@ -178,12 +180,14 @@ class Transmission:
             ProtocolError: The stream is out of step: drop the connection.
         """
         outbox = self._outbox
-        turn_left = self._limits.wake_up_bytes_max
+        turn_left = turn_bytes = self._limits.wake_up_bytes_max
         flush_bytes = self._limits.flush_bytes
         is_open = self.is_open
         while is_open and turn_left > 0:
             length = self._handle_next(inbox)
             if length is None:
+                if turn_left < turn_bytes:
+                    self.is_bulk = False
                 return self.disconnected
             turn_left -= length + _REQUEST_COST
             if outbox.queued_bytes >= flush_bytes:
@@ -193,6 +197,7 @@ class Transmission:
                 is_open = self.is_open
         if not is_open:
             self._host.log_pause(self._describe_pause())
+        self.is_bulk = True
         return True
 
     def _describe_pause(self) -> str:
