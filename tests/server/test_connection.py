@@ -122,7 +122,7 @@ async def test_busy_client_does_not_starve_another(serve: Serve) -> None:
 
 async def test_request_waits_for_one_turn_of_others_however_many_they_are(serve: Serve) -> None:
     """Rule 5: clients that stream share one turn between two looks at the sockets."""
-    limits = Limits(wake_up_bytes_max=64 * KIB, queued_bytes_max=64 * MIB)
+    limits = Limits(wake_up_bytes_max=68 * KIB, queued_bytes_max=64 * MIB)
     node = MemoryNode(MIB)
     served = serve(node, limits=limits)
     hogs = [await served.open() for _ in range(8)]
