@@ -146,6 +146,9 @@ CURVES: Final = (
 
 def run_curves(images: Images, output: Path, names: list[str]) -> None:
     """Measure curves, all or the named ones; writes a JSON and an SVG file for each."""
+    unknown = set(names) - {curve.name for curve in CURVES}
+    if unknown:
+        sys.exit(f"no such curve: {', '.join(sorted(unknown))}")
     output.mkdir(parents=True, exist_ok=True)
     servers = _curve_servers(images)
     for curve in CURVES:

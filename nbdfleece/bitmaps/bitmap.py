@@ -100,7 +100,11 @@ class Bitmap:
 
     def set_range(self, offset: int, length: int) -> None:
         """Mark every granule that the ``length`` bytes from ``offset`` on touch."""
-        self._assign(offset >> self._shift, (offset + length - 1 >> self._shift) + 1, True)
+        first, last = offset >> self._shift, offset + length - 1 >> self._shift
+        if first == last:
+            self._bits[first >> 3] |= 1 << (first & 7)
+        else:
+            self._assign(first, last + 1, True)
 
     def clear_range(self, offset: int, length: int) -> None:
         """Clear every granule that the ``length`` bytes from ``offset`` on touch."""

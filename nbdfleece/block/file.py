@@ -203,17 +203,36 @@ class FileNode(BlockNode):
         await self.read_into(offset, memoryview(buffer))
         return buffer
 
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` with bytes that are in memory."""
+        if self._has_nowait:
+            try:
+                return os.preadv(self._fd, [view], offset, os.RWF_NOWAIT) == len(view)
+            except BlockingIOError:
+                return False
+        return self._is_in_memory and os.preadv(self._fd, [view], offset) == len(view)
+
     async def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` at ``offset``; the file grows if it must."""
-        length = len(data)
-        if length <= INLINE_BYTES_MAX:
-            if os.pwrite(self._fd, data, offset) < length:
-                _write_fully(self._fd, offset, data)
-        else:
+        if not self.write_at_once(offset, data):
             await in_thread(_write_fully, self._fd, offset, data)
+            self._note_write(offset + len(data))
+
+    def write_at_once(self, offset: int, data: memoryview) -> bool:
+        """Write what is not too much for the loop's thread into the page cache."""
+        length = len(data)
+        if length > INLINE_BYTES_MAX:
+            return False
+        if os.pwrite(self._fd, data, offset) < length:
+            _write_fully(self._fd, offset, data)
+        self._note_write(offset + length)
+        return True
+
+    def _note_write(self, end: int) -> None:
+        """The next flush has something to do, and the file may have grown."""
         self._writes_done += 1
-        if offset + length > self.size:
-            self.size = offset + length
+        if end > self.size:
+            self.size = end
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

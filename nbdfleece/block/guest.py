@@ -54,6 +54,10 @@ class GuestNode(BlockNode):
         """Read the disk."""
         await self._image.read_into(offset, view)
 
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """Read the disk."""
+        return self._image.read_at_once(offset, view)
+
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20
     ) -> Extents:
@@ -67,6 +71,18 @@ class GuestNode(BlockNode):
         with self._gate:
             await self._announce(offset, len(data))
             await self._image.write(offset, data)
+
+    def write_at_once(self, offset: int, data: memoryview) -> bool:
+        """Write as the guest where only bits must be marked: no snapshot, no log, no drain."""
+        if self._gate.is_closed or self._copies.has_layers:
+            return False
+        length = len(data)
+        for log in self.logs:
+            if not log.covers(offset, length):
+                return False
+        for bitmap in self.recording:
+            bitmap.set_range(offset, length)
+        return self._image.write_at_once(offset, data)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

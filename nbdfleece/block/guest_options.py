@@ -90,6 +90,10 @@ class GuestOptions(BlockNode):
         """Read the node below."""
         await self._below.read_into(offset, view)
 
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """Read the node below."""
+        return self._below.read_at_once(offset, view)
+
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20
     ) -> Extents:
@@ -108,6 +112,12 @@ class GuestOptions(BlockNode):
             await self._below.write(offset, data)
         if self._writethrough:
             await self._below.flush()
+
+    def write_at_once(self, offset: int, data: memoryview) -> bool:
+        """Write, unless the operator has said more about it."""
+        if self._detects or self._writethrough:
+            return False
+        return self._below.write_at_once(offset, data)
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

@@ -11,6 +11,11 @@ once, without a task (:mod:`nbdfleece.server.eager` does). For this to hold, a
 node never awaits anything merely for fairness, and never relies on
 ``asyncio.current_task()``.
 
+**At once.** A coroutine per layer is a third of what a cached 4 KiB read or write costs. So
+nodes may have :meth:`BlockNode.read_at_once` and :meth:`BlockNode.write_at_once`: plain
+functions for the usual case, which leave every other case to the coroutines. A node that
+overrides ``read_into`` or ``write`` of a class that has them overrides them, too.
+
 **Errors** are ``OSError`` with the right ``errno``; a view that is dead raises
 :class:`~nbdfleece.errors.SnapshotError`. Callers check ranges before they call:
 ``0 <= offset`` and ``offset + length <= size``.
@@ -82,6 +87,17 @@ class BlockNode(ABC):
             OSError: The bytes could not be read; ``view`` holds anything.
         """
 
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """Read as :meth:`read_into`, if that is possible without waiting.
+
+        Returns:
+            Whether ``view`` is filled; if not it holds anything, and :meth:`read_into` will do.
+
+        Raises:
+            OSError: The bytes could not be read; :meth:`read_into` will say so as well.
+        """
+        return False
+
     @abstractmethod
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20
@@ -114,6 +130,17 @@ class BlockNode(ABC):
         ``data`` is not kept beyond the return and may then be overwritten by the caller.
         """
         raise PermissionError(1, "the node is read-only")
+
+    def write_at_once(self, offset: int, data: memoryview) -> bool:
+        """Write as :meth:`write`, if that is possible without waiting.
+
+        Returns:
+            Whether it is written; if not, the disk is as it was, and :meth:`write` will do.
+
+        Raises:
+            OSError: As :meth:`write`.
+        """
+        return False
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

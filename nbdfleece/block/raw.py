@@ -82,6 +82,10 @@ class RawNode(BlockNode):
         """Read the window."""
         await self.below.read_into(self._offset + offset, view)
 
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """Read the window."""
+        return self.below.read_at_once(self._offset + offset, view)
+
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20
     ) -> Extents:
@@ -104,6 +108,12 @@ class RawNode(BlockNode):
                 await self.below.write(self._offset + offset, data)
         else:
             await self.below.write(self._offset + offset, data)
+
+    def write_at_once(self, offset: int, data: memoryview) -> bool:
+        """Write into the window what needs no look at the first sector."""
+        if self._is_guessed and offset < SECTOR:
+            return False
+        return self.below.write_at_once(self._offset + offset, data)
 
     async def _check_first_sector(self, offset: int, data: memoryview) -> None:
         sector = bytearray(min(SECTOR, self.size))

@@ -22,7 +22,7 @@ from typing import Final
 
 import numpy as np
 
-from ..block.file import INLINE_BYTES_MAX, FileNode, in_thread
+from ..block.file import FileNode, in_thread
 from ..block.node import BlockNode
 from ..block.range_lock import RangeLock
 from ..block.stable import StablePlace
@@ -290,21 +290,37 @@ class Qcow2Image(BlockNode):
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the guest's bytes from ``offset`` on."""
+        host = self._host_offset(offset, len(view))
+        if host is None:
+            await self._read_tables(offset, view)
+            return
+        reads = self.quarantine.reads
+        reads.count += 1
+        try:
+            await self.data_file.read_into(host, view)
+        finally:
+            reads.count -= 1
+
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """Read from one data cluster whose L2 table is in memory."""
+        host = self._host_offset(offset, len(view))
+        return host is not None and self.data_file.read_at_once(host, view)
+
+    def _host_offset(self, offset: int, length: int) -> int | None:
+        """Where a range inside one data cluster lies; None if it is none, or if that is not known.
+
+        The L2 table must be in memory.
+        """
         cluster = offset >> self._cluster_bits
         table = self._tables.get(cluster >> self._l2_bits)
         within = offset & self._cluster_mask
-        if table is not None and within + len(view) <= self.cluster_size:
-            entry = table.entries[cluster & self._l2_mask]
-            if not entry & SPECIAL and entry & OFFSET_MASK:
-                table.is_recent = True
-                reads = self.quarantine.reads
-                reads.count += 1
-                try:
-                    await self.data_file.read_into((entry & OFFSET_MASK) + within, view)
-                finally:
-                    reads.count -= 1
-                return
-        await self._read_tables(offset, view)
+        if table is None or within + length > self.cluster_size:
+            return None
+        entry = table.entries[cluster & self._l2_mask]
+        if entry & SPECIAL or not entry & OFFSET_MASK:
+            return None
+        table.is_recent = True
+        return (entry & OFFSET_MASK) + within
 
     def stable_place(self, offset: int, length: int) -> StablePlace | None:
         """Where a range of data clusters lies, if they are adjacent in a file that holds still."""
@@ -433,7 +449,13 @@ class Qcow2Image(BlockNode):
         return uniform(self, offset, length)
 
     async def write(self, offset: int, data: memoryview) -> None:
-        """Write guest bytes; one cluster that is ours alone is overwritten where it is."""
+        """Write guest bytes."""
+        if not self.write_at_once(offset, data):
+            self.check_writable()
+            await self.writer.write(offset, data)
+
+    def write_at_once(self, offset: int, data: memoryview) -> bool:
+        """Overwrite a part of one cluster that is ours alone, where it is."""
         cluster = offset >> self._cluster_bits
         table = self._tables.get(cluster >> self._l2_bits)
         within = offset & self._cluster_mask
@@ -444,15 +466,12 @@ class Qcow2Image(BlockNode):
                 entry & IN_PLACE == COPIED
                 and host
                 and host >> self._cluster_bits not in self._guarded
-                and len(data) <= INLINE_BYTES_MAX
                 and self.ranges.is_idle
                 and not self.read_only
             ):
                 table.is_recent = True
-                await self.data_file.write(host + within, data)
-                return
-        self.check_writable()
-        await self.writer.write(offset, data)
+                return self.data_file.write_at_once(host + within, data)
+        return False
 
     async def write_packed(self, offset: int, packed: memoryview) -> None:
         """Write one whole guest cluster that was compressed as this image's clusters are.

@@ -50,6 +50,7 @@ from .limits import Limits
 from .outbox import Outbox
 from .statistics import Statistics
 from .transmission import Transmission
+from .turns import Turn, Turns
 
 logger = logging.getLogger("nbdfleece.server")
 
@@ -72,6 +73,7 @@ class Host(Protocol):
 
     limits: Limits
     pool: BufferPool
+    turns: Turns
     catalogue: Catalogue
     tls_mode: TlsMode
 
@@ -95,6 +97,7 @@ class Handshake:
     """The handshake phase: bytes go to the state machine, its replies to the outbox."""
 
     needed = 1
+    is_bulk = False
 
     def __init__(
         self, negotiation: Negotiation, outbox: Outbox, limits: Limits, log: ConnectionLog
@@ -184,8 +187,8 @@ class Connection:
         self._phase: Handshake | Transmission = self._new_handshake(None)
         self._is_reading = False
         self._is_writing = False
-        self._turn: asyncio.Handle | None = None
-        self._tick: asyncio.Handle | None = None
+        self._turn: Turn | None = None
+        self._tick: asyncio.Handle | Turn | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._drain_waiters: list[asyncio.Future[None]] = []
         self._progress = (0, 0)
@@ -269,7 +272,10 @@ class Connection:
             self._receive_eof()
             return
         self._inbox.received(count)
-        self._take_turn()
+        if self._phase.is_bulk:
+            self._turn = self._host.turns.add(self._take_turn)
+        else:
+            self._take_turn()
 
     def _take_turn(self) -> None:
         """Handle what was received, send the replies."""
@@ -288,7 +294,7 @@ class Connection:
         self.flush()
         if has_more or not self._is_reading or self._is_special:
             if has_more and self._can_receive():
-                self._turn = self._loop.call_soon(self._take_turn)
+                self._turn = self._host.turns.add(self._take_turn)
             self._settle()
             return
         # The usual end of a turn: all that was received is handled, the next bytes may come.
@@ -340,9 +346,10 @@ class Connection:
             self._loop.remove_writer(self._channel.writer_fd)
 
     def send_soon(self) -> None:
-        """Send in this turn of the loop, together with what else ends in it."""
+        """Send in this turn of the loop, together with what else ends in it, or when it is due."""
         if self._tick is None and not self._is_released:
-            self._tick = self._loop.call_soon(self._on_tick)
+            later = self._host.turns.add if self._phase.is_bulk else self._loop.call_soon
+            self._tick = later(self._on_tick)
 
     def _on_tick(self) -> None:
         self._tick = None
@@ -443,7 +450,7 @@ class Connection:
         self._set_timer(self._limits.idle_seconds, self._end_idle)
         if negotiated.leftover:
             self._inbox.append(negotiated.leftover)
-            self._turn = self._loop.call_soon(self._take_turn)
+            self._turn = self._host.turns.add(self._take_turn)
 
     # Time.
 

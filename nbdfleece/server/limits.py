@@ -42,8 +42,9 @@ class Limits:
             reply that went beyond, up to ``wire.payload_accepted_max`` if it is a simple one.
         flush_bytes: Replies are sent when so many bytes wait, also within one wake-up:
             what was just read is still in the processor's cache.
-        wake_up_bytes_max: Work for one connection before the others have their turn; about a
-            millisecond. A request counts for 4 KiB at least.
+        wake_up_bytes_max: Work for one connection before the others have their turn; about a fifth
+            of a millisecond. A request counts for 4 KiB more than its data, so that it is one
+            of 256 KiB or, with some room, 32 of 4 KiB.
         read_chunk_bytes_max: A structured read is answered in chunks of this size once it is
             larger, so that a read of 32 MiB needs no buffer of 32 MiB.
         idle_buffer_bytes_max: Buffers that are kept for the next use, for all connections.
@@ -58,7 +59,7 @@ class Limits:
     closing_seconds: float = 5.0
     queued_bytes_max: int = 4 * MIB
     flush_bytes: int = 256 * KIB
-    wake_up_bytes_max: int = 2 * MIB
+    wake_up_bytes_max: int = 260 * KIB
     read_chunk_bytes_max: int = 2 * MIB
     idle_buffer_bytes_max: int = 64 * MIB
     wire: WireLimits = field(default_factory=WireLimits)

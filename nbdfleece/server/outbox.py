@@ -180,6 +180,20 @@ class Outbox:
 
     def put(self, data: bytes | bytearray | memoryview) -> None:
         """Queue a copy of bytes that were built elsewhere."""
+        start = self._fill
+        end = start + len(data)
+        tail = self._tail
+        if (
+            tail is not None
+            and tail.buffer is self._arena
+            and tail.end == start
+            and end <= ARENA_BYTES
+        ):
+            # One more reply behind the last: the segment's use of the buffer is theirs, too.
+            tail.buffer.view[start:end] = data
+            self._fill = tail.end = end
+            self.queued_bytes += end - start
+            return
         buffer, start = self.reserve(len(data))
         end = start + len(data)
         buffer.view[start:end] = data

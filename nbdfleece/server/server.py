@@ -22,6 +22,7 @@ from .limits import Limits
 from .listener import Listener
 from .statistics import Statistics
 from .tls import Authorization, Authorizer, TlsChannel, TlsSettings
+from .turns import Turns
 
 logger = logging.getLogger("nbdfleece.server")
 
@@ -80,6 +81,7 @@ class NbdServer:
         self.connections: dict[Connection, None] = {}
         self._listeners: list[Listener] = []
         self._loop = asyncio.get_running_loop()
+        self.turns = Turns(self._loop)
         self._past: dict[str, Statistics] = {}
         self._watchers: list[asyncio.Event] = []
         self._is_holding_back = False

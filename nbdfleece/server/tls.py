@@ -35,9 +35,6 @@ from .channel import Channel
 _CIPHERTEXT_BYTES_MAX: Final = 256 * KIB
 """Ciphertext that waits for the socket at most, and what is received at one time."""
 
-_RECORD_BYTES_MAX: Final = 16 * KIB
-"""Plaintext in one TLS record at most (RFC 8446, 5.1)."""
-
 _received = memoryview(bytearray(_CIPHERTEXT_BYTES_MAX))
 """Where ciphertext is received, on its way into OpenSSL: used by one call at a time."""
 
@@ -345,15 +342,19 @@ class TlsChannel:
         return count
 
     def sendmsg(self, views: list[memoryview], /) -> int:
-        """Encrypt and send, no more than :data:`_CIPHERTEXT_BYTES_MAX` at a time."""
+        """Encrypt and send, about :data:`_CIPHERTEXT_BYTES_MAX` at a time.
+
+        OpenSSL cuts what it is given into records, in less time than if it is given records.
+        """
         self.send_own()
         count = 0
         for view in views:
-            position = 0
-            while position < len(view) and self._outgoing.pending < _CIPHERTEXT_BYTES_MAX:
-                position += self._ssl.write(view[position : position + _RECORD_BYTES_MAX])
-            count += position
-            if position < len(view):
+            room = _CIPHERTEXT_BYTES_MAX - self._outgoing.pending
+            if room <= 0:
+                break
+            written = self._ssl.write(view[:room])
+            count += written
+            if written < len(view):
                 break
         with contextlib.suppress(BlockingIOError):
             self.send_own()  # what is left is told by the next call

@@ -25,9 +25,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final, Protocol
 
-import numpy as np
-
-from ..block.node import BlockNode, BlockStatus
+from ..block.node import BlockNode
 from ..errors import SnapshotError
 from ..extents import Extents
 from ..nbd.constants import Command, CommandFlag, Error
@@ -41,16 +39,15 @@ from .eager import start
 from .inbox import IN_PLACE_BYTES_MAX, Inbox
 from .limits import Limits
 from .outbox import Outbox
+from .pieces import find_holes, halve
 from .statistics import Statistics
+from .turns import COPIES_PER_SENDFILE, REQUEST_COST, STATUS_TURN_COST
 
 BAD_BLOCKS_MAX: Final = 16
 """A READ that meets errors is given up after so many bad blocks: each may cost a disk seconds."""
 
 SPARSE_BYTES_MIN: Final = 32 << 10
 """Parts of a READ that are smaller are never sent as holes: to ask where they are costs more."""
-
-_PIECES_MAX: Final = 32
-"""Pieces of data and holes that a part of a READ is cut into; "as few chunks as possible"."""
 
 ZERO_COPY_BYTES_MIN: Final = 32 << 10
 """A READ of at least this size is sent from where it lies, if that holds still (rule 1): below,
@@ -62,19 +59,11 @@ STATUS_EXTENTS_MAX: Final = 1 << 19
 _STATUS_COST: Final = 4 << 20
 """What a block status in flight counts for, in bytes, whatever it will find."""
 
-_REQUEST_COST: Final = 4096
-"""What a request counts for at least in its connection's turn, in bytes."""
-
-_STATUS_TURN_COST: Final = 512 << 10
-"""What a block status counts for in its connection's turn, in bytes: to search a context of many
-extents takes as long as to read about so much."""
-
 _CONTEXTS_PER_TURN: Final = 4
 """Contexts that one block status searches before the others have their turn."""
 
 _NO_PAYLOAD: Final = memoryview(b"")
 _ZEROES: Final = bytes(16)
-_ZERO: Final = np.uint32(BlockStatus.ZERO)
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
 _DISC: Final = int(Command.DISC)
@@ -120,6 +109,7 @@ class Transmission:
     Attributes:
         needed: Bytes that the next message takes, as far as is known.
         disconnected: The client has sent DISC.
+        is_bulk: The client has lately had enough requests, or large enough ones, for a whole turn.
         requests_in_flight: Requests that wait for something.
         bytes_in_flight: Their payload, either way.
     """
@@ -129,6 +119,8 @@ class Transmission:
         self.export = negotiated.export.export
         self.statistics = Statistics()
         self.disconnected = False
+        self.is_bulk = False
+        self._turn_left = 0
         self.requests_in_flight = 0
         self.bytes_in_flight = 0
         self._host = host
@@ -190,14 +182,16 @@ class Transmission:
             ProtocolError: The stream is out of step: drop the connection.
         """
         outbox = self._outbox
-        turn_left = self._limits.wake_up_bytes_max
+        self._turn_left = turn_bytes = self._limits.wake_up_bytes_max
         flush_bytes = self._limits.flush_bytes
         is_open = self.is_open
-        while is_open and turn_left > 0:
+        while is_open and self._turn_left > 0:
             length = self._handle_next(inbox)
             if length is None:
+                if self._turn_left < turn_bytes:
+                    self.is_bulk = False
                 return self.disconnected
-            turn_left -= length + _REQUEST_COST
+            self._turn_left -= length + REQUEST_COST
             if outbox.queued_bytes >= flush_bytes:
                 self._host.flush()
                 is_open = self.is_open
@@ -205,6 +199,7 @@ class Transmission:
                 is_open = self.is_open
         if not is_open:
             self._host.log_pause(self._describe_pause())
+        self.is_bulk = True
         return True
 
     def _describe_pause(self) -> str:
@@ -232,6 +227,8 @@ class Transmission:
         if request[2] == _READ and not self._extended:
             self._begin(request)
             return request[5]
+        if request[2] == _WRITE and not request[1] and self._write_at_once(request, inbox):
+            return request[5]
         return self._handle_uncommon(request, inbox)
 
     def _handle_uncommon(self, request: Request, inbox: Inbox) -> int | None:
@@ -257,7 +254,7 @@ class Transmission:
     def _turn_cost(self, request: Request) -> int:
         """What a request without payload counts for in its connection's turn, in bytes."""
         if request[2] == _BLOCK_STATUS:
-            return _STATUS_TURN_COST
+            return STATUS_TURN_COST
         return request[5] if request[2] == _READ else 0
 
     def _handle_payload(self, request: Request, inbox: Inbox) -> int | None:
@@ -280,7 +277,7 @@ class Transmission:
         inbox.start += length
         assert inbox.buffer is not None
         self._begin_with_payload(request, payload, inbox.buffer)
-        return length if request[2] == _WRITE else _STATUS_TURN_COST
+        return length if request[2] == _WRITE else STATUS_TURN_COST
 
     def _skip(self, inbox: Inbox) -> bool:
         """Throw the payload of a refused request away; whether all of it is gone.
@@ -311,6 +308,8 @@ class Transmission:
             self._check(request)
         except RequestError as error:
             self._refuse(request, error)
+            return
+        if request[2] == _READ and request[5] < SPARSE_BYTES_MIN and self._read_at_once(request):
             return
         task = start(self._handlers[request[2]](request, _NO_PAYLOAD))
         if task is not None:
@@ -399,6 +398,26 @@ class Transmission:
                     return
         await self._read_in_chunks(request)
 
+    def _read_at_once(self, request: Request) -> bool:
+        """Answer a small READ whose data are at hand; whether it was one."""
+        offset, length = request[4], request[5]
+        outbox = self._outbox
+        header = self._replies.data(request, offset, length, done=True)
+        buffer, begin = outbox.reserve(len(header) + length)
+        data = begin + len(header)
+        end = data + length
+        try:
+            is_read = self._node.read_at_once(offset, buffer.view[data:end])
+        except OSError:  # told when it is read again
+            is_read = False
+        if not is_read:
+            outbox.discard(buffer)
+            return False
+        buffer.view[begin:data] = header
+        outbox.commit(buffer, begin, end)
+        self.statistics.read_bytes += length
+        return True
+
     async def _send_data(self, request: Request, offset: int, length: int, done: bool) -> None:
         """Read into a place in the outbox and queue it as one chunk, or as a simple reply."""
         outbox = self._outbox
@@ -408,6 +427,7 @@ class Transmission:
             if place is not None:
                 outbox.put(header)
                 outbox.put_file(place, length)
+                self._turn_left += length - length // COPIES_PER_SENDFILE
                 self.statistics.read_bytes += length
                 return
         buffer, begin = outbox.reserve(len(header) + length)
@@ -438,7 +458,7 @@ class Transmission:
     ) -> None:
         """Queue data that was read as chunks of data and of holes."""
         position = 0
-        for length, is_zero in await self._find_holes(offset, len(data)):
+        for length, is_zero in await find_holes(self._node, offset, len(data)):
             end = position + length
             place, last = offset + position, done and end == len(data)
             if is_zero:
@@ -447,18 +467,6 @@ class Transmission:
                 header = self._replies.data(request, place, length, done=last)
                 self._outbox.put(header + data[position:end])
             position = end
-
-    async def _find_holes(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """Cut a range into pieces that read as zeroes and others, if these are few."""
-        try:
-            found = await self._node.block_status(offset, length, extents_max=_PIECES_MAX)
-        except OSError:  # the data is here: where its holes are need not be known
-            return [(length, False)]
-        pieces = found.with_status(found.status & _ZERO).clipped(length).pairs()
-        left = length - sum(piece for piece, _ in pieces)
-        if left:
-            pieces.append((left, 0))
-        return [(piece, bool(zero)) for piece, zero in pieces]
 
     async def _read_in_chunks(self, request: Request) -> None:
         """Answer a READ that is large, or a part of which cannot be read.
@@ -477,7 +485,7 @@ class Transmission:
             try:
                 await self._send_data(request, begin, end - begin, done)
             except OSError as error:
-                halves = _halve(begin, end, self._node.preferred_block_size)
+                halves = halve(begin, end, self._node.preferred_block_size)
                 if not halves:
                     bad_blocks += 1
                     self._tell_bad_block(request, begin, error)
@@ -529,6 +537,26 @@ class Transmission:
             self.statistics.written_bytes += len(payload)
             self._succeed(request)
 
+    def _write_at_once(self, request: Request, inbox: Inbox) -> bool:
+        """Carry out a WRITE that is here whole and need not wait; whether it was one."""
+        begin = inbox.start
+        end = begin + request[5]
+        if end > inbox.end:
+            return False
+        try:
+            self._check(request)
+            if not self._node.write_at_once(request[4], inbox.view[begin:end]):
+                return False
+        except RequestError:  # told when the payload is thrown away
+            return False
+        except Exception as error:
+            self._fail(request, error)
+        else:
+            self.statistics.written_bytes += end - begin
+            self._succeed(request)
+        inbox.start = end
+        return True
+
     async def _flush(self, request: Request, payload: memoryview) -> None:
         await self._node.flush()
 
@@ -573,11 +601,3 @@ class Transmission:
 
 def _refuse_all(request: Request) -> None:
     raise RequestError(Error.ESHUTDOWN, "the server is shutting down")
-
-
-def _halve(begin: int, end: int, block_size: int) -> list[tuple[int, int]]:
-    """Both halves of a range, the first one last, cut at a block; nothing if it is one block."""
-    if end - begin <= block_size:
-        return []
-    middle = max((begin + end) // 2 // block_size, begin // block_size + 1) * block_size
-    return [(middle, end), (begin, middle)]

@@ -124,6 +124,23 @@ async def test_block_status_stops_at_the_extents_asked_for(folder: Path) -> None
     await node.close()
 
 
+async def test_bytes_are_read_and_written_at_once_only_without_waiting(folder: Path) -> None:
+    node = make_file(folder, b"old" * 4096)
+    await node.flush()
+    assert node.write_at_once(3, memoryview(b"new"))
+    buffer = bytearray(4096)
+    assert node.read_at_once(0, memoryview(buffer))
+    assert buffer[:9] == b"oldnewold"
+    assert not node.read_at_once(node.size - 1, memoryview(buffer)), "zeroes past the end"
+    assert not node.write_at_once(0, memoryview(bytes(INLINE_BYTES_MAX + 1)))
+    assert node.size == 3 * 4096
+    flush = node.flush()
+    assert asyncio.isfuture(flush.send(None)), "rule 4: what was written is yet to be durable"
+    flush.close()
+    await node.flush()
+    await node.close()
+
+
 async def test_flush_with_nothing_written_does_not_suspend(folder: Path) -> None:
     node = make_file(folder, b"x")
     await node.flush()

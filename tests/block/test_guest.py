@@ -86,3 +86,70 @@ async def test_write_to_page_cached_disk_never_suspends(tmp_path: Path) -> None:
     _, guest, _ = set_up(tmp_path)
     with pytest.raises(StopIteration):
         guest.write(0, memoryview(b"x")).send(None)
+
+
+class AtOnce(MemoryNode):
+    """A disk that never has to wait."""
+
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        view[:] = self.content[offset : offset + len(view)]
+        return True
+
+    def write_at_once(self, offset: int, data: memoryview) -> bool:
+        self.fail("write", offset)
+        self.content[offset : offset + len(data)] = data
+        return True
+
+
+class Log:
+    """An activity log that covers the beginning of the disk."""
+
+    def covers(self, offset: int, length: int) -> bool:
+        return offset + length <= 65536
+
+    async def mark(self, offset: int, length: int) -> None:
+        raise AssertionError("not asked for")
+
+
+async def test_bit_is_set_before_the_disk_is_written_at_once(tmp_path: Path) -> None:
+    """Rule 2."""
+    disk = AtOnce(SIZE)
+    guest = GuestNode(disk, CopyBeforeWrite(disk, tmp_path))
+    bitmap = Bitmap(SIZE, 65536)
+    guest.recording, guest.logs = (bitmap,), (Log(),)
+
+    def fail(name: str, offset: int) -> None:
+        assert bitmap.is_set(offset)
+        raise OSError(5, "no")
+
+    assert guest.write_at_once(0, memoryview(b"x" * 65536))
+    assert (bitmap.bits_set(), disk.content[65535]) == (1, ord("x"))
+    disk.fail = fail
+    bitmap.clear_all()
+    with pytest.raises(OSError, match="no"):
+        guest.write_at_once(60_000, memoryview(b"y"))
+    assert bitmap.bits_set() == 1
+    buffer = bytearray(4)
+    assert guest.read_at_once(60_000, memoryview(buffer))
+    assert buffer == b"xxxx"
+
+
+@pytest.mark.parametrize("hindrance", ["snapshot", "log", "drain"])
+async def test_write_that_needs_more_than_marked_bits_is_not_done_at_once(
+    tmp_path: Path, hindrance: str
+) -> None:
+    """Rules 1, 2 and 3: nothing has happened when it is left to :meth:`GuestNode.write`."""
+    disk = AtOnce(SIZE)
+    copies = CopyBeforeWrite(disk, tmp_path)
+    guest = GuestNode(disk, copies)
+    bitmap = Bitmap(SIZE, 65536)
+    guest.recording, guest.logs = (bitmap,), (Log(),)
+    if hindrance == "drain":
+        await guest.drain()
+    layer = copies.add_layer() if hindrance == "snapshot" else None
+    offset = 65530 if hindrance == "log" else 0
+    assert not guest.write_at_once(offset, memoryview(b"x" * 10))
+    assert disk.content == bytes(SIZE)
+    assert bitmap.is_empty()
+    if layer is not None:
+        await copies.remove_layer(layer)

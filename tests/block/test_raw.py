@@ -28,6 +28,26 @@ async def test_window_reads_and_writes_at_its_offset() -> None:
     assert below.content[999:1004] == CONTENT[999:1000] + bytes(3) + CONTENT[1003:1004]
 
 
+async def test_what_is_done_at_once_is_done_in_the_window_too() -> None:
+    class AtOnce(MemoryNode):
+        def read_at_once(self, offset: int, view: memoryview) -> bool:
+            view[:] = self.content[offset : offset + len(view)]
+            return True
+
+        def write_at_once(self, offset: int, data: memoryview) -> bool:
+            self.content[offset : offset + len(data)] = data
+            return True
+
+    node = RawNode(AtOnce(CONTENT), 1000, is_guessed=True)
+    buffer = bytearray(900)
+    assert node.read_at_once(7, memoryview(buffer))
+    assert buffer == CONTENT[1007:1907]
+    assert node.write_at_once(512, memoryview(b"xy"))
+    assert await read(node, 511, 4) == CONTENT[1511:1512] + b"xy" + CONTENT[1514:1515]
+    assert not node.write_at_once(0, memoryview(b"QFI\xfb")), "the first sector is looked at"
+    assert await read(node, 0, 4) == CONTENT[1000:1004]
+
+
 async def test_window_without_size_reaches_to_the_end() -> None:
     node = RawNode(MemoryNode(CONTENT), 65000)
     assert node.size == 536

@@ -152,10 +152,17 @@ class FakeDisk(FileNode):
         part = self.content[offset : offset + len(view)]
         view[:] = part.ljust(len(view), b"\0")
 
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        return False  # reads may suspend here
+
     async def write(self, offset: int, data: memoryview) -> None:
+        self.write_at_once(offset, data)
+
+    def write_at_once(self, offset: int, data: memoryview) -> bool:
         self._count()
         self._meet_fault(offset, data)
         self._put(offset, data)
+        return True
 
     def _put(self, offset: int, data: memoryview) -> None:
         end = offset + len(data)

@@ -109,6 +109,9 @@ class Guest:
         buffer = bytearray(length)
         await self.node.read_into(offset, memoryview(buffer))
         assert buffer == self.content[offset : offset + length]
+        again = bytearray(length)
+        if self.node.read_at_once(offset, memoryview(again)):
+            assert again == buffer
 
     async def check_all(self) -> None:
         await self.read(0, self.node.size)

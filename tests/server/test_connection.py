@@ -119,6 +119,32 @@ async def test_busy_client_does_not_starve_another(serve: Serve) -> None:
     assert turns < 200
 
 
+async def test_request_waits_for_one_turn_of_others_however_many_they_are(serve: Serve) -> None:
+    """Rule 5: clients that stream share one turn between two looks at the sockets."""
+    limits = Limits(wake_up_bytes_max=68 * KIB, queued_bytes_max=64 * MIB)
+    node = MemoryNode(MIB)
+    served = serve(node, limits=limits)
+    hogs = [await served.open() for _ in range(8)]
+    other = await served.open()
+    lengths: list[int] = []
+    read_into = node.read_into
+
+    async def noting_read(offset: int, view: memoryview) -> None:
+        lengths.append(len(view))
+        await read_into(offset, view)
+
+    node.read_into = noting_read  # type: ignore[method-assign]
+    for hog in hogs:
+        await flood(hog, 60, 64 * KIB)
+    await settled()
+    begin = len(lengths)
+    other.sock.send(pack_request(Command.READ, 0, 512))
+    while 512 not in lengths[begin:]:
+        await asyncio.sleep(0)
+    assert lengths[begin:].index(512) <= 4
+    assert (await other.reply()).payload == bytes(512)
+
+
 async def test_pauses_are_logged_once(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     node = MemoryNode(MIB)
@@ -126,6 +152,7 @@ async def test_pauses_are_logged_once(serve: Serve, caplog: pytest.LogCaptureFix
     served = serve(node, limits=Limits(queued_bytes_max=MIB, wire=wire))
     hog = await served.open()
     await flood(hog, 2_000, 64 * KIB)
+    await settled(100)
     client = await served.open()
     gate = asyncio.get_running_loop().create_future()
     node.pause = lambda operation: gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 from nbdfleece.server.buffers import BufferPool
@@ -71,3 +72,21 @@ def test_closed_outbox_swallows_late_replies() -> None:
     outbox.put(b"late")
     outbox.commit(buffer, start, start + 100)
     assert (outbox.queued_bytes, pool.taken_bytes) == (0, 0)
+
+
+def test_small_reply_after_a_large_one_is_not_put_into_its_buffer() -> None:
+    """A large reply has a buffer of its own, which may end where the shared one is filled to."""
+    outbox = Outbox(BufferPool(8 << 20))
+    sink = Sink(step=1 << 30)
+    large, small = b"l" * (ARENA_BYTES + 1), b"s" * 16
+    first, start = outbox.reserve(16)
+    first.view[start : start + 16] = small
+    outbox.commit(first, start, start + 16)
+    buffer, start = outbox.reserve(len(large))
+    buffer.view[: len(large)] = large
+    outbox.commit(buffer, 0, 16)  # an end before the place's, as after a shorter read
+    outbox.put(b"t" * 16)
+    while outbox.queued_bytes:
+        with contextlib.suppress(BlockingIOError):
+            outbox.send(sink)
+    assert sink.data == small + large[:16] + b"t" * 16
