@@ -54,13 +54,12 @@ from .granule_codes import (
     UNTOUCHED,
     Mask,
     code_of_status,
-    continues,
     free_copies,
-    runs,
-    status_of_codes,
     true_runs,
+    with_displaced,
 )
 from .granule_map import Codes, GranuleMap, page_end
+from .granule_reads import read_granules
 from .node import BlockNode
 from .range_lock import RangeLock
 from .scratch import Scratch
@@ -70,6 +69,10 @@ DEFAULT_GRANULARITY: Final = 4096
 
 ACCESS_GRANULARITY: Final = 65536
 """Bytes per bit of what a snapshot may read: TRIM and limiting bitmaps work in clusters."""
+
+STATUS_GRANULES_MAX: Final = 1 << 17
+"""Granules that one block status looks at, not counting what the guest has left alone: a
+millisecond."""
 
 COPY_BYTES_MAX: Final = 1 << 20
 """Bytes copied at once: a bound on memory, not on what a guest write may touch."""
@@ -149,6 +152,8 @@ class CopyBeforeWrite:
         self._scratch: Scratch | None = None
         self._layers: list[Layer] = []
         self._copying = RangeLock()
+        self._granule = memoryview(bytearray(granularity))
+        """For copies that are made without waiting."""
         self._version = 0
         """Counts changes of codes, layers and access: what a reader has noted is void after one."""
 
@@ -228,6 +233,47 @@ class CopyBeforeWrite:
 
     # -- the guest's side ---------------------------------------------------------
 
+    def protect_at_once(self, offset: int, length: int) -> bool:
+        """As :meth:`protect`, in the most frequent cases, which need no waiting.
+
+        These are a small write where the guest has written before, and one where all is well
+        and the old content is at hand.
+
+        Returns:
+            Whether the range may be written; if not, :meth:`protect` is to be asked.
+        """
+        granule = offset >> self._shift
+        if offset + length - 1 >> self._shift != granule:
+            return False
+        newest = self._layers[-1]
+        return newest.map.code(granule) != UNTOUCHED or self._copy_at_once(newest, granule)
+
+    def _copy_at_once(self, newest: Layer, granule: int) -> bool:
+        """Bring the old content of one granule into safety and record where; whether it was done.
+
+        Whatever is not as usual is left to the long way.
+        """
+        scratch = self._scratch
+        if (
+            scratch is None
+            or newest.access is not None
+            or newest.error is not None
+            or self._timeout_seconds is not None
+            or not self._copying.is_free(granule, granule + 1)
+        ):
+            return False
+        offset = granule << self._shift
+        try:
+            status = self._source.read_at_once(offset, self._granule[: self._source.size - offset])
+            if status is None:
+                return False
+            code = code_of_status(status) or COPIED + scratch.append(self._granule)
+        except OSError:
+            return False
+        newest.map.set_one(granule, code)
+        self._version += 1
+        return True
+
     async def protect(self, offset: int, length: int) -> None:
         """Keep the old content of a range for the snapshots that see it; then it may be written.
 
@@ -237,39 +283,9 @@ class CopyBeforeWrite:
         """
         first = offset >> self._shift
         end = (offset + length - 1 >> self._shift) + 1
-        newest = self._layers[-1].map
-        if end - first == 1:
-            if not newest.code(first):
-                await self._protect_one(first)
-        elif not newest.codes(first, end).all():
+        if not self._layers[-1].map.codes(first, end).all():
             async with self._copying.hold(first, end):
                 await self._copy_untouched(first, end)
-
-    async def _protect_one(self, granule: int) -> None:
-        """The most frequent case, a small write while all is well, without numpy."""
-        async with self._copying.hold(granule, granule + 1):
-            newest = self._layers[-1] if self._layers else None
-            scratch = self._scratch
-            if newest is None or scratch is None or newest.map.code(granule):
-                return
-            if newest.access is not None or newest.error or self._timeout_seconds is not None:
-                await self._copy_untouched(granule, granule + 1)
-                return
-            try:
-                code = await self._copy_one(scratch, granule)
-            except OSError as error:
-                self._break_or_raise(granule, granule + 1, error)
-            else:
-                self._record_one(granule, code)
-
-    async def _copy_one(self, scratch: Scratch, granule: int) -> int:
-        """Bring the old content of one granule into safety; its code, to be recorded."""
-        offset = granule << self._shift
-        length = min(1 << self._shift, self._source.size - offset)
-        status = self._source.uniform_status(offset, length)
-        if status is None:
-            return int((await self._copy(scratch, granule, granule + 1))[0])
-        return code_of_status(status) or COPIED + await self._copy_data(scratch, granule, 1)
 
     async def _copy_untouched(self, first: int, end: int) -> None:
         step = max(1, COPY_BYTES_MAX >> self._shift)
@@ -309,12 +325,9 @@ class CopyBeforeWrite:
         try:
             self._record(first, await self._copy_in_time(first, end))
         except OSError as error:
-            self._break_or_raise(first, end, error)
-
-    def _break_or_raise(self, first: int, end: int, error: OSError) -> None:
-        if self._on_error is OnCbwError.BREAK_GUEST_WRITE:
-            raise error
-        self._break_needing(first, end, error)
+            if self._on_error is OnCbwError.BREAK_GUEST_WRITE:
+                raise
+            self._break_needing(first, end, error)
 
     async def _copy_in_time(self, first: int, end: int) -> Codes:
         scratch = self._scratch
@@ -387,14 +400,6 @@ class CopyBeforeWrite:
         self._free(codes[~vacant])
         self._version += 1
 
-    def _record_one(self, granule: int, code: int) -> None:
-        """As :meth:`_record`, for one granule."""
-        if self._layers and not self._layers[-1].map.code(granule):
-            self._layers[-1].map.set_one(granule, code)
-            self._version += 1
-        else:
-            self._free(np.array([code], dtype=np.uint32))
-
     def _break_needing(self, first: int, end: int, error: OSError) -> None:
         """Break every snapshot that needs the granules, which are about to be overwritten."""
         unresolved = np.ones(end - first, dtype=np.bool_)
@@ -438,18 +443,25 @@ class CopyBeforeWrite:
         while True:
             layer.check()
             self._check_access(layer, offset, len(view))
-            version = self._version
-            if self._is_untouched(layer, first, end):
+            version, scratch = self._version, self._scratch
+            codes = self._where(layer, first, end)
+            if scratch is None or not any(codes):
                 await self._source.read_into(offset, view)
             else:
-                await self._read_resolved(self._resolve(layer, first, end), first, offset, view)
+                await read_granules(self._source, scratch, codes, self._shift, offset, view)
             if version == self._version:
                 return
 
-    def _is_untouched(self, layer: Layer, first: int, end: int) -> bool:
-        """Whether the guest has written nothing near the granules since the snapshot."""
-        newer = self._layers[self._layers.index(layer) :]
-        return all(other.map.next_page(first, end) == end for other in newer)
+    def _where(self, layer: Layer, first: int, end: int) -> list[int]:
+        """As :meth:`_resolve`, for few granules."""
+        codes: list[int] = []
+        for newer in self._layers[self._layers.index(layer) :]:
+            own = newer.map.code_list(first, end)
+            if any(codes):
+                codes = [older or code for older, code in zip(codes, own, strict=True)]
+            else:
+                codes = own
+        return codes
 
     def _resolve(self, layer: Layer, first: int, end: int) -> Codes:
         """Where the snapshot finds its granules ``[first, end)``; UNTOUCHED is the disk itself."""
@@ -469,42 +481,23 @@ class CopyBeforeWrite:
                 errno.EACCES, "the range is outside what this snapshot keeps, or was released"
             )
 
-    async def _read_resolved(self, codes: Codes, first: int, offset: int, view: memoryview) -> None:
-        base = first << self._shift
-        for start, stop in runs(continues(codes)):
-            begin = max(offset, base + (start << self._shift))
-            stop_offset = min(offset + len(view), base + (stop << self._shift))
-            part = view[begin - offset : stop_offset - offset]
-            skip = begin - base - (start << self._shift)
-            await self._read_run(int(codes[start]), begin, skip, part)
-
-    async def _read_run(self, code: int, offset: int, skip: int, view: memoryview) -> None:
-        """Read one run of granules: from the disk, the scratch, or nowhere at all."""
-        if code == UNTOUCHED:
-            await self._source.read_into(offset, view)
-        elif code >= COPIED and self._scratch is not None:
-            await self._scratch.read_into(code - COPIED, skip, view)
-        elif code == FORGOTTEN:
-            raise OSError(errno.EACCES, "the range was released and has been overwritten")
-        else:
-            view[:] = bytes(len(view))
-
     async def block_status(
         self, layer: Layer, offset: int, length: int, extents_max: int
     ) -> Extents:
         """Describe a range of the snapshot by status words, as of the instant it was taken."""
         parts: list[Extents] = []
-        at, limit, found = offset, offset + length, 0
-        while at < limit and found <= extents_max:
-            part = await self._final_status_part(layer, at, limit, extents_max)
+        at, limit, found, looked = offset, offset + length, 0, 0
+        while at < limit and found <= extents_max and looked < STATUS_GRANULES_MAX:
+            part, granules = await self._final_status_part(layer, at, limit, extents_max)
             parts.append(part)
             found += len(part.lengths)
+            looked += granules
             at += part.total()
         return Extents.concatenate(parts).limited(extents_max)
 
     async def _final_status_part(
         self, layer: Layer, offset: int, limit: int, extents_max: int
-    ) -> Extents:
+    ) -> tuple[Extents, int]:
         """A first part of the range, and nothing in it moved while it was looked at."""
         while True:
             layer.check()
@@ -515,23 +508,26 @@ class CopyBeforeWrite:
 
     async def _status_part(
         self, layer: Layer, offset: int, limit: int, extents_max: int
-    ) -> Extents:
-        """The status up to the next page that the guest touched, or inside one page."""
+    ) -> tuple[Extents, int]:
+        """The status up to the next page that the guest touched, or from one on.
+
+        Returns:
+            It, and how many granules had to be looked at for it.
+        """
         first = offset >> self._shift
         end = (limit - 1 >> self._shift) + 1
         newer = self._layers[self._layers.index(layer) :]
-        run_end = min(other.map.next_page(first, end) for other in newer)
-        codes = np.zeros(0, dtype=np.uint32)
-        if run_end == first:
-            codes = self._resolve(layer, first, min(end, page_end(first)))
-            untouched = codes == UNTOUCHED
-            run_end = first + next(runs(untouched[1:] == untouched[:-1]))[1]
-        stop = min(limit, run_end << self._shift)
-        if not len(codes) or codes[0] == UNTOUCHED:
-            return await self._source.block_status(offset, stop - offset, extents_max=extents_max)
-        bounds = np.arange(first, run_end + 1, dtype=np.int64) << self._shift
-        lengths = np.diff(np.clip(bounds, offset, stop))
-        return Extents(lengths, status_of_codes(codes[: run_end - first])).merged()
+        touched = min(other.map.next_page(first, end) for other in newer)
+        end = touched if touched > first else min(end, page_end(first + STATUS_GRANULES_MAX))
+        stop = min(limit, end << self._shift)
+        base = await self._source.block_status(offset, stop - offset, extents_max=extents_max)
+        if touched > first:
+            return base, 0
+        end = (offset + base.total() - 1 >> self._shift) + 1
+        codes = self._resolve(layer, first, end)
+        return with_displaced(
+            base, codes, offset - (first << self._shift), self._shift
+        ), end - first
 
     # -- giving up ranges ---------------------------------------------------------
 

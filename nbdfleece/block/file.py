@@ -176,26 +176,31 @@ class FileNode(BlockNode):
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset`` on; what lies past the end of the file is zeroes."""
-        if self._has_nowait:
-            try:
-                count = os.preadv(self._fd, [view], offset, os.RWF_NOWAIT)
-            except BlockingIOError:
-                count = 0
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-                self._has_nowait = False
-                count = 0
-        elif self._is_in_memory:
-            count = os.preadv(self._fd, [view], offset)
-        else:
-            count = 0
+        count = self.read_cached(offset, view)
         if count == len(view):
             return
         if offset + count < self.size:
             await in_thread(_read_fully, self._fd, offset + count, view[count:])
         else:
             _fill_zeroes(view[count:])
+
+    def read_cached(self, offset: int, view: memoryview) -> int:
+        """Fill the beginning of ``view``, as far as that needs no waiting for the disk.
+
+        Returns:
+            How many bytes were read; the rest is cold, or lies past the end of the file.
+        """
+        if self._has_nowait:
+            try:
+                return os.preadv(self._fd, [view], offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return 0
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                self._has_nowait = False
+                return 0
+        return os.preadv(self._fd, [view], offset) if self._is_in_memory else 0
 
     async def read(self, offset: int, length: int) -> bytearray:
         """The ``length`` bytes from ``offset`` on, zeroes past the end of the file."""
@@ -205,15 +210,22 @@ class FileNode(BlockNode):
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` at ``offset``; the file grows if it must."""
-        length = len(data)
-        if length <= INLINE_BYTES_MAX:
-            if os.pwrite(self._fd, data, offset) < length:
-                _write_fully(self._fd, offset, data)
+        if len(data) <= INLINE_BYTES_MAX:
+            self.write_inline(offset, data)
         else:
             await in_thread(_write_fully, self._fd, offset, data)
+            self._note_write(offset + len(data))
+
+    def write_inline(self, offset: int, data: memoryview) -> None:
+        """As :meth:`write`, in the caller's thread; for what is not large."""
+        if os.pwrite(self._fd, data, offset) < len(data):
+            _write_fully(self._fd, offset, data)
+        self._note_write(offset + len(data))
+
+    def _note_write(self, end: int) -> None:
         self._writes_done += 1
-        if offset + length > self.size:
-            self.size = offset + length
+        if end > self.size:
+            self.size = end
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

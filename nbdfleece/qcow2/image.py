@@ -24,7 +24,7 @@ from typing import Final
 import numpy as np
 
 from ..block.file import INLINE_BYTES_MAX, FileNode, in_thread
-from ..block.node import BlockNode
+from ..block.node import BlockNode, BlockStatus
 from ..block.range_lock import RangeLock
 from ..block.stable import StablePlace
 from ..extents import Extents
@@ -66,7 +66,7 @@ from .quarantine import Quarantine
 from .refcounts import Refcounts, unpack_refcount_table
 from .snapshots import InternalSnapshot, choose_disk, read_snapshots
 from .space import DataFileSpace, GuestSpace, ImageSpace
-from .status import describe, uniform
+from .status import STATUS_DATA, describe, uniform
 from .subclusters import subcluster_runs
 from .tables import CACHE_BYTES, Mapping, MetadataMap
 from .write import Writer
@@ -432,9 +432,20 @@ class Qcow2Image(BlockNode):
         """Describe a guest range through the whole backing chain."""
         return await describe(self, offset, length, extents_max)
 
-    def uniform_status(self, offset: int, length: int) -> int | None:
-        """The status word of a range inside one cluster, if it is known without reading."""
-        return uniform(self, offset, length)
+    def read_at_once(self, offset: int, view: memoryview) -> int | None:
+        """Status and content of a range inside one cluster, if its L2 table is in memory."""
+        cluster = offset >> self._cluster_bits
+        table = self._tables.get(cluster >> self._l2_bits)
+        within = offset & self._cluster_mask
+        if table is not None and self.has_holes_below is False:
+            entry = table.entries[cluster & self._l2_mask]
+            fits = within + len(view) <= self.cluster_size
+            if fits and not entry & SPECIAL and entry & OFFSET_MASK:
+                table.is_recent = True
+                count = self.data_file.read_cached((entry & OFFSET_MASK) + within, view)
+                return STATUS_DATA if count == len(view) else None
+        status = uniform(self, offset, len(view))
+        return status if status is not None and status & BlockStatus.ZERO else None
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write guest bytes; one cluster that is ours alone is overwritten where it is."""
