@@ -73,7 +73,14 @@ async def in_thread(function: Callable[..., _Result], *args: object) -> _Result:
 
     A cancelled caller waits all the same: the function may be using its buffers.
     """
-    future = asyncio.get_running_loop().run_in_executor(_pool, function, *args)
+    return await in_pool(_pool, function, *args)
+
+
+async def in_pool(
+    pool: ThreadPoolExecutor, function: Callable[..., _Result], *args: object
+) -> _Result:
+    """As :func:`in_thread`, in a pool of the caller's."""
+    future = asyncio.get_running_loop().run_in_executor(pool, function, *args)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
