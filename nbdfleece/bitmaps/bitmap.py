@@ -10,6 +10,7 @@ Spec: qcow2.txt, "Bitmap data".
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from typing import Final
 
@@ -24,6 +25,12 @@ GRANULARITY_MAX: Final = 1 << 31
 
 _SCAN_BYTES: Final = 1 << 16
 """Bitmap bytes examined at once when runs are sought: 512 Ki bits, 0.5 MiB when unpacked."""
+
+_LAZY_BYTES_MIN: Final = 1 << 16
+"""Bits of more bytes are mapped: they take memory, and the time to clear it, only where they
+are touched. A bit of a byte array is set twice as fast."""
+
+_PAGE: Final = mmap.PAGESIZE
 
 _ONES_BELOW: Final = tuple((1 << bit) - 1 for bit in range(9))
 """``_ONES_BELOW[n]`` has the ``n`` lowest bits of a byte set."""
@@ -54,11 +61,13 @@ class Bitmap:
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
-        self._bits = bytearray(-(-self.bit_count // 8))
+        self._bits = _zeroed(-(-self.bit_count // 8))
         if data is not None:
             if len(data) > len(self._bits):
                 raise ValueError(f"{len(data)} bytes of bits where {len(self._bits)} are enough")
-            self._bits[: len(data)] = data
+            mine, given = self.array(), np.frombuffer(data, dtype=np.uint8)
+            for part in _nonzero_parts(given):
+                mine[part] = given[part]
             self._clear_tail()
 
     @property
@@ -78,6 +87,13 @@ class Bitmap:
         """
         return np.frombuffer(self._bits, dtype=np.uint8)
 
+    def put(self, position: int, data: memoryview) -> None:
+        """Store packed bits at a byte's number; what is past the end of the disk is left out."""
+        part = np.frombuffer(data, dtype=np.uint8)[: max(0, len(self._bits) - position)]
+        if part.any():  # zeroes on zeroes would only take memory
+            self.array()[position : position + len(part)] = part
+            self._clear_tail()
+
     def copy(self) -> Bitmap:
         """An independent bitmap with the same bits."""
         return Bitmap(self.size, self.granularity, self.data)
@@ -88,7 +104,7 @@ class Bitmap:
         return (
             self.size == other.size
             and self.granularity == other.granularity
-            and self._bits == other._bits
+            and np.array_equal(self.array(), other.array())
         )
 
     __hash__ = None  # type: ignore[assignment]  # mutable, as list is
@@ -173,8 +189,9 @@ class Bitmap:
         if other.size != self.size:
             raise ValueError(f"bitmaps of {other.size} and {self.size} bytes cannot be merged")
         if other.granularity == self.granularity:
-            mine = self.array()
-            np.bitwise_or(mine, other.array(), out=mine)
+            mine, others = self.array(), other.array()
+            for part in _nonzero_parts(others):
+                mine[part] |= others[part]
             return
         for offset, length in other.dirty_ranges():
             self.set_range(offset, length)
@@ -276,6 +293,25 @@ class Bitmap:
         """Clear the bits of the last byte that lie past the end of the disk."""
         if self.bit_count % 8:
             self._bits[-1] &= _ONES_BELOW[self.bit_count % 8]
+
+
+def _zeroed(length: int) -> bytearray | mmap.mmap:
+    """Bytes that are all zero; if many, they take memory only once they are written to."""
+    if length < _LAZY_BYTES_MIN:
+        return bytearray(length)
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _nonzero_parts(array: npt.NDArray[np.uint8]) -> Iterator[slice]:
+    """The parts of an array, by whole pages, outside which all is zero."""
+    whole = len(array) // _PAGE
+    words = array[: whole * _PAGE].view(np.uint64).reshape(whole, _PAGE // 8)
+    is_used = np.concatenate([[0], words.any(axis=1), [0]])
+    edges = np.flatnonzero(np.diff(is_used)) * _PAGE
+    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        yield slice(start, stop)
+    if whole * _PAGE < len(array):
+        yield slice(whole * _PAGE, len(array))
 
 
 def _uniform(array: npt.NDArray[np.uint8], start: int, stop: int) -> int | None:
