@@ -46,7 +46,7 @@ class MemoryNode(BlockNode):
             raise OSError(errno.EINVAL, "past the end")
         view[:] = self.content[offset : offset + len(view)]
 
-    def read_at_once(self, offset: int, view: memoryview) -> int | None:
+    def read_with_status(self, offset: int, view: memoryview) -> int | None:
         if not self.is_at_hand() or offset // self.block != (offset + len(view) - 1) // self.block:
             return None
         self.fail("read", offset)

@@ -264,7 +264,9 @@ class CopyBeforeWrite:
             return False
         offset = granule << self._shift
         try:
-            status = self._source.read_at_once(offset, self._granule[: self._source.size - offset])
+            status = self._source.read_with_status(
+                offset, self._granule[: self._source.size - offset]
+            )
             if status is None:
                 return False
             code = code_of_status(status) or COPIED + scratch.append(self._granule)

@@ -217,19 +217,22 @@ class FileNode(BlockNode):
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` at ``offset``; the file grows if it must."""
-        if len(data) <= INLINE_BYTES_MAX:
-            self.write_inline(offset, data)
-        else:
+        if not self.write_at_once(offset, data):
             await in_thread(_write_fully, self._fd, offset, data)
             self._note_write(offset + len(data))
 
-    def write_inline(self, offset: int, data: memoryview) -> None:
-        """As :meth:`write`, in the caller's thread; for what is not large."""
-        if os.pwrite(self._fd, data, offset) < len(data):
+    def write_at_once(self, offset: int, data: memoryview) -> bool:
+        """Write what is not too much for the loop's thread into the page cache."""
+        length = len(data)
+        if length > INLINE_BYTES_MAX:
+            return False
+        if os.pwrite(self._fd, data, offset) < length:
             _write_fully(self._fd, offset, data)
-        self._note_write(offset + len(data))
+        self._note_write(offset + length)
+        return True
 
     def _note_write(self, end: int) -> None:
+        """The next flush has something to do, and the file may have grown."""
         self._writes_done += 1
         if end > self.size:
             self.size = end

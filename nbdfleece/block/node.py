@@ -94,7 +94,7 @@ class BlockNode(ABC):
             (after ``extents_max`` extents, or where going on would be expensive).
         """
 
-    def read_at_once(self, offset: int, view: memoryview) -> int | None:
+    def read_with_status(self, offset: int, view: memoryview) -> int | None:
         """Status and content of a small range, if that needs no waiting.
 
         Returns:

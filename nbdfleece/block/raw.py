@@ -88,9 +88,9 @@ class RawNode(BlockNode):
         """Describe the window as the node below does."""
         return await self.below.block_status(self._offset + offset, length, extents_max=extents_max)
 
-    def read_at_once(self, offset: int, view: memoryview) -> int | None:
+    def read_with_status(self, offset: int, view: memoryview) -> int | None:
         """As the node below can."""
-        return self.below.read_at_once(self._offset + offset, view)
+        return self.below.read_with_status(self._offset + offset, view)
 
     def stable_place(self, offset: int, length: int) -> StablePlace | None:
         """As the node below knows it."""

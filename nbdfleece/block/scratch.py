@@ -91,7 +91,7 @@ class Scratch:
         """
         granule = self.allocate(1)
         try:
-            self._file.write_inline(granule * self._granularity, data)
+            self._file.write_at_once(granule * self._granularity, data)
         except BaseException:
             self.free(granule, 1)
             raise

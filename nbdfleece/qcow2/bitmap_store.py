@@ -405,7 +405,11 @@ class BitmapStore:
             StateError: This cannot be; nothing was changed.
             OSError: It could not be done; nothing was changed, unless the image is beyond use.
         """
-        wanted = [_Wanted(bitmap, self._pack_content(bitmap.content)) for bitmap in entries]
+        size = self._image.cluster_size
+        wanted = [
+            _Wanted(it, it.content and pack_bits(it.content.data, it.content.bit_count, size))
+            for it in entries
+        ]
         return to_its_end(self._replace_locked(wanted, private_payload))
 
     async def _replace_locked(self, wanted: list[_Wanted], payload: bytes | None) -> None:
@@ -515,11 +519,6 @@ class BitmapStore:
         if log is not None and not self._is_held(item.bitmap.name, log):
             return packed_elsewhere(log.table, self._image.cluster_size)
         return item.bits
-
-    def _pack_content(self, content: Bitmap | None) -> PackedBits | None:
-        if content is None:
-            return None
-        return pack_bits(content.data, content.bit_count, self._image.cluster_size)
 
     def _is_held(self, name: str, log: ActivityLog) -> bool:
         """Whether the directory leads to the log's clusters already."""

@@ -409,7 +409,7 @@ class Qcow2Image(BlockNode):
         """Describe a guest range through the whole backing chain."""
         return await describe(self, offset, length, extents_max)
 
-    def read_at_once(self, offset: int, view: memoryview) -> int | None:
+    def read_with_status(self, offset: int, view: memoryview) -> int | None:
         """Status and content of a range inside one cluster, if its L2 table is in memory."""
         cluster = offset >> self._cluster_bits
         table = self._tables.get(cluster >> self._l2_bits)
