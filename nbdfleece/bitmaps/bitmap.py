@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..extents import Extents
+from .memory import zeroed_memory
 
 GRANULARITY_MIN: Final = 1 << 9
 GRANULARITY_MAX: Final = 1 << 31
@@ -25,10 +26,6 @@ GRANULARITY_MAX: Final = 1 << 31
 
 _SCAN_BYTES: Final = 1 << 16
 """Bitmap bytes examined at once when runs are sought: 512 Ki bits, 0.5 MiB when unpacked."""
-
-_LAZY_BYTES_MIN: Final = 1 << 16
-"""Bits of more bytes are mapped: they take memory, and the time to clear it, only where they
-are touched. A bit of a byte array is set twice as fast."""
 
 _PAGE: Final = mmap.PAGESIZE
 
@@ -61,7 +58,7 @@ class Bitmap:
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
-        self._bits = _zeroed(-(-self.bit_count // 8))
+        self._bits = zeroed_memory(-(-self.bit_count // 8))
         if data is not None:
             if len(data) > len(self._bits):
                 raise ValueError(f"{len(data)} bytes of bits where {len(self._bits)} are enough")
@@ -293,13 +290,6 @@ class Bitmap:
         """Clear the bits of the last byte that lie past the end of the disk."""
         if self.bit_count % 8:
             self._bits[-1] &= _ONES_BELOW[self.bit_count % 8]
-
-
-def _zeroed(length: int) -> bytearray | mmap.mmap:
-    """Bytes that are all zero; if many, they take memory only once they are written to."""
-    if length < _LAZY_BYTES_MIN:
-        return bytearray(length)
-    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _nonzero_parts(array: npt.NDArray[np.uint8]) -> Iterator[slice]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..bitmaps.bitmap import Bitmap
 from .bitmap_directory import (
     TABLE_ENTRY_ALL_ONES,
     TABLE_ENTRY_ALL_ZEROES,
@@ -68,6 +69,11 @@ def pack_bits(bits: bytes | memoryview, bit_count: int, cluster_size: int) -> Pa
     uniform = np.where(is_ones, TABLE_ENTRY_ALL_ONES, TABLE_ENTRY_ALL_ZEROES).astype(np.uint64)
     stored = ~(is_zeroes | is_ones)
     return PackedBits(uniform, stored, parts[stored])
+
+
+def pack_content(content: Bitmap | None, cluster_size: int) -> PackedBits | None:
+    """The bits of a bitmap as :func:`pack_bits` cuts them; None has none."""
+    return None if content is None else pack_bits(content.data, content.bit_count, cluster_size)
 
 
 def packed_elsewhere(table: Table, cluster_size: int) -> PackedBits:

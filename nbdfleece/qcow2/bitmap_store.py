@@ -52,7 +52,7 @@ from .bitmap_bits import (
     cluster_runs,
     contains_any,
     data_clusters,
-    pack_bits,
+    pack_content,
     packed_elsewhere,
     span_clusters,
     stored_runs,
@@ -216,18 +216,16 @@ class BitmapStore:
                 )
             bitmap = Bitmap(self._image.size, entry.granularity)
             needed = stored_bitmap_bytes(self._image.size, entry.granularity)
+            buffer = memoryview(bytearray(_LOAD_BYTES))
             for offset, start, end in stored_runs(table, self._image.cluster_size, needed):
-                await self._load_run(bitmap, offset, start, end)
+                for position in range(start, end, _LOAD_BYTES):
+                    part = buffer[: end - position]
+                    if offset == TABLE_ENTRY_ALL_ONES:
+                        part[:] = b"\xff" * len(part)
+                    else:
+                        await self._image.file.read_into(offset + position - start, part)
+                    bitmap.put(position, part)
         return bitmap
-
-    async def _load_run(self, bitmap: Bitmap, offset: int, start: int, end: int) -> None:
-        """Read the bytes ``[start, end)`` of a bitmap's bits, of :func:`stored_runs`."""
-        buffer = memoryview(bytearray(b"\xff" * min(end - start, _LOAD_BYTES)))
-        for position in range(start, end, _LOAD_BYTES):
-            part = buffer[: end - position]
-            if offset != TABLE_ENTRY_ALL_ONES:
-                await self._image.file.read_into(offset + position - start, part)
-            bitmap.put(position, part)
 
     async def dirty_bytes(self, name: str) -> int:
         """How many bytes of the disk a stored bitmap marks; errors as for :meth:`load_bits`."""
@@ -367,9 +365,8 @@ class BitmapStore:
         if reason := size_fault(size, granularity):
             raise StateError(f"{self._image.path}: a bitmap that records {reason}")
         count = table_entries_needed(size, granularity, cluster_size)
-        data = bytes(count * cluster_size)
-        if content is not None:
-            data = bytes(content.data).ljust(len(data), b"\0")
+        length = count * cluster_size
+        data = bytes(length) if content is None else bytes(content.data).ljust(length, b"\0")
         offset = await self._image.allocate_clusters(count)
         try:
             await self._write(offset, data)
@@ -406,10 +403,7 @@ class BitmapStore:
             OSError: It could not be done; nothing was changed, unless the image is beyond use.
         """
         size = self._image.cluster_size
-        wanted = [
-            _Wanted(it, it.content and pack_bits(it.content.data, it.content.bit_count, size))
-            for it in entries
-        ]
+        wanted = [_Wanted(item, pack_content(item.content, size)) for item in entries]
         return to_its_end(self._replace_locked(wanted, private_payload))
 
     async def _replace_locked(self, wanted: list[_Wanted], payload: bytes | None) -> None:
