@@ -274,17 +274,17 @@ class Bitmap:
         bits = np.unpackbits(self.array()[first >> 3 : (last + 7) >> 3], bitorder="little")
         bits = bits[first - skipped : last - skipped]
         edges = np.flatnonzero(bits[1:] != bits[:-1])
-        bounds = np.empty(len(edges) + 2, dtype=np.int64)
-        bounds[0], bounds[-1] = 0, last - first
-        bounds[1:-1] = edges
-        bounds[1:-1] += 1
-        bounds += first
-        bounds <<= self._shift
-        bounds[0], bounds[-1] = offset, end
-        status = np.empty(len(bounds) - 1, dtype=np.uint32)
+        if not len(edges):
+            return Extents.single(end - offset, int(bits[0]))
+        status = np.empty(len(edges) + 1, dtype=np.uint32)
         status[::2] = bits[0]
         status[1::2] = 1 - bits[0]
-        return Extents(bounds[1:] - bounds[:-1], status)
+        lengths = np.empty(len(edges) + 1, dtype=np.int64)
+        np.subtract(edges[1:], edges[:-1], out=lengths[1:-1])
+        lengths[1:-1] <<= self._shift
+        lengths[0] = (first + int(edges[0]) + 1 << self._shift) - offset
+        lengths[-1] = end - (first + int(edges[-1]) + 1 << self._shift)
+        return Extents(lengths, status)
 
     def _clear_tail(self) -> None:
         """Clear the bits of the last byte that lie past the end of the disk."""

@@ -45,10 +45,6 @@ from .stable import StablePlace, open_stable
 INLINE_BYTES_MAX: Final = 1 << 20
 """Writes up to this size run in the loop's thread: 1 MiB into the page cache is 0.1 to 0.3 ms."""
 
-_GROWTH_INLINE_BYTES_MAX: Final = 128 << 10
-"""Likewise where the file grows: new pages take several times as long, and a thread leaves the
-loop's processor to the next request."""
-
 THREADS_MAX: Final = 16
 """Threads of the pool, for all files: as many operations may wait for disks at one time."""
 
@@ -228,9 +224,7 @@ class FileNode(BlockNode):
     def write_at_once(self, offset: int, data: memoryview) -> bool:
         """Write what is not too much for the loop's thread into the page cache."""
         length = len(data)
-        if length > _GROWTH_INLINE_BYTES_MAX and (
-            length > INLINE_BYTES_MAX or offset + length > self.size
-        ):
+        if length > INLINE_BYTES_MAX:
             return False
         if os.pwrite(self._fd, data, offset) < length:
             _write_fully(self._fd, offset, data)

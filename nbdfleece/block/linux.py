@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
@@ -21,11 +20,6 @@ _STATFS_BYTES: Final = 256
 """More than ``struct statfs`` has on any Linux (120 on x86-64); its first field is the type."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_M_TRIM_THRESHOLD: Final = -1
-_M_MMAP_THRESHOLD: Final = -3
-_KEPT_BYTES_MAX: Final = 16 << 20
-_MAPPED_BYTES_MIN: Final = 4 << 20
-
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.fallocate.restype = ctypes.c_int
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
@@ -52,18 +46,6 @@ def lives_in_memory(fd: int) -> bool:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
     return ctypes.c_long.from_buffer(buffer).value & 0xFFFFFFFF in _MEMORY_FILE_SYSTEMS
-
-
-def keep_freed_memory() -> None:
-    """Let the C library's allocator keep what this process frees, up to 16 MiB, for its next use.
-
-    By default glibc returns pieces of some 100 KiB to the kernel at once. Every request
-    that needs such a piece, for an array or for inflated data, would take new pages, and a
-    page costs more to get than to fill. Nothing happens with a library that cannot do it.
-    """
-    with contextlib.suppress(AttributeError):
-        _libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES_MAX)
-        _libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES_MIN)
 
 
 class ResidencyMap:

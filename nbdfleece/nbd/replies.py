@@ -247,7 +247,7 @@ class StructuredReplies(ChunkedReplies):
             S: 32 bits, metadata context id
             S: n times 32 bits, length; 32 bits, status
         """
-        payload = _STATUS.pack(context_id), _descriptors(extents, np.dtype(">u4"))
+        payload = _STATUS.pack(context_id), _descriptors(extents)
         return self._chunk(request, ReplyType.BLOCK_STATUS, done, *payload)
 
     def _chunk(
@@ -290,7 +290,7 @@ class ExtendedReplies(ChunkedReplies):
             S: n times 64 bits, length; 64 bits, status
         """
         count = len(extents.lengths)
-        payload = _EXTENDED_STATUS.pack(context_id, count), _descriptors(extents, np.dtype(">u8"))
+        payload = _EXTENDED_STATUS.pack(context_id, count), _extended_descriptors(extents)
         return self._chunk(request, ReplyType.BLOCK_STATUS_EXT, done, *payload)
 
     def _chunk(
@@ -308,9 +308,16 @@ def _error_payload(error: Error, text: str) -> bytes:
     return _ERROR.pack(error, len(message)) + message
 
 
-def _descriptors(extents: Extents, field: np.dtype[np.unsignedinteger]) -> memoryview:
-    """Lengths and status interleaved, each as one big-endian ``field``."""
-    table = np.empty((len(extents.lengths), 2), dtype=field)
+def _descriptors(extents: Extents) -> memoryview:
+    """Lengths and status interleaved, 32 bits each, big-endian."""
+    words = extents.lengths << 32
+    words |= extents.status
+    return words.astype(">i8").view(np.uint8).data
+
+
+def _extended_descriptors(extents: Extents) -> memoryview:
+    """Lengths and status interleaved, 64 bits each, big-endian."""
+    table = np.empty((len(extents.lengths), 2), dtype=">u8")
     table[:, 0] = extents.lengths
     table[:, 1] = extents.status
     return table.view(np.uint8).reshape(-1).data

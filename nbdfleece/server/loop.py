@@ -7,7 +7,6 @@ import importlib.util
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Literal, TypeVar
 
-from ..block.linux import keep_freed_memory
 from ..errors import UsageError
 
 T = TypeVar("T")
@@ -38,6 +37,5 @@ def loop_factory(choice: LoopChoice = "auto") -> Callable[[], asyncio.AbstractEv
 
 def run(main: Coroutine[Any, Any, T], choice: LoopChoice = "auto", *, debug: bool = False) -> T:
     """Run ``main`` to its end in a new event loop, as ``asyncio.run`` does."""
-    keep_freed_memory()
     with asyncio.Runner(debug=debug or None, loop_factory=loop_factory(choice)) as runner:
         return runner.run(main)

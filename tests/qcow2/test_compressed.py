@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import zlib
 from pathlib import Path
 
 import pytest
 from isal import isal_zlib
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 from nbdfleece.qcow2 import compressed
 from nbdfleece.qcow2.compressed import ZLIB, ZSTD, Decompressor, inflate
@@ -54,6 +60,40 @@ def test_cluster_that_inflates_without_end_is_cut() -> None:
     assert inflate(deflated(bytes(100 * CLUSTER)), CLUSTER, ZLIB) == bytes(CLUSTER)
 
 
+@pytest.fixture(params=["library", "module"])
+def zstd_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the system's libzstd, which Debian always has, and without it."""
+    assert compressed._zstd_library is not None
+    if request.param == "module":
+        monkeypatch.setattr(compressed, "_zstd_library", None)
+
+
+@pytest.mark.usefixtures("zstd_library")
+def test_cluster_of_several_frames_is_inflated_in_place() -> None:
+    data = zstd.compress(TEXT[:1000]) + zstd.compress(TEXT[1000:]) + os.urandom(400)
+    view = memoryview(bytearray(CLUSTER))
+    compressed.inflate_into(memoryview(bytearray(data)), view, ZSTD)
+    assert view == TEXT
+
+
+@pytest.mark.usefixtures("zstd_library")
+@pytest.mark.parametrize(
+    "data",
+    [
+        os.urandom(600),
+        zstd.compress(TEXT)[:50],
+        zstd.compress(TEXT[:-1]),
+        b"",
+        zstd.compress(TEXT)[:-1] + b"!",
+    ],
+)
+def test_damaged_zstd_cluster_is_an_io_error(data: bytes) -> None:
+    with pytest.raises(OSError, match="compressed cluster") as caught:
+        compressed.inflate_into(memoryview(bytearray(data)), memoryview(bytearray(CLUSTER)), ZSTD)
+    assert caught.value.errno == errno.EIO
+
+
+@pytest.mark.usefixtures("zstd_library")
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
 async def test_any_part_of_compressed_clusters_is_read(tmp_path: Path, compression: str) -> None:
     """Whole ones by a thread, parts of one inline and kept for the next part."""
