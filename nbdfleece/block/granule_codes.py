@@ -75,12 +75,16 @@ def with_displaced(base: Extents, codes: Codes, lead: int, shift: int) -> Extent
     bounds = np.flatnonzero(status[1:] != status[:-1]) + 1
     ends = np.append((bounds << shift) - lead, base.total())
     own = status[np.append(bounds - 1, len(codes) - 1)]
-    base_ends = np.cumsum(base.lengths)
-    all_ends = np.union1d(ends, base_ends)
-    own = own[np.searchsorted(ends, all_ends)]
-    below = base.status[np.searchsorted(base_ends, all_ends)]
-    lengths = np.diff(all_ends, prepend=0)
-    return Extents(lengths, np.where(own == _ASK_BASE, below, own)).merged()
+    below = base.status
+    if len(below) > 1:
+        base_ends = np.cumsum(base.lengths)
+        all_ends = np.sort(np.concatenate([ends, base_ends]), kind="stable")
+        all_ends = all_ends[np.append(all_ends[1:] > all_ends[:-1], True)]
+        own = own[np.searchsorted(ends, all_ends)]
+        below = below[np.searchsorted(base_ends, all_ends)]
+        ends = all_ends
+    status = np.where(own == _ASK_BASE, below, own)
+    return Extents(np.diff(ends, prepend=0), status).merged()
 
 
 def continues(codes: Codes) -> Mask:
