@@ -87,8 +87,9 @@ class Bitmap:
     def put(self, position: int, data: memoryview) -> None:
         """Store packed bits at a byte's number; what is past the end of the disk is left out."""
         part = np.frombuffer(data, dtype=np.uint8)[: max(0, len(self._bits) - position)]
-        if part.any():  # zeroes on zeroes would only take memory
-            self.array()[position : position + len(part)] = part
+        mine = self.array()[position : position + len(part)]
+        if not np.array_equal(mine, part):  # zeroes on zeroes would only take memory
+            mine[:] = part
             self._clear_tail()
 
     def copy(self) -> Bitmap:

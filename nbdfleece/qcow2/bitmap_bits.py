@@ -72,8 +72,10 @@ def pack_bits(bits: bytes | memoryview, bit_count: int, cluster_size: int) -> Pa
 
 
 def pack_content(content: Bitmap | None, cluster_size: int) -> PackedBits | None:
-    """The bits of a bitmap as :func:`pack_bits` cuts them; None has none."""
-    return None if content is None else pack_bits(content.data, content.bit_count, cluster_size)
+    """The bits of a bitmap, if there are any, as :func:`pack_bits` cuts them."""
+    if content is None or not content.bit_count:
+        return None
+    return pack_bits(content.data, content.bit_count, cluster_size)
 
 
 def packed_elsewhere(table: Table, cluster_size: int) -> PackedBits:
