@@ -31,7 +31,8 @@ What may be trusted
     Codes change only between awaits, and a code other than UNTOUCHED is set only
     after the copy is complete and before the guest's write begins. So a snapshot
     reader never locks the guest out: it notes the codes, reads, and looks at the
-    codes again; where they changed meanwhile, it reads again (rule 1).
+    codes again; what moved meanwhile, and only that, it reads again (rule 1). A granule
+    moves a few times at most, so no guest, however busy, keeps a reader waiting for ever.
 """
 
 from __future__ import annotations
@@ -442,17 +443,28 @@ class CopyBeforeWrite:
         """
         first = offset >> self._shift
         end = (offset + len(view) - 1 >> self._shift) + 1
-        while True:
-            layer.check()
+        self._check_access(layer, offset, len(view))
+        version = self._version
+        codes = self._where(layer, first, end)
+        await self._read_codes(codes, first, offset, view)
+        while version != self._version:
             self._check_access(layer, offset, len(view))
-            version, scratch = self._version, self._scratch
-            codes = self._where(layer, first, end)
-            if scratch is None or not any(codes):
-                await self._source.read_into(offset, view)
-            else:
-                await read_granules(self._source, scratch, codes, self._shift, offset, view)
-            if version == self._version:
-                return
+            version, noted, codes = self._version, codes, self._where(layer, first, end)
+            for index, code in enumerate(codes):
+                if code != noted[index]:
+                    await self._read_codes([code], first + index, offset, view)
+
+    async def _read_codes(
+        self, codes: list[int], first: int, offset: int, view: memoryview
+    ) -> None:
+        """Read the granules from ``first`` on into the view of the range at ``offset``."""
+        begin = max(offset, first << self._shift)
+        stop = min(offset + len(view), first + len(codes) << self._shift)
+        part, scratch = view[begin - offset : stop - offset], self._scratch
+        if scratch is None or not any(codes):
+            await self._source.read_into(begin, part)
+        else:
+            await read_granules(self._source, scratch, codes, self._shift, begin, part)
 
     def _where(self, layer: Layer, first: int, end: int) -> list[int]:
         """As :meth:`_resolve`, for few granules."""
@@ -477,6 +489,7 @@ class CopyBeforeWrite:
         return codes
 
     def _check_access(self, layer: Layer, offset: int, length: int) -> None:
+        layer.check()
         access = layer.access
         if access is not None and access.extents(offset, length).status.min() == 0:
             raise OSError(
@@ -490,46 +503,46 @@ class CopyBeforeWrite:
         parts: list[Extents] = []
         at, limit, found, looked = offset, offset + length, 0, 0
         while at < limit and found <= extents_max and looked < STATUS_GRANULES_MAX:
-            part, granules = await self._final_status_part(layer, at, limit, extents_max)
+            part, granules = await self._status_part(layer, at, limit, extents_max)
             parts.append(part)
             found += len(part.lengths)
             looked += granules
             at += part.total()
         return Extents.concatenate(parts).limited(extents_max)
 
-    async def _final_status_part(
-        self, layer: Layer, offset: int, limit: int, extents_max: int
-    ) -> tuple[Extents, int]:
-        """A first part of the range, and nothing in it moved while it was looked at."""
-        while True:
-            layer.check()
-            version = self._version
-            part = await self._status_part(layer, offset, limit, extents_max)
-            if version == self._version:
-                return part
-
     async def _status_part(
         self, layer: Layer, offset: int, limit: int, extents_max: int
     ) -> tuple[Extents, int]:
         """The status up to the next page that the guest touched, or from one on.
 
+        The codes are looked at after the disk was: what is untouched then has not changed.
+
         Returns:
             It, and how many granules had to be looked at for it.
         """
         first = offset >> self._shift
-        end = (limit - 1 >> self._shift) + 1
-        newer = self._layers[self._layers.index(layer) :]
-        touched = min(other.map.next_page(first, end) for other in newer)
-        end = touched if touched > first else min(end, page_end(first + STATUS_GRANULES_MAX))
-        stop = min(limit, end << self._shift)
+        untouched_end = self._untouched_end(layer, offset, limit)
+        stop = untouched_end
+        if stop == offset:
+            stop = min(limit, page_end(first + STATUS_GRANULES_MAX) << self._shift)
         base = await self._source.block_status(offset, stop - offset, extents_max=extents_max)
-        if touched > first:
-            return base, 0
+        stop = self._untouched_end(layer, offset, offset + base.total())
+        if stop > offset:
+            return base.clipped(stop - offset), 0
+        if untouched_end > offset:  # touched meanwhile, and all of it may be much
+            base = base.clipped((page_end(first) << self._shift) - offset)
         end = (offset + base.total() - 1 >> self._shift) + 1
         codes = self._resolve(layer, first, end)
-        return with_displaced(
-            base, codes, offset - (first << self._shift), self._shift
-        ), end - first
+        lead = offset - (first << self._shift)
+        return with_displaced(base, codes, lead, self._shift), end - first
+
+    def _untouched_end(self, layer: Layer, offset: int, limit: int) -> int:
+        """Where the first page begins that the guest has touched, ``limit`` if there is none."""
+        layer.check()
+        first, end = offset >> self._shift, (limit - 1 >> self._shift) + 1
+        newer = self._layers[self._layers.index(layer) :]
+        touched = min(other.map.next_page(first, end) for other in newer)
+        return min(limit, max(offset, touched << self._shift))
 
     # -- giving up ranges ---------------------------------------------------------
 

@@ -139,6 +139,36 @@ async def test_reader_suspended_while_guest_overwrites_gets_old_bytes(tmp_path: 
     await snapshot.close()
 
 
+@pytest.mark.parametrize("operation", ["read", "block_status"])
+async def test_busy_guest_elsewhere_does_not_keep_a_reader_waiting(
+    tmp_path: Path, operation: str
+) -> None:
+    """Rule 5 from the reader's side: writes to other granules cost it no second look."""
+    setup = set_up(tmp_path, b"old!" * (1 << 18))
+    snapshot = setup.snapshot()
+    entered = 0
+
+    def pause(what: str) -> asyncio.Future[None] | None:
+        """While the reader waits for the disk, the guest writes somewhere else."""
+        nonlocal entered
+        if what != operation:
+            return None
+        entered += 1
+        setup.disk.pause = lambda _: None
+        writing = asyncio.ensure_future(write(setup.guest, entered * 8192, b"new!"))
+        writing.add_done_callback(lambda _: setattr(setup.disk, "pause", pause))
+        return writing
+
+    setup.disk.pause = pause
+    if operation == "read":
+        assert await asyncio.wait_for(read(snapshot, 0, 8192), 20) == b"old!" * 2048
+    else:
+        found = await asyncio.wait_for(snapshot.block_status(0, 8192), 20)
+        assert found.total() == 8192
+    assert entered == 1
+    await snapshot.close()
+
+
 async def test_ten_snapshots_cost_the_guest_one_copy(tmp_path: Path) -> None:
     setup = set_up(tmp_path, b"x" * (1 << 20))
     snapshots = [setup.snapshot() for _ in range(10)]
