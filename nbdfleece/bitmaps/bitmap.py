@@ -10,6 +10,7 @@ Spec: qcow2.txt, "Bitmap data".
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from typing import Final
 
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..extents import Extents
+from .memory import zeroed_memory
 
 GRANULARITY_MIN: Final = 1 << 9
 GRANULARITY_MAX: Final = 1 << 31
@@ -24,6 +26,8 @@ GRANULARITY_MAX: Final = 1 << 31
 
 _SCAN_BYTES: Final = 1 << 16
 """Bitmap bytes examined at once when runs are sought: 512 Ki bits, 0.5 MiB when unpacked."""
+
+_PAGE: Final = mmap.PAGESIZE
 
 _ONES_BELOW: Final = tuple((1 << bit) - 1 for bit in range(9))
 """``_ONES_BELOW[n]`` has the ``n`` lowest bits of a byte set."""
@@ -54,11 +58,13 @@ class Bitmap:
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
-        self._bits = bytearray(-(-self.bit_count // 8))
+        self._bits = zeroed_memory(-(-self.bit_count // 8))
         if data is not None:
             if len(data) > len(self._bits):
                 raise ValueError(f"{len(data)} bytes of bits where {len(self._bits)} are enough")
-            self._bits[: len(data)] = data
+            mine, given = self.array(), np.frombuffer(data, dtype=np.uint8)
+            for part in _nonzero_parts(given):
+                mine[part] = given[part]
             self._clear_tail()
 
     @property
@@ -78,6 +84,14 @@ class Bitmap:
         """
         return np.frombuffer(self._bits, dtype=np.uint8)
 
+    def put(self, position: int, data: memoryview) -> None:
+        """Store packed bits at a byte's number; what is past the end of the disk is left out."""
+        part = np.frombuffer(data, dtype=np.uint8)[: max(0, len(self._bits) - position)]
+        mine = self.array()[position : position + len(part)]
+        if not np.array_equal(mine, part):  # zeroes on zeroes would only take memory
+            mine[:] = part
+            self._clear_tail()
+
     def copy(self) -> Bitmap:
         """An independent bitmap with the same bits."""
         return Bitmap(self.size, self.granularity, self.data)
@@ -88,7 +102,7 @@ class Bitmap:
         return (
             self.size == other.size
             and self.granularity == other.granularity
-            and self._bits == other._bits
+            and np.array_equal(self.array(), other.array())
         )
 
     __hash__ = None  # type: ignore[assignment]  # mutable, as list is
@@ -173,8 +187,9 @@ class Bitmap:
         if other.size != self.size:
             raise ValueError(f"bitmaps of {other.size} and {self.size} bytes cannot be merged")
         if other.granularity == self.granularity:
-            mine = self.array()
-            np.bitwise_or(mine, other.array(), out=mine)
+            mine, others = self.array(), other.array()
+            for part in _nonzero_parts(others):
+                mine[part] |= others[part]
             return
         for offset, length in other.dirty_ranges():
             self.set_range(offset, length)
@@ -260,22 +275,34 @@ class Bitmap:
         bits = np.unpackbits(self.array()[first >> 3 : (last + 7) >> 3], bitorder="little")
         bits = bits[first - skipped : last - skipped]
         edges = np.flatnonzero(bits[1:] != bits[:-1])
-        bounds = np.empty(len(edges) + 2, dtype=np.int64)
-        bounds[0], bounds[-1] = 0, last - first
-        bounds[1:-1] = edges
-        bounds[1:-1] += 1
-        bounds += first
-        bounds <<= self._shift
-        bounds[0], bounds[-1] = offset, end
-        status = np.empty(len(bounds) - 1, dtype=np.uint32)
+        if not len(edges):
+            return Extents.single(end - offset, int(bits[0]))
+        status = np.empty(len(edges) + 1, dtype=np.uint32)
         status[::2] = bits[0]
         status[1::2] = 1 - bits[0]
-        return Extents(bounds[1:] - bounds[:-1], status)
+        lengths = np.empty(len(edges) + 1, dtype=np.int64)
+        np.subtract(edges[1:], edges[:-1], out=lengths[1:-1])
+        lengths[1:-1] <<= self._shift
+        lengths[0] = (first + int(edges[0]) + 1 << self._shift) - offset
+        lengths[-1] = end - (first + int(edges[-1]) + 1 << self._shift)
+        return Extents(lengths, status)
 
     def _clear_tail(self) -> None:
         """Clear the bits of the last byte that lie past the end of the disk."""
         if self.bit_count % 8:
             self._bits[-1] &= _ONES_BELOW[self.bit_count % 8]
+
+
+def _nonzero_parts(array: npt.NDArray[np.uint8]) -> Iterator[slice]:
+    """The parts of an array, by whole pages, outside which all is zero."""
+    whole = len(array) // _PAGE
+    words = array[: whole * _PAGE].view(np.uint64).reshape(whole, _PAGE // 8)
+    is_used = np.concatenate([[0], words.any(axis=1), [0]])
+    edges = np.flatnonzero(np.diff(is_used)) * _PAGE
+    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        yield slice(start, stop)
+    if whole * _PAGE < len(array):
+        yield slice(whole * _PAGE, len(array))
 
 
 def _uniform(array: npt.NDArray[np.uint8], start: int, stop: int) -> int | None:

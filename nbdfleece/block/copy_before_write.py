@@ -54,13 +54,12 @@ from .granule_codes import (
     UNTOUCHED,
     Mask,
     code_of_status,
-    continues,
     free_copies,
-    runs,
-    status_of_codes,
     true_runs,
+    with_displaced,
 )
 from .granule_map import Codes, page_end
+from .granule_reads import read_granules
 from .layer import Layer
 from .node import BlockNode
 from .range_lock import RangeLock
@@ -71,6 +70,10 @@ DEFAULT_GRANULARITY: Final = 4096
 
 ACCESS_GRANULARITY: Final = 65536
 """Bytes per bit of what a snapshot may read: TRIM and limiting bitmaps work in clusters."""
+
+STATUS_GRANULES_MAX: Final = 1 << 15
+"""Granules that one block status looks at, not counting what the guest has left alone: 128 MiB
+at granules of 4 KiB, as much as nbdcopy asks for at a time. It takes 0.3 to 1 ms."""
 
 COPY_BYTES_MAX: Final = 1 << 20
 """Bytes copied at once: a bound on memory, not on what a guest write may touch."""
@@ -109,6 +112,8 @@ class CopyBeforeWrite:
         self._scratch: Scratch | None = None
         self._layers: list[Layer] = []
         self._copying = RangeLock()
+        self._granule = memoryview(bytearray(granularity))
+        """For copies that are made without waiting."""
         self._version = 0
         """Counts changes of codes, layers and access: a reader must look again after one."""
 
@@ -192,6 +197,49 @@ class CopyBeforeWrite:
 
     # -- the guest's side ---------------------------------------------------------
 
+    def protect_at_once(self, offset: int, length: int) -> bool:
+        """As :meth:`protect`, in the most frequent cases, which need no waiting.
+
+        These are a small write where the guest has written before, and one where all is well
+        and the old content is at hand.
+
+        Returns:
+            Whether the range may be written; if not, :meth:`protect` is to be asked.
+        """
+        granule = offset >> self._shift
+        if offset + length - 1 >> self._shift != granule:
+            return False
+        newest = self._layers[-1]
+        return newest.map.code(granule) != UNTOUCHED or self._copy_at_once(newest, granule)
+
+    def _copy_at_once(self, newest: Layer, granule: int) -> bool:
+        """Bring the old content of one granule into safety and record where; whether it was done.
+
+        Whatever is not as usual is left to the long way.
+        """
+        scratch = self._scratch
+        if (
+            scratch is None
+            or newest.access is not None
+            or newest.error is not None
+            or self._timeout_seconds is not None
+            or not self._copying.is_free(granule, granule + 1)
+        ):
+            return False
+        offset = granule << self._shift
+        try:
+            status = self._source.read_with_status(
+                offset, self._granule[: self._source.size - offset]
+            )
+            if status is None:
+                return False
+            code = code_of_status(status) or COPIED + scratch.append(self._granule)
+        except OSError:
+            return False
+        newest.map.set_one(granule, code)
+        self._version += 1
+        return True
+
     async def protect(self, offset: int, length: int) -> None:
         """Keep the old content of a range for the snapshots that see it; then it may be written.
 
@@ -201,39 +249,9 @@ class CopyBeforeWrite:
         """
         first = offset >> self._shift
         end = (offset + length - 1 >> self._shift) + 1
-        newest = self._layers[-1].map
-        if end - first == 1:
-            if not newest.code(first):
-                await self._protect_one(first)
-        elif not newest.codes(first, end).all():
+        if not self._layers[-1].map.codes(first, end).all():
             async with self._copying.hold(first, end):
                 await self._copy_untouched(first, end)
-
-    async def _protect_one(self, granule: int) -> None:
-        """The most frequent case, a small write while all is well, without numpy."""
-        async with self._copying.hold(granule, granule + 1):
-            newest = self._layers[-1] if self._layers else None
-            scratch = self._scratch
-            if newest is None or scratch is None or newest.map.code(granule):
-                return
-            if newest.access is not None or newest.error or self._timeout_seconds is not None:
-                await self._copy_untouched(granule, granule + 1)
-                return
-            try:
-                code = await self._copy_one(scratch, granule)
-            except OSError as error:
-                self._break_or_raise(granule, granule + 1, error)
-            else:
-                self._record_one(granule, code)
-
-    async def _copy_one(self, scratch: Scratch, granule: int) -> int:
-        """Bring the old content of one granule into safety; its code, to be recorded."""
-        offset = granule << self._shift
-        length = min(1 << self._shift, self._source.size - offset)
-        status = self._source.uniform_status(offset, length)
-        if status is None:
-            return int((await self._copy(scratch, granule, granule + 1))[0])
-        return code_of_status(status) or COPIED + await self._copy_data(scratch, granule, 1)
 
     async def _copy_untouched(self, first: int, end: int) -> None:
         step = max(1, COPY_BYTES_MAX >> self._shift)
@@ -273,12 +291,9 @@ class CopyBeforeWrite:
         try:
             self._record(first, await self._copy_in_time(first, end))
         except OSError as error:
-            self._break_or_raise(first, end, error)
-
-    def _break_or_raise(self, first: int, end: int, error: OSError) -> None:
-        self._break(self._needing(first, end), error)
-        self._record(first, np.full(end - first, FORGOTTEN, dtype=np.uint32))
-        self._free_broken()
+            self._break(self._needing(first, end), error)
+            self._record(first, np.full(end - first, FORGOTTEN, dtype=np.uint32))
+            self._free_broken()
 
     async def _copy_in_time(self, first: int, end: int) -> Codes:
         scratch = self._scratch
@@ -362,14 +377,6 @@ class CopyBeforeWrite:
         self._free(codes[~vacant])
         self._version += 1
 
-    def _record_one(self, granule: int, code: int) -> None:
-        """As :meth:`_record`, for one granule."""
-        if self._layers and not self._layers[-1].map.code(granule):
-            self._layers[-1].map.set_one(granule, code)
-            self._version += 1
-        else:
-            self._free(np.array([code], dtype=np.uint32))
-
     def _needing(self, first: int, end: int) -> list[Layer]:
         """The good snapshots that see any of the granules in the disk itself."""
         found = []
@@ -419,22 +426,37 @@ class CopyBeforeWrite:
         end = (offset + len(view) - 1 >> self._shift) + 1
         self._check_access(layer, offset, len(view))
         version = self._version
-        if self._is_untouched(layer, first, end):
-            await self._source.read_into(offset, view)
-            codes = np.zeros(end - first, dtype=np.uint32) if version != self._version else None
-        else:
-            codes = self._resolve(layer, first, end)
-            await self._read_resolved(codes, first, offset, view)
-        while codes is not None and version != self._version:
+        codes = self._where(layer, first, end)
+        await self._read_codes(codes, first, offset, view)
+        while version != self._version:
             self._check_access(layer, offset, len(view))
-            version, noted, codes = self._version, codes, self._resolve(layer, first, end)
-            for start, stop in true_runs(codes != noted):
-                await self._read_resolved(codes[start:stop], first + start, offset, view)
+            version, noted, codes = self._version, codes, self._where(layer, first, end)
+            for index, code in enumerate(codes):
+                if code != noted[index]:
+                    await self._read_codes([code], first + index, offset, view)
 
-    def _is_untouched(self, layer: Layer, first: int, end: int) -> bool:
-        """Whether the guest has written nothing near the granules since the snapshot."""
-        newer = self._layers[self._layers.index(layer) :]
-        return all(other.map.next_page(first, end) == end for other in newer)
+    async def _read_codes(
+        self, codes: list[int], first: int, offset: int, view: memoryview
+    ) -> None:
+        """Read the granules from ``first`` on into the view of the range at ``offset``."""
+        begin = max(offset, first << self._shift)
+        stop = min(offset + len(view), first + len(codes) << self._shift)
+        part, scratch = view[begin - offset : stop - offset], self._scratch
+        if scratch is None or not any(codes):
+            await self._source.read_into(begin, part)
+        else:
+            await read_granules(self._source, scratch, codes, self._shift, begin, part)
+
+    def _where(self, layer: Layer, first: int, end: int) -> list[int]:
+        """As :meth:`_resolve`, for few granules."""
+        codes: list[int] = []
+        for newer in self._layers[self._layers.index(layer) :]:
+            own = newer.map.code_list(first, end)
+            if any(codes):
+                codes = [older or code for older, code in zip(codes, own, strict=True)]
+            else:
+                codes = own
+        return codes
 
     def _resolve(self, layer: Layer, first: int, end: int) -> Codes:
         """Where the snapshot finds its granules ``[first, end)``; UNTOUCHED is the disk itself."""
@@ -455,76 +477,53 @@ class CopyBeforeWrite:
                 errno.EACCES, "the range is outside what this snapshot keeps, or was released"
             )
 
-    async def _read_resolved(self, codes: Codes, first: int, offset: int, view: memoryview) -> None:
-        base = first << self._shift
-        for start, stop in runs(continues(codes)):
-            begin = max(offset, base + (start << self._shift))
-            stop_offset = min(offset + len(view), base + (stop << self._shift))
-            part = view[begin - offset : stop_offset - offset]
-            skip = begin - base - (start << self._shift)
-            await self._read_run(int(codes[start]), begin, skip, part)
-
-    async def _read_run(self, code: int, offset: int, skip: int, view: memoryview) -> None:
-        """Read one run of granules: from the disk, the scratch, or nowhere at all."""
-        if code == UNTOUCHED:
-            await self._source.read_into(offset, view)
-        elif code >= COPIED and self._scratch is not None:
-            await self._scratch.read_into(code - COPIED, skip, view)
-        elif code == FORGOTTEN:
-            raise OSError(errno.EACCES, "the range was released and has been overwritten")
-        else:
-            view[:] = bytes(len(view))
-
     async def block_status(
         self, layer: Layer, offset: int, length: int, extents_max: int
     ) -> Extents:
         """Describe a range of the snapshot by status words, as of the instant it was taken."""
         parts: list[Extents] = []
-        at, limit, found = offset, offset + length, 0
-        while at < limit and found <= extents_max:
-            part = await self._final_status_part(layer, at, limit, extents_max)
+        at, limit, found, looked = offset, offset + length, 0, 0
+        while at < limit and found <= extents_max and looked < STATUS_GRANULES_MAX:
+            part, granules = await self._status_part(layer, at, limit, extents_max)
             parts.append(part)
             found += len(part.lengths)
+            looked += granules
             at += part.total()
         return Extents.concatenate(parts).limited(extents_max)
 
-    async def _final_status_part(
+    async def _status_part(
         self, layer: Layer, offset: int, limit: int, extents_max: int
-    ) -> Extents:
-        """A first part of the range, and nothing in it moved while it was looked at."""
-        while True:
-            layer.check()
-            stop, codes = self._look(layer, offset, limit)
-            if len(codes):
-                first = offset >> self._shift
-                bounds = np.arange(first, first + len(codes) + 1, dtype=np.int64) << self._shift
-                lengths = np.diff(np.clip(bounds, offset, stop))
-                return Extents(lengths, status_of_codes(codes)).merged()
-            length = stop - offset
-            part = await self._source.block_status(offset, length, extents_max=extents_max)
-            layer.check()
-            stop, codes = self._look(layer, offset, stop)
-            if not len(codes):
-                return part.clipped(stop - offset)
+    ) -> tuple[Extents, int]:
+        """The status up to the next page that the guest touched, or from one on.
 
-    def _look(self, layer: Layer, offset: int, limit: int) -> tuple[int, Codes]:
-        """How far the disk itself shows a first part of a range, or why it does not.
+        The codes are looked at after the disk was: what is untouched then has not changed.
 
         Returns:
-            Where the part ends, and the codes of its granules, shape (n,); none if no guest
-            write has touched it.
+            It, and how many granules had to be looked at for it.
         """
         first = offset >> self._shift
-        end = (limit - 1 >> self._shift) + 1
+        untouched_end = self._untouched_end(layer, offset, limit)
+        stop = untouched_end
+        if stop == offset:
+            stop = min(limit, page_end(first + STATUS_GRANULES_MAX) << self._shift)
+        base = await self._source.block_status(offset, stop - offset, extents_max=extents_max)
+        stop = self._untouched_end(layer, offset, offset + base.total())
+        if stop > offset:
+            return base.clipped(stop - offset), 0
+        if untouched_end > offset:  # touched meanwhile, and all of it may be much
+            base = base.clipped((page_end(first) << self._shift) - offset)
+        end = (offset + base.total() - 1 >> self._shift) + 1
+        codes = self._resolve(layer, first, end)
+        lead = offset - (first << self._shift)
+        return with_displaced(base, codes, lead, self._shift), end - first
+
+    def _untouched_end(self, layer: Layer, offset: int, limit: int) -> int:
+        """Where the first page begins that the guest has touched, ``limit`` if there is none."""
+        layer.check()
+        first, end = offset >> self._shift, (limit - 1 >> self._shift) + 1
         newer = self._layers[self._layers.index(layer) :]
-        run_end = min(other.map.next_page(first, end) for other in newer)
-        codes = np.zeros(0, dtype=np.uint32)
-        if run_end == first:
-            codes = self._resolve(layer, first, min(end, page_end(first)))
-            untouched = codes == UNTOUCHED
-            run_end = first + next(runs(untouched[1:] == untouched[:-1]))[1]
-            codes = codes[: 0 if untouched[0] else run_end - first]
-        return min(limit, run_end << self._shift), codes
+        touched = min(other.map.next_page(first, end) for other in newer)
+        return min(limit, max(offset, touched << self._shift))
 
     # -- giving up ranges ---------------------------------------------------------
 

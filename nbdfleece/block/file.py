@@ -73,7 +73,14 @@ async def in_thread(function: Callable[..., _Result], *args: object) -> _Result:
 
     A cancelled caller waits all the same: the function may be using its buffers.
     """
-    future = asyncio.get_running_loop().run_in_executor(_pool, function, *args)
+    return await in_pool(_pool, function, *args)
+
+
+async def in_pool(
+    pool: ThreadPoolExecutor, function: Callable[..., _Result], *args: object
+) -> _Result:
+    """As :func:`in_thread`, in a pool of the caller's."""
+    future = asyncio.get_running_loop().run_in_executor(pool, function, *args)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
@@ -176,26 +183,31 @@ class FileNode(BlockNode):
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset`` on; what lies past the end of the file is zeroes."""
-        if self._has_nowait:
-            try:
-                count = os.preadv(self._fd, [view], offset, os.RWF_NOWAIT)
-            except BlockingIOError:
-                count = 0
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-                self._has_nowait = False
-                count = 0
-        elif self._is_in_memory:
-            count = os.preadv(self._fd, [view], offset)
-        else:
-            count = 0
+        count = self.read_cached(offset, view)
         if count == len(view):
             return
         if offset + count < self.size:
             await in_thread(_read_fully, self._fd, offset + count, view[count:])
         else:
             _fill_zeroes(view[count:])
+
+    def read_cached(self, offset: int, view: memoryview) -> int:
+        """Fill the beginning of ``view``, as far as that needs no waiting for the disk.
+
+        Returns:
+            How many bytes were read; the rest is cold, or lies past the end of the file.
+        """
+        if self._has_nowait:
+            try:
+                return os.preadv(self._fd, [view], offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                return 0
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                self._has_nowait = False
+                return 0
+        return os.preadv(self._fd, [view], offset) if self._is_in_memory else 0
 
     async def read(self, offset: int, length: int) -> bytearray:
         """The ``length`` bytes from ``offset`` on, zeroes past the end of the file."""

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..extents import Status
+from ..extents import Extents, Status
 from .granule_map import Codes
 from .node import DEPTH_SHIFT, BlockStatus, block_status_word
 from .scratch import Scratch
@@ -28,6 +28,9 @@ COPIED: Final = 16
 
 _ZERO: Final = int(BlockStatus.ZERO)
 _HOLE: Final = int(BlockStatus.HOLE)
+
+_ASK_BASE: Final = np.uint32(1 << 31)
+"""In place of a status word: the base knows."""
 
 _STATUS_OF_CODE: Final = np.zeros(COPIED + 1, dtype=np.uint32)
 _STATUS_OF_CODE[ZERO_DATA] = block_status_word(BlockStatus.ZERO, 1)
@@ -57,6 +60,31 @@ def code_of_status(status: int) -> int:
     if not status & _HOLE:
         return ZERO_DATA
     return ZERO_HOLE if status >> DEPTH_SHIFT else UNALLOCATED
+
+
+def with_displaced(base: Extents, codes: Codes, lead: int, shift: int) -> Extents:
+    """Block status of a range some granules of which lie elsewhere.
+
+    Args:
+        base: What the base says of the range.
+        codes: Of the granules that it touches, shape (granules,).
+        lead: Bytes of the first granule that lie before the range.
+        shift: Bits of an offset within a granule.
+    """
+    status = np.where(codes == UNTOUCHED, _ASK_BASE, status_of_codes(codes))
+    bounds = np.flatnonzero(status[1:] != status[:-1]) + 1
+    ends = np.append((bounds << shift) - lead, base.total())
+    own = status[np.append(bounds - 1, len(codes) - 1)]
+    below = base.status
+    if len(below) > 1:
+        base_ends = np.cumsum(base.lengths)
+        all_ends = np.sort(np.concatenate([ends, base_ends]), kind="stable")
+        all_ends = all_ends[np.append(all_ends[1:] > all_ends[:-1], True)]
+        own = own[np.searchsorted(ends, all_ends)]
+        below = below[np.searchsorted(base_ends, all_ends)]
+        ends = all_ends
+    status = np.where(own == _ASK_BASE, below, own)
+    return Extents(np.diff(ends, prepend=0), status).merged()
 
 
 def continues(codes: Codes) -> Mask:

@@ -43,6 +43,18 @@ class GranuleMap:
             found[at - first : stop - first] = page[start : start + stop - at]
         return found
 
+    def code_list(self, first: int, end: int) -> list[int]:
+        """The codes of granules ``[first, end)``: for few of them sooner than :meth:`codes`."""
+        found: list[int] = []
+        at = first
+        while at < end:
+            stop = min(end, page_end(at))
+            page = self._pages.get(at >> PAGE_SHIFT)
+            start = at & PAGE_GRANULES - 1
+            found += page[start : start + stop - at].tolist() if page else [0] * (stop - at)
+            at = stop
+        return found
+
     def set(self, first: int, codes: Codes) -> None:
         """Set the codes of ``len(codes)`` granules from ``first`` on."""
         end = first + len(codes)

@@ -129,8 +129,9 @@ class GuestNode(BlockNode):
         for log in self.logs:
             if not log.covers(offset, length):
                 await log.mark(offset, length)
-        if self._copies.has_layers:
-            await self._copies.protect(offset, length)
+        copies = self._copies
+        if copies.has_layers and not copies.protect_at_once(offset, length):
+            await copies.protect(offset, length)
 
 
 class WriteGate:

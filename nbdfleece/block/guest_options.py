@@ -100,9 +100,9 @@ class GuestOptions(BlockNode):
         """Describe the node below."""
         return await self._below.block_status(offset, length, extents_max=extents_max)
 
-    def uniform_status(self, offset: int, length: int) -> int | None:
-        """As the node below knows it."""
-        return self._below.uniform_status(offset, length)
+    def read_with_status(self, offset: int, view: memoryview) -> int | None:
+        """As the node below can."""
+        return self._below.read_with_status(offset, view)
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write, or write zeroes if that is what the data are."""

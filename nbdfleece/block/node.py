@@ -110,10 +110,16 @@ class BlockNode(ABC):
             (after ``extents_max`` extents, or where going on would be expensive).
         """
 
-    def uniform_status(self, offset: int, length: int) -> int | None:
-        """The status word of the whole range, if it has only one and that is known at once.
+    def read_with_status(self, offset: int, view: memoryview) -> int | None:
+        """Status and content of a small range, if that needs no waiting.
 
-        A shortcut for small ranges; None only means that :meth:`block_status` must be asked.
+        Returns:
+            The status word that all of the range has, with ``view`` filled unless it says
+            ZERO. None only means that :meth:`block_status` and :meth:`read_into` must be
+            asked; ``view`` then holds anything.
+
+        Raises:
+            OSError: The bytes could not be read.
         """
         return None
 

@@ -22,6 +22,7 @@ from .granule_codes import (
     status_of_codes,
 )
 from .granule_map import GranuleMap, page_end
+from .granule_reads import read_granules
 from .node import BlockNode
 from .range_lock import RangeLock
 from .scratch import Scratch
@@ -61,19 +62,8 @@ class Overlay(BlockNode):
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Read what was written, and the base elsewhere."""
         first, end = self._granules(offset, len(view))
-        codes = self._map.codes(first, end)
-        for start, stop in runs(continues(codes)):
-            begin = max(offset, first + start << self._shift)
-            stop_offset = min(offset + len(view), first + stop << self._shift)
-            part = view[begin - offset : stop_offset - offset]
-            code = int(codes[start])
-            if code == UNTOUCHED:
-                await self._base.read_into(begin, part)
-            elif code >= COPIED:
-                skip = begin - (first + start << self._shift)
-                await self._scratch.read_into(code - COPIED, skip, part)
-            else:
-                part[:] = bytes(len(part))
+        codes = self._map.code_list(first, end)
+        await read_granules(self._base, self._scratch, codes, self._shift, offset, view)
 
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20

@@ -92,9 +92,9 @@ class RawNode(BlockNode):
         """Describe the window as the node below does."""
         return await self.below.block_status(self._offset + offset, length, extents_max=extents_max)
 
-    def uniform_status(self, offset: int, length: int) -> int | None:
-        """As the node below knows it."""
-        return self.below.uniform_status(self._offset + offset, length)
+    def read_with_status(self, offset: int, view: memoryview) -> int | None:
+        """As the node below can."""
+        return self.below.read_with_status(self._offset + offset, view)
 
     def stable_place(self, offset: int, length: int) -> StablePlace | None:
         """As the node below knows it."""

@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import tempfile
+from collections.abc import Iterable
 from typing import Final
 
 from .file import FileNode
@@ -82,6 +83,20 @@ class Scratch:
         finally:
             self._end_use()
 
+    def append(self, data: memoryview) -> int:
+        """Store the data of one granule, without waiting; returns its number.
+
+        Raises:
+            OSError: As :meth:`allocate`, or the data could not be written.
+        """
+        granule = self.allocate(1)
+        try:
+            self._file.write_at_once(granule * self._granularity, data)
+        except BaseException:
+            self.free(granule, 1)
+            raise
+        return granule
+
     async def write_part(self, granule: int, skip: int, data: memoryview) -> None:
         """Overwrite bytes from ``skip`` bytes into a granule on that nobody else reads."""
         self._busy += 1
@@ -95,6 +110,18 @@ class Scratch:
         self._busy += 1
         try:
             await self._file.read_into(granule * self._granularity + skip, view)
+        finally:
+            self._end_use()
+
+    async def read_pieces(self, pieces: Iterable[tuple[int, int, memoryview]]) -> None:
+        """Fill several views, each as :meth:`read_into` does: ``(granule, skip, view)``."""
+        self._busy += 1
+        try:
+            for granule, skip, view in pieces:
+                offset = granule * self._granularity + skip
+                count = self._file.read_cached(offset, view)
+                if count < len(view):
+                    await self._file.read_into(offset + count, view[count:])
         finally:
             self._end_use()
 
@@ -126,7 +153,7 @@ class Scratch:
         self._to_punch.clear()
         if self._punching is not None:
             await self._punching
-        if self._busy:
+        while self._busy:
             self._idle = asyncio.get_running_loop().create_future()
             await self._idle
         try:

@@ -6,6 +6,7 @@ guest -> (GuestOptions ->) GuestNode (marks bitmaps, has old data copied) -> Qco
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -331,7 +332,7 @@ class Disk:
         """
         granularity = self.default_granularity
         state = self.state.with_checkpoint(checkpoint, granularity)
-        log = await self._store.prepare_log(granularity, Bitmap(self.size, granularity))
+        log = await self._store.prepare_log(granularity)
         return state.with_log(checkpoint.bitmap_name, log)
 
     def install(self, state: DiskState) -> None:
@@ -396,6 +397,7 @@ class Disk:
         merged = instant.changes.copy()
         for link in links:
             if link.id in instant.checkpoint_ids and link.id != instant.newest_id:
+                await asyncio.sleep(0)  # a guest's write must not wait for all of them
                 merged.merge(await self.bits(link.bitmap_name))
         return await self._with_layers(merged, name, None)
 
@@ -408,6 +410,7 @@ class Disk:
         links = self.state.links_between(first, last)
         merged = (await self.bits(links[0].bitmap_name)).copy()
         for link in links[1:]:
+            await asyncio.sleep(0)
             merged.merge(await self.bits(link.bitmap_name))
         return await self._with_layers(merged, first, last)
 

@@ -459,6 +459,7 @@ class Engine:
     ) -> BackupDisk:
         bitmaps = {}
         context = reason = None
+        await asyncio.sleep(0)  # a guest's write must not wait for all the disks' bitmaps
         if since is not None:
             try:
                 instant = snapshot.disks[disk.name].instant

@@ -31,7 +31,7 @@ class RawStore:
         """Refuse; no bitmap is only in the file."""
         self._refuse()
 
-    async def prepare_log(self, granularity: int, content: Bitmap) -> ActivityLog:
+    async def prepare_log(self, granularity: int, content: Bitmap | None = None) -> ActivityLog:
         """Refuse; no bitmap in the file needs a log."""
         self._refuse()
 

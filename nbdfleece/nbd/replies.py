@@ -186,26 +186,28 @@ class ChunkedReplies(Replies):
 
     def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """See :class:`Replies`."""
-        return self._chunk(request, ReplyType.OFFSET_HOLE, _HOLE.pack(offset, length), done)
+        return self._chunk(request, ReplyType.OFFSET_HOLE, done, _HOLE.pack(offset, length))
 
     def success(self, request: Request) -> bytes:
         """See :class:`Replies`."""
-        return self._chunk(request, ReplyType.NONE, b"", True)
+        return self._chunk(request, ReplyType.NONE, True)
 
     def error(self, request: Request, error: Error, text: str) -> bytes:
         """See :class:`Replies`."""
-        return self._chunk(request, ReplyType.ERROR, _error_payload(error, text), True)
+        return self._chunk(request, ReplyType.ERROR, True, _error_payload(error, text))
 
     def error_at(
         self, request: Request, error: Error, text: str, offset: int, *, done: bool
     ) -> bytes:
         """See :class:`Replies`."""
         payload = _error_payload(error, text) + _OFFSET.pack(offset)
-        return self._chunk(request, ReplyType.ERROR_OFFSET, payload, done)
+        return self._chunk(request, ReplyType.ERROR_OFFSET, done, payload)
 
     @abstractmethod
-    def _chunk(self, request: Request, kind: ReplyType, payload: bytes, done: bool) -> bytes:
-        """A whole chunk."""
+    def _chunk(
+        self, request: Request, kind: ReplyType, done: bool, *payload: bytes | memoryview
+    ) -> bytes:
+        """A whole chunk; its payload in parts."""
 
 
 class StructuredReplies(ChunkedReplies):
@@ -245,12 +247,15 @@ class StructuredReplies(ChunkedReplies):
             S: 32 bits, metadata context id
             S: n times 32 bits, length; 32 bits, status
         """
-        payload = _STATUS.pack(context_id) + _descriptors(extents, np.dtype(">u4"))
-        return self._chunk(request, ReplyType.BLOCK_STATUS, payload, done)
+        payload = _STATUS.pack(context_id), _descriptors(extents)
+        return self._chunk(request, ReplyType.BLOCK_STATUS, done, *payload)
 
-    def _chunk(self, request: Request, kind: ReplyType, payload: bytes, done: bool) -> bytes:
-        header = _CHUNK.pack(STRUCTURED_REPLY_MAGIC, done, kind, request[3], len(payload))
-        return header + payload
+    def _chunk(
+        self, request: Request, kind: ReplyType, done: bool, *payload: bytes | memoryview
+    ) -> bytes:
+        length = sum(map(len, payload))
+        header = _CHUNK.pack(STRUCTURED_REPLY_MAGIC, done, kind, request[3], length)
+        return b"".join([header, *payload])
 
 
 class ExtendedReplies(ChunkedReplies):
@@ -285,14 +290,17 @@ class ExtendedReplies(ChunkedReplies):
             S: n times 64 bits, length; 64 bits, status
         """
         count = len(extents.lengths)
-        payload = _EXTENDED_STATUS.pack(context_id, count) + _descriptors(extents, np.dtype(">u8"))
-        return self._chunk(request, ReplyType.BLOCK_STATUS_EXT, payload, done)
+        payload = _EXTENDED_STATUS.pack(context_id, count), _extended_descriptors(extents)
+        return self._chunk(request, ReplyType.BLOCK_STATUS_EXT, done, *payload)
 
-    def _chunk(self, request: Request, kind: ReplyType, payload: bytes, done: bool) -> bytes:
+    def _chunk(
+        self, request: Request, kind: ReplyType, done: bool, *payload: bytes | memoryview
+    ) -> bytes:
+        length = sum(map(len, payload))
         header = _EXTENDED_CHUNK.pack(
-            EXTENDED_REPLY_MAGIC, done, kind, request[3], request[4], len(payload)
+            EXTENDED_REPLY_MAGIC, done, kind, request[3], request[4], length
         )
-        return header + payload
+        return b"".join([header, *payload])
 
 
 def _error_payload(error: Error, text: str) -> bytes:
@@ -300,9 +308,16 @@ def _error_payload(error: Error, text: str) -> bytes:
     return _ERROR.pack(error, len(message)) + message
 
 
-def _descriptors(extents: Extents, field: np.dtype[np.unsignedinteger]) -> bytes:
-    """Lengths and status interleaved, each as one big-endian ``field``."""
-    table = np.empty((len(extents.lengths), 2), dtype=field)
+def _descriptors(extents: Extents) -> memoryview:
+    """Lengths and status interleaved, 32 bits each, big-endian."""
+    words = extents.lengths << 32
+    words |= extents.status
+    return words.astype(">i8").view(np.uint8).data
+
+
+def _extended_descriptors(extents: Extents) -> memoryview:
+    """Lengths and status interleaved, 64 bits each, big-endian."""
+    table = np.empty((len(extents.lengths), 2), dtype=">u8")
     table[:, 0] = extents.lengths
     table[:, 1] = extents.status
-    return table.tobytes()
+    return table.view(np.uint8).reshape(-1).data

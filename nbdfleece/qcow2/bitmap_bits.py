@@ -15,12 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..bitmaps.bitmap import Bitmap
 from .bitmap_directory import (
     TABLE_ENTRY_ALL_ONES,
     TABLE_ENTRY_ALL_ZEROES,
     Table,
     table_entries_needed,
 )
+
+_ALL_ONES = (1 << 64) - 1
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -43,8 +46,8 @@ class PackedBits(NamedTuple):
         return table
 
 
-def pack_bits(bits: bytes, bit_count: int, cluster_size: int) -> PackedBits:
-    """Cut packed bits into clusters.
+def pack_bits(bits: bytes | memoryview, bit_count: int, cluster_size: int) -> PackedBits:
+    """Cut packed bits into clusters, and copy those that must be stored.
 
     Args:
         bits: Least significant first, ``ceil(bit_count / 8)`` bytes, those past the end zero.
@@ -52,11 +55,13 @@ def pack_bits(bits: bytes, bit_count: int, cluster_size: int) -> PackedBits:
         cluster_size: Bytes of a cluster.
     """
     entries = table_entries_needed(bit_count, 1, cluster_size)
-    padded = np.zeros(entries * cluster_size, dtype=np.uint8)
-    padded[: len(bits)] = np.frombuffer(bits, dtype=np.uint8)
-    parts = padded.reshape(entries, cluster_size)
-    is_zeroes = ~parts.any(axis=1)
-    is_ones = (parts == 0xFF).all(axis=1)
+    array = np.frombuffer(bits, dtype=np.uint8)
+    if len(array) < entries * cluster_size:
+        array = np.pad(array, (0, entries * cluster_size - len(array)))
+    parts = array.reshape(entries, cluster_size)
+    words = array.view(np.uint64).reshape(entries, cluster_size // 8)
+    is_zeroes = words.max(axis=1) == 0
+    is_ones = words.min(axis=1) == np.uint64(_ALL_ONES)
     last_bits = bit_count - (entries - 1) * cluster_size * 8
     # For "all ones" QEMU sets whole 64-bit words, so none may reach past the end of the disk.
     ones = int.from_bytes(parts[-1].tobytes(), "little").bit_count()
@@ -64,6 +69,13 @@ def pack_bits(bits: bytes, bit_count: int, cluster_size: int) -> PackedBits:
     uniform = np.where(is_ones, TABLE_ENTRY_ALL_ONES, TABLE_ENTRY_ALL_ZEROES).astype(np.uint64)
     stored = ~(is_zeroes | is_ones)
     return PackedBits(uniform, stored, parts[stored])
+
+
+def pack_content(content: Bitmap | None, cluster_size: int) -> PackedBits | None:
+    """The bits of a bitmap, if there are any, as :func:`pack_bits` cuts them."""
+    if content is None or not content.bit_count:
+        return None
+    return pack_bits(content.data, content.bit_count, cluster_size)
 
 
 def packed_elsewhere(table: Table, cluster_size: int) -> PackedBits:

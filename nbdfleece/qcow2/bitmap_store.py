@@ -52,7 +52,7 @@ from .bitmap_bits import (
     cluster_runs,
     contains_any,
     data_clusters,
-    pack_bits,
+    pack_content,
     packed_elsewhere,
     span_clusters,
     stored_runs,
@@ -84,6 +84,9 @@ from .uninterrupted import to_its_end
 TABLES_BYTES_MAX: Final = 32 << 20
 """What the tables of all bitmaps may take together, because every cluster they point to is
 remembered: two thousand bitmaps of 64 KiB granularity of a 64 TiB disk."""
+
+_LOAD_BYTES: Final = 64 << 10
+"""Bytes of bits that are read at once, into memory that is used again: zeroes cost none."""
 
 
 class BitmapDescriptor(NamedTuple):
@@ -135,7 +138,7 @@ class _Wanted(NamedTuple):
     """A :class:`StoredBitmap` whose bits can no longer change."""
 
     bitmap: StoredBitmap
-    bits: bytes | None
+    bits: PackedBits | None
 
 
 class BitmapStore:
@@ -211,16 +214,18 @@ class BitmapStore:
                 raise ImageError(
                     self._image.path, f"bitmap {name!r} is inconsistent and its bits are unreadable"
                 )
+            bitmap = Bitmap(self._image.size, entry.granularity)
             needed = stored_bitmap_bytes(self._image.size, entry.granularity)
-            bits = bytearray(needed)
+            buffer = memoryview(bytearray(_LOAD_BYTES))
             for offset, start, end in stored_runs(table, self._image.cluster_size, needed):
-                view = memoryview(bits)[start:end]
-                if offset == TABLE_ENTRY_ALL_ONES:
-                    view[:] = b"\xff" * len(view)
-                else:
-                    await self._image.file.read_into(offset, view)
-        bit_count = -(-self._image.size // entry.granularity)
-        return Bitmap(self._image.size, entry.granularity, memoryview(bits)[: -(-bit_count // 8)])
+                for position in range(start, end, _LOAD_BYTES):
+                    part = buffer[: end - position]
+                    if offset == TABLE_ENTRY_ALL_ONES:
+                        part[:] = b"\xff" * len(part)
+                    else:
+                        await self._image.file.read_into(offset + position - start, part)
+                    bitmap.put(position, part)
+        return bitmap
 
     async def dirty_bytes(self, name: str) -> int:
         """How many bytes of the disk a stored bitmap marks; errors as for :meth:`load_bits`."""
@@ -343,8 +348,8 @@ class BitmapStore:
                     await self._write(place, (flags | BitmapFlags.IN_USE).to_bytes(4, "big"))
         await self._image.file.flush()
 
-    async def prepare_log(self, granularity: int, content: Bitmap) -> ActivityLog:
-        """Store bits with all their clusters, so that marks can be added to them in place.
+    async def prepare_log(self, granularity: int, content: Bitmap | None = None) -> ActivityLog:
+        """Store bits, or none, with all their clusters, so that marks can be added in place.
 
         Nothing leads to them until :meth:`replace` is given the log; :meth:`discard_log`
         gives up one that it was not given.
@@ -357,7 +362,8 @@ class BitmapStore:
         if reason := size_fault(size, granularity):
             raise StateError(f"{self._image.path}: a bitmap that records {reason}")
         count = table_entries_needed(size, granularity, cluster_size)
-        data = bytes(content.data).ljust(count * cluster_size, b"\0")
+        length = count * cluster_size
+        data = bytes(length) if content is None else bytes(content.data).ljust(length, b"\0")
         offset = await self._image.allocate_clusters(count)
         try:
             await self._write(offset, data)
@@ -393,10 +399,8 @@ class BitmapStore:
             StateError: This cannot be; nothing was changed.
             OSError: It could not be done; nothing was changed, unless the image is beyond use.
         """
-        wanted = [
-            _Wanted(bitmap, None if bitmap.content is None else bytes(bitmap.content.data))
-            for bitmap in entries
-        ]
+        size = self._image.cluster_size
+        wanted = [_Wanted(item, pack_content(item.content, size)) for item in entries]
         return to_its_end(self._replace_locked(wanted, private_payload))
 
     async def _replace_locked(self, wanted: list[_Wanted], payload: bytes | None) -> None:
@@ -505,10 +509,7 @@ class BitmapStore:
         log = item.bitmap.log
         if log is not None and not self._is_held(item.bitmap.name, log):
             return packed_elsewhere(log.table, self._image.cluster_size)
-        if item.bits is None:
-            return None
-        bit_count = -(-self._image.size // item.bitmap.granularity)
-        return pack_bits(item.bits, bit_count, self._image.cluster_size)
+        return item.bits
 
     def _is_held(self, name: str, log: ActivityLog) -> bool:
         """Whether the directory leads to the log's clusters already."""

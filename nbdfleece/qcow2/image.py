@@ -22,8 +22,8 @@ from typing import Final
 
 import numpy as np
 
-from ..block.file import FileNode, in_thread
-from ..block.node import BlockNode
+from ..block.file import FileNode
+from ..block.node import BlockNode, BlockStatus
 from ..block.range_lock import RangeLock
 from ..block.stable import StablePlace
 from ..extents import Extents
@@ -37,7 +37,7 @@ from .backing import (
     resolve_name,
 )
 from .checks import check_refcount_table, check_supported, repair_refcounts
-from .compressed import compressed_range, inflate
+from .compressed import CompressedReader, Piece
 from .entries import (
     COPIED,
     IN_PLACE,
@@ -64,16 +64,12 @@ from .quarantine import Quarantine
 from .refcounts import Refcounts, unpack_refcount_table
 from .snapshots import InternalSnapshot, choose_disk, read_snapshots
 from .space import DataFileSpace, GuestSpace, ImageSpace
-from .status import describe, uniform
+from .status import STATUS_DATA, describe, uniform
 from .subclusters import subcluster_runs
 from .tables import CACHE_BYTES, Mapping, MetadataMap
 from .write import Writer
 
-_INFLATE_INLINE_BYTES_MAX: Final = 64 << 10
-"""Clusters up to this are inflated in the loop's thread: some 0.2 ms."""
-
-_INFLATED_MAX: Final = 8
-"""Inflated clusters kept for reads smaller than a cluster."""
+_SECTOR: Final = 512
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +122,7 @@ class Qcow2Image(BlockNode):
         self._l2_mask = self.layout.l2_entries - 1
         self._guarded: set[int] = set()
         """Clusters of ``data_file`` that guest data must not touch."""
-        self._inflated: dict[int, bytes] = {}
+        self._compressed = CompressedReader(file, header.cluster_bits, header.compression_type)
 
     @classmethod
     async def open(
@@ -365,10 +361,13 @@ class Qcow2Image(BlockNode):
         index = offset >> self._cluster_bits & self._l2_mask
         within = offset & self._cluster_mask
         end = index + (within + len(view) - 1 >> self._cluster_bits) + 1
+        compressed: list[Piece] = []
         for run in find_runs(table, index, end, self.cluster_size):
             length = min(len(view), (run.clusters << self._cluster_bits) - within)
             part = view[:length]
-            if run.kind is Kind.SUBCLUSTERS:
+            if run.kind is Kind.COMPRESSED:
+                compressed.append(Piece(run.entry, within, part))
+            elif run.kind is Kind.SUBCLUSTERS:
                 bitmap = table.bitmap(offset >> self._cluster_bits & self._l2_mask)
                 await self._read_subclusters(run.entry & OFFSET_MASK, bitmap, offset, part)
             else:
@@ -376,6 +375,8 @@ class Qcow2Image(BlockNode):
             offset += length
             view = view[length:]
             within = 0
+        if compressed:
+            await self._compressed.read(compressed)
 
     async def _read_subclusters(
         self, host: int, bitmap: int, offset: int, view: memoryview
@@ -402,8 +403,6 @@ class Qcow2Image(BlockNode):
             await self.data_file.read_into((run.entry & OFFSET_MASK) + within, view)
         elif run.kind is Kind.UNALLOCATED:
             await self._read_backing(offset, view)
-        elif run.kind is Kind.COMPRESSED:
-            view[:] = (await self._read_compressed(run.entry))[within : within + len(view)]
         elif run.kind is Kind.INVALID:
             raise OSError(errno.EIO, "damaged L2 entry", self.path)
         else:
@@ -418,35 +417,26 @@ class Qcow2Image(BlockNode):
         if readable < len(view):
             view[readable:] = bytes(len(view) - readable)
 
-    async def _read_compressed(self, entry: int) -> bytes:
-        """One inflated cluster; the last few are kept where the file cannot change."""
-        cluster = self._inflated.get(entry)
-        if cluster is not None:
-            return cluster
-        host, length = compressed_range(entry, self._cluster_bits)
-        if host >= self.file.size:
-            raise OSError(errno.EIO, "compressed cluster past the end of the file", self.path)
-        data = await self.file.read(host, length)
-        arguments = (data, self.cluster_size, self.header.compression_type)
-        if self.cluster_size <= _INFLATE_INLINE_BYTES_MAX:
-            cluster = inflate(*arguments)
-        else:
-            cluster = await in_thread(inflate, *arguments)
-        if self.file.read_only:
-            if len(self._inflated) >= _INFLATED_MAX:
-                del self._inflated[next(iter(self._inflated))]
-            self._inflated[entry] = cluster
-        return cluster
-
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20
     ) -> Extents:
         """Describe a guest range through the whole backing chain."""
         return await describe(self, offset, length, extents_max)
 
-    def uniform_status(self, offset: int, length: int) -> int | None:
-        """The status word of a range inside one cluster, if it is known without reading."""
-        return uniform(self, offset, length)
+    def read_with_status(self, offset: int, view: memoryview) -> int | None:
+        """Status and content of a range inside one cluster, if its L2 table is in memory."""
+        cluster = offset >> self._cluster_bits
+        table = self._tables.get(cluster >> self._l2_bits)
+        within = offset & self._cluster_mask
+        if table is not None and self.has_holes_below is False:
+            entry = table.entries[cluster & self._l2_mask]
+            fits = within + len(view) <= self.cluster_size
+            if fits and not entry & SPECIAL and entry & OFFSET_MASK:
+                table.is_recent = True
+                count = self.data_file.read_cached((entry & OFFSET_MASK) + within, view)
+                return STATUS_DATA if count == len(view) else None
+        status = uniform(self, offset, len(view))
+        return status if status is not None and status & BlockStatus.ZERO else None
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write guest bytes."""

@@ -41,6 +41,9 @@ CACHE_BYTES: Final = 16 << 20
 _TABLE_OFFSET_MASK: Final = ~0x1FF & (1 << 64) - 1
 _SECTOR: Final = 512
 
+_SCALAR_MAX: Final = 32
+"""Clusters up to which a loop finds the end of a free run faster than numpy does."""
+
 
 class Allocation(NamedTuple):
     """Consecutive host clusters with a refcount of one in memory."""
@@ -391,8 +394,11 @@ def _first_free(block: RefcountBlock, position: int) -> int:
 
 def _free_end(block: RefcountBlock, position: int, limit: int) -> int:
     """Where the free run that begins at ``position`` ends, at most ``limit``."""
-    if limit - position == 1:
-        return position if block.counts[position] else limit
+    if limit - position <= _SCALAR_MAX:
+        for at in range(position, limit):
+            if block.counts[at]:
+                return at
+        return limit
     used = block.array[position:limit] != 0
     index = int(used.argmax()) if len(used) else 0
     return position + index if len(used) and used[index] else limit

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 _TABLES_MAX: Final = 1024
 """L2 tables looked at in one call: some milliseconds."""
 
-_DATA: Final = block_status_word(BlockStatus.DATA, 1)
+STATUS_DATA: Final = block_status_word(BlockStatus.DATA, 1)
+"""Of data in this image."""
 _ZERO_ALLOC: Final = block_status_word(BlockStatus.ZERO, 1)
 _ZERO_PLAIN: Final = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 1)
 _NOTHING: Final = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 0)
@@ -46,8 +47,8 @@ _PAST_BACKING: Final = block_status_word(BlockStatus.ZERO | BlockStatus.HOLE, 2)
 """Zeroes past the end of a shorter backing file count as the backing file's, as in QEMU."""
 
 _STATUS_OF_KIND: Final = {
-    Kind.NORMAL: _DATA,
-    Kind.COMPRESSED: _DATA,
+    Kind.NORMAL: STATUS_DATA,
+    Kind.COMPRESSED: STATUS_DATA,
     Kind.ZERO_ALLOC: _ZERO_ALLOC,
     Kind.ZERO_PLAIN: _ZERO_PLAIN,
 }
@@ -149,7 +150,7 @@ def _with_holes(own: Extents, holes: Extents) -> Extents:
     ends = np.union1d(own_ends, holes_ends)
     status = own.status[np.searchsorted(own_ends, ends)]
     is_hole = holes.status[np.searchsorted(holes_ends, ends)] != 0
-    status[is_hole & (status == _DATA)] = _ZERO_ALLOC
+    status[is_hole & (status == STATUS_DATA)] = _ZERO_ALLOC
     return Extents(np.diff(ends, prepend=0), status).merged()
 
 
@@ -184,7 +185,7 @@ def _with_subclusters(
     ).tolist():
         entry, bitmap = int(entries[index]), table.bitmap(first + index)
         zero = _ZERO_ALLOC if entry & (OFFSET_MASK | COPIED) else _ZERO_PLAIN
-        words = {Kind.NORMAL: _DATA, Kind.ZERO_PLAIN: zero, Kind.UNALLOCATED: unallocated}
+        words = {Kind.NORMAL: STATUS_DATA, Kind.ZERO_PLAIN: zero, Kind.UNALLOCATED: unallocated}
         for run in subcluster_runs(bitmap, 0, SUBCLUSTERS_PER_CLUSTER):
             status[index, run.first : run.end] = words[run.kind]
     return status.reshape(-1)
@@ -201,7 +202,7 @@ def _status_of(entries: Entries, unallocated: int) -> Status:
     is_zero = ~is_compressed & ((entries & np.uint64(ZERO)) != 0)
     if (~is_compressed & ((entries & np.uint64(INVALID)) != 0)).any():
         raise OSError(errno.EIO, "damaged L2 entry")
-    status = np.where(has_host | is_compressed, np.uint32(_DATA), np.uint32(unallocated))
+    status = np.where(has_host | is_compressed, np.uint32(STATUS_DATA), np.uint32(unallocated))
     status[is_zero & has_host] = _ZERO_ALLOC
     status[is_zero & ~has_host] = _ZERO_PLAIN
     return status

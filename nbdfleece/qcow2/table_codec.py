@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..bitmaps.memory import zeroed_memory
 from .entries import (
     COMPRESSED,
     COPIED,
@@ -24,7 +25,7 @@ from .subclusters import pack_bitmaps, unpack_subclusters
 
 def empty_table(host_offset: int, layout: Layout) -> L2Table:
     """A new table that maps nothing."""
-    entries = np.zeros(layout.l2_entries, dtype=np.uint64)
+    entries = np.frombuffer(zeroed_memory(8 * layout.l2_entries), dtype=np.uint64)
     return L2Table(host_offset, entries, entries.copy() if layout.has_extended_l2 else None)
 
 

@@ -94,7 +94,7 @@ class Mapping:
 
     def has_table(self, l1_index: int) -> bool:
         """Whether there is an L2 table for this part of the disk."""
-        return bool(self.l1[l1_index] & np.uint64(OFFSET_MASK))
+        return bool(int(self.l1[l1_index]) & OFFSET_MASK)
 
     def is_shared(self, l1_index: int) -> bool:
         """Whether the L2 table must be copied before it is changed."""

@@ -458,8 +458,7 @@ class Writer:
         while cluster < cluster_end:
             l1_index, first = divmod(cluster, self._l2_entries)
             stop = min(cluster_end - cluster + first, self._l2_entries)
-            is_empty = not self._mapping.has_table(l1_index) and self._image.backing is None
-            if not (skip_empty and is_empty):
+            if not (skip_empty and self._is_empty(l1_index)):
                 table = await self._writable_table(l1_index)
                 table.pins += 1
                 try:
@@ -467,6 +466,10 @@ class Writer:
                 finally:
                     table.pins -= 1
             cluster += stop - first
+
+    def _is_empty(self, l1_index: int) -> bool:
+        """Whether a part of the disk has no table and reads as zeroes."""
+        return not self._mapping.has_table(l1_index) and self._image.backing is None
 
     async def _writable_table(self, l1_index: int) -> L2Table:
         """The L2 table, made or copied if there is none of our own."""

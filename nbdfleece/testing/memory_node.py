@@ -18,7 +18,7 @@ class MemoryNode(BlockNode):
 
     ``pause`` is called before each operation with its name; what it returns, if not
     None, is awaited: a test decides there who goes on when. ``fail`` is called likewise
-    and may raise.
+    and may raise. ``is_at_hand`` says whether a small read needs no waiting now.
     """
 
     read_only = False
@@ -30,6 +30,7 @@ class MemoryNode(BlockNode):
         self.holes: set[int] = set()
         self.pause: Callable[[str], asyncio.Future[None] | None] = lambda operation: None
         self.fail: Callable[[str, int], None] = lambda operation, offset: None
+        self.is_at_hand: Callable[[], bool] = lambda: False
         self.flushes = 0
         self.closed = False
 
@@ -54,6 +55,16 @@ class MemoryNode(BlockNode):
         if offset + len(view) > self.size:
             raise OSError(errno.EINVAL, "past the end")
         view[:] = self.content[offset : offset + len(view)]
+
+    def read_with_status(self, offset: int, view: memoryview) -> int | None:
+        """Copy out a part of one block, if that is at hand."""
+        if not self.is_at_hand() or offset // self.block != (offset + len(view) - 1) // self.block:
+            return None
+        self.fail("read", offset)
+        if offset // self.block in self.holes:
+            return _HOLE
+        view[:] = self.content[offset : offset + len(view)]
+        return _DATA
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Copy in."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -172,3 +174,35 @@ def test_extents_stop_at_the_maximum() -> None:
     for granule in range(0, 1000, 2):
         bitmap.set_range(granule * 512, 1)
     assert bitmap.extents(0, bitmap.size, extents_max=3).pairs() == [(512, 1), (512, 0), (512, 1)]
+
+
+@pytest.mark.parametrize("size", [1 << 40, (1 << 40) - 12345, 40 << 30])
+def test_large_bitmaps_copy_and_merge_alike(size: int) -> None:
+    """Where memory is mapped and zeroes are skipped, by whole pages, nothing else is."""
+    chance = random.Random(size)
+    ours, theirs = Bitmap(size), Bitmap(size)
+    expected = [bytearray(len(ours.data)) for _ in range(2)]
+    for bitmap, bits in zip((ours, theirs), expected, strict=True):
+        for _ in range(200):
+            bit = chance.choice([chance.randrange(bitmap.bit_count), bitmap.bit_count - 1])
+            bitmap.set_range(bit * 65536, 1)
+            bits[bit >> 3] |= 1 << (bit & 7)
+    assert ours.copy() == ours
+    assert bytes(ours.copy().data) == expected[0]
+    ours.merge(theirs)
+    merged = bytes(a | b for a, b in zip(*expected, strict=True))
+    assert bytes(ours.data) == merged
+    assert ours.bits_set() == int.from_bytes(merged, "little").bit_count()
+
+
+@pytest.mark.parametrize("size", [1 << 40, 65536 * 13])
+def test_put_stores_what_lies_in_the_disk(size: int) -> None:
+    bitmap = Bitmap(size)
+    last = len(bitmap.data) - 1
+    bitmap.put(0, memoryview(b"\x05"))
+    bitmap.put(last, memoryview(b"\xff" * 100))
+    bitmap.put(last + 1, memoryview(b"\xff" * 100))
+    inside = bitmap.bit_count - 8 * last
+    assert bitmap.bits_set() == 2 + inside
+    bitmap.put(0, memoryview(b"\0"))
+    assert bitmap.bits_set() == inside

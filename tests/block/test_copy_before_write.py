@@ -89,6 +89,7 @@ async def test_snapshots_and_guest_at_random_stay_exact(tmp_path: Path, seed: in
         return resumed
 
     disk.pause = pause
+    disk.is_at_hand = lambda: chance.random() < 0.5
 
     def some_range() -> tuple[int, int]:
         offset = chance.randrange(size)

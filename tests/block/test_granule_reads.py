@@ -1,0 +1,96 @@
+"""A range is read from wherever its granules lie."""
+
+from __future__ import annotations
+
+import errno
+import random
+from pathlib import Path
+
+import pytest
+from tests.memory_node import MemoryNode
+
+from nbdfleece.block.granule_codes import COPIED, FORGOTTEN, UNTOUCHED, ZERO_DATA
+from nbdfleece.block.granule_reads import read_granules
+from nbdfleece.block.scratch import Scratch
+
+GRANULE = 512
+SHIFT = 9
+COUNT = 40
+
+
+async def some_codes(scratch: Scratch, chance: random.Random) -> tuple[list[int], bytearray]:
+    """Codes of all granules, and what the displaced ones read as."""
+    shown = bytearray(chance.randbytes(COUNT * GRANULE))
+    codes: list[int] = []
+    untouched_share = chance.random()
+    while len(codes) < COUNT:
+        count = chance.randint(1, min(5, COUNT - len(codes)))
+        begin, end = len(codes) * GRANULE, (len(codes) + count) * GRANULE
+        if chance.random() < untouched_share:
+            codes += [UNTOUCHED] * count
+        elif chance.random() < 0.3:
+            codes += [ZERO_DATA] * count
+            shown[begin:end] = bytes(end - begin)
+        else:
+            place = scratch.allocate(count)
+            await scratch.write(place, memoryview(shown)[begin:end])
+            codes += [COPIED + place + index for index in range(count)]
+    return codes, shown
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_any_range_of_any_granules_is_what_was_put_there(tmp_path: Path, seed: int) -> None:
+    """Also where the base cannot be read at places that are displaced."""
+    chance = random.Random(seed)
+    scratch = Scratch(tmp_path, GRANULE)
+    codes, shown = await some_codes(scratch, chance)
+    base = MemoryNode(COUNT * GRANULE)
+    for granule, code in enumerate(codes):
+        begin = granule * GRANULE
+        base.content[begin : begin + GRANULE] = (
+            shown[begin : begin + GRANULE] if code == UNTOUCHED else b"!" * GRANULE
+        )
+
+    def fail(operation: str, offset: int) -> None:
+        if codes[offset // GRANULE] != UNTOUCHED:
+            raise OSError(errno.EIO, "bad sector")
+
+    if chance.random() < 0.5:
+        base.fail = fail
+    for _ in range(50):
+        offset = chance.randrange(COUNT * GRANULE)
+        length = chance.randint(1, COUNT * GRANULE - offset)
+        first, end = offset // GRANULE, (offset + length - 1) // GRANULE + 1
+
+        view = memoryview(bytearray(b"?" * length))
+        await read_granules(base, scratch, codes[first:end], SHIFT, offset, view)
+        assert view == shown[offset : offset + length]
+    await scratch.close()
+
+
+async def test_forgotten_granule_returns_eacces(tmp_path: Path) -> None:
+    """What nobody kept is never shown as if it were the snapshot's (rule 1)."""
+    scratch = Scratch(tmp_path, GRANULE)
+    base = MemoryNode(4 * GRANULE)
+    with pytest.raises(OSError, match="released") as caught:
+        await read_granules(
+            base, scratch, [UNTOUCHED, FORGOTTEN], SHIFT, 0, memoryview(bytearray(2 * GRANULE))
+        )
+    assert caught.value.errno == errno.EACCES
+    await scratch.close()
+
+
+async def test_bad_sector_of_the_base_is_an_error(tmp_path: Path) -> None:
+    """A granule that lies in the base is not skipped because reading in one piece failed."""
+    scratch = Scratch(tmp_path, GRANULE)
+    base = MemoryNode(4 * GRANULE)
+
+    def fail(operation: str, offset: int) -> None:
+        raise OSError(errno.EIO, "bad sector")
+
+    base.fail = fail
+    with pytest.raises(OSError, match="bad sector"):
+        await read_granules(
+            base, scratch, [ZERO_DATA, UNTOUCHED], SHIFT, 0, memoryview(bytearray(2 * GRANULE))
+        )
+    await scratch.close()
