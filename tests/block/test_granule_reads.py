@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.memory_node import MemoryNode
 
 from nbdfleece.block.granule_codes import COPIED, FORGOTTEN, UNTOUCHED, ZERO_DATA
 from nbdfleece.block.granule_reads import read_granules
 from nbdfleece.block.scratch import Scratch
+from nbdfleece.testing.memory_node import MemoryNode
 
 GRANULE = 512
 SHIFT = 9
