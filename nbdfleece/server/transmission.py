@@ -131,7 +131,10 @@ class Transmission:
         self._rules = RequestRules(negotiated, limits.wire)
         self._replies: Replies = replies_for(negotiated)
         self._extended = negotiated.extended_headers
-        self._chunk_max = min(self._rules.chunk_max, limits.read_chunk_bytes_max)
+        self._as_asked = self._node.reads_as_asked
+        self._chunk_max = self._rules.chunk_max
+        if not self._as_asked:
+            self._chunk_max = min(self._chunk_max, limits.read_chunk_bytes_max)
         # Room for one more of the largest requests is always left.
         self._pause_bytes = limits.wire.bytes_in_flight_max - self._rules.payload_max
         self._contexts = {
@@ -381,7 +384,7 @@ class Transmission:
                 await self._send_data(request, request[4], length, True)
                 return
             except Exception as error:
-                if single or not isinstance(error, OSError):
+                if single or self._as_asked or not isinstance(error, OSError):
                     self._fail(request, error)
                     return
         await self._read_in_chunks(request)
@@ -417,6 +420,8 @@ class Transmission:
 
     def _may_be_sparse(self, request: Request, data: memoryview) -> bool:
         """Whether to ask the node for holes: cheap, and seldom wrong."""
+        if self._as_asked:
+            return False
         may_have_holes = data[:16] == _ZEROES or data[-16:] == _ZEROES
         return may_have_holes and self._replies.chunked and not request[1] & _DF
 
@@ -464,7 +469,7 @@ class Transmission:
             try:
                 await self._send_data(request, begin, end - begin, done)
             except OSError as error:
-                halves = _halve(begin, end, self._node.preferred_block_size)
+                halves = self._halve(begin, end)
                 if not halves:
                     bad_blocks += 1
                     self._tell_bad_block(request, begin, error)
@@ -475,6 +480,9 @@ class Transmission:
             await self._give_way()
         if bad_blocks:
             self._succeed(request)
+
+    def _halve(self, begin: int, end: int) -> list[tuple[int, int]]:
+        return [] if self._as_asked else _halve(begin, end, self._node.preferred_block_size)
 
     def _tell_bad_block(self, request: Request, offset: int, error: OSError) -> None:
         told = self._explain(request, error)
@@ -499,17 +507,16 @@ class Transmission:
         else:
             self._succeed(request)
 
-    async def _flush_if_asked(self, request: Request) -> None:
-        """FUA: "the server MUST NOT send a reply until the data has reached permanent storage"."""
-        if request[1] & _FUA:
-            await self._node.flush()
-
     async def _write(self, request: Request, payload: memoryview) -> None:
-        """As :meth:`_perform`, in one coroutine: most requests of a busy disk are writes."""
+        """As :meth:`_perform`, in one coroutine: most requests of a busy disk are writes.
+
+        FUA: "the server MUST NOT send a reply until the data has reached permanent storage".
+        """
         try:
-            await self._node.write(request[4], payload)
             if request[1] & _FUA:
-                await self._node.flush()
+                await self._node.write_fua(request[4], payload)
+            else:
+                await self._node.write(request[4], payload)
         except Exception as error:
             self._fail(request, error)
         else:
@@ -520,8 +527,8 @@ class Transmission:
         await self._node.flush()
 
     async def _trim(self, request: Request, payload: memoryview) -> None:
-        await self._node.trim(request.offset, request.length)
-        await self._flush_if_asked(request)
+        trim = self._node.trim_fua if request.flags & _FUA else self._node.trim
+        await trim(request.offset, request.length)
 
     async def _cache(self, request: Request, payload: memoryview) -> None:
         await self._node.cache(request.offset, request.length)
@@ -529,8 +536,9 @@ class Transmission:
     async def _write_zeroes(self, request: Request, payload: memoryview) -> None:
         unmap = not request.flags & _NO_HOLE
         fast = bool(request.flags & _FAST_ZERO)
-        await self._node.write_zeroes(request.offset, request.length, unmap=unmap, fast=fast)
-        await self._flush_if_asked(request)
+        node = self._node
+        write_zeroes = node.write_zeroes_fua if request.flags & _FUA else node.write_zeroes
+        await write_zeroes(request.offset, request.length, unmap=unmap, fast=fast)
 
     async def _block_status(self, request: Request, payload: memoryview) -> None:
         """One chunk per context, DONE on the last; or one error, and nothing after it."""
