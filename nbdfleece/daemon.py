@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from .block.node import BlockNode
 from .control.commands import all_commands
 from .control.dispatcher import Dispatcher
 from .control.server import ControlServer
@@ -54,6 +55,7 @@ class DaemonOptions:
 
     Attributes:
         disks: Images by the disk's name.
+        nodes: What has the bytes of those disks whose images have bitmaps only.
         listen: Where NBD clients are accepted; export names in it are of no matter.
         control: Path of the control socket; None for none.
         scratch: How snapshots are kept.
@@ -68,6 +70,7 @@ class DaemonOptions:
     """
 
     disks: Mapping[str, Path]
+    nodes: Mapping[str, BlockNode] = field(default_factory=dict)
     listen: Sequence[NbdUri] = ()
     control: Path | None = None
     scratch: ScratchOptions = field(default_factory=ScratchOptions)
@@ -220,7 +223,7 @@ class Daemon:
         self._listen()
         _check_scratch(self.options.scratch.directory)
         for name, path in self.options.disks.items():
-            await self.engine.open_disk(name, path)
+            await self.engine.open_disk(name, path, self.options.nodes.get(name))
         await self.engine.recover()
         while self._listeners:
             self.server.add_listener(self._listeners.pop(0))

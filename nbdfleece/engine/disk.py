@@ -1,6 +1,6 @@
 """A disk that the server holds: its image, its bitmaps and chain, and the nodes over it.
 
-guest -> GuestNode (marks bitmaps, has old data copied) -> Qcow2Image
+guest -> GuestNode (marks bitmaps, has old data copied) -> Qcow2Image, or another node
                       ^ CopyBeforeWrite <- SnapshotAccess (one per snapshot)
 """
 
@@ -16,6 +16,7 @@ from typing import Final, NamedTuple, TypeVar
 from ..bitmaps.bitmap import Bitmap
 from ..block.copy_before_write import CopyBeforeWrite, Layer, OnCbwError
 from ..block.guest import GuestNode
+from ..block.node import BlockNode
 from ..errors import StateError, UsageError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
@@ -77,6 +78,8 @@ class Disk:
 
     Attributes:
         name: As the operator calls it; also the name of its live export.
+        image: Where bitmaps and chain are kept; usually the guest's bytes too.
+        data: The guest's bytes.
         node: What the guest writes through.
         copies: Its snapshots' copy-before-write.
         state: Its bitmaps and chain; replaced whole.
@@ -91,11 +94,13 @@ class Disk:
         store: BitmapStore,
         scratch: ScratchOptions,
         on_broken: Callable[[Layer], None],
+        data: BlockNode | None = None,
     ) -> None:
         self.name = name
         self.image = image
+        self.data: BlockNode = image if data is None else data
         self.copies = CopyBeforeWrite(
-            image,
+            self.data,
             scratch.directory,
             granularity=scratch.granularity,
             quota=scratch.quota,
@@ -103,7 +108,7 @@ class Disk:
             timeout_seconds=scratch.timeout_seconds,
             on_broken=on_broken,
         )
-        self.node = GuestNode(image, self.copies)
+        self.node = GuestNode(self.data, self.copies)
         self.state = DiskState({}, Chain())
         self.chain_problem: str | None = None
         self.busy: Counter[str] = Counter()
@@ -116,6 +121,7 @@ class Disk:
         path: Path,
         scratch: ScratchOptions,
         on_broken: Callable[[Layer], None] = lambda layer: None,
+        data: BlockNode | None = None,
     ) -> Disk:
         """Open an image for writing, load what records, and mark it in use before any write.
 
@@ -124,15 +130,23 @@ class Disk:
             path: The image.
             scratch: How snapshots of it are kept.
             on_broken: Called when a copy failed and a snapshot was broken for it.
+            data: What has the guest's bytes instead of the image, which then has bitmaps only;
+                the disk's from now on.
 
         Raises:
+            UsageError: The image is not of the size of ``data``.
             OSError: The image cannot be opened.
             ImageError: It is damaged, in use, or of a kind that is not supported.
             StateError: A change of its bitmaps was interrupted and must be settled first.
         """
         image = await Qcow2Image.open(path, read_only=False)
         try:
-            disk = cls(name, image, await BitmapStore.load(image), scratch, on_broken)
+            if data is not None and data.size != image.size:
+                raise UsageError(
+                    f"{path} has bitmaps of a disk of {image.size} bytes; disk '{name}' has"
+                    f" {data.size}"
+                )
+            disk = cls(name, image, await BitmapStore.load(image), scratch, on_broken, data)
             await disk._load_state()
         except BaseException:
             await image.close()
@@ -402,7 +416,11 @@ class Disk:
         try:
             await self._write(self.state, closing=True)
         finally:
-            await self.image.close()
+            try:
+                await self.image.close()
+            finally:
+                if self.data is not self.image:
+                    await self.data.close()
 
     async def _write(self, state: DiskState, *, closing: bool) -> None:
         persistent = [each for each in state.bitmaps.values() if each.persistent]

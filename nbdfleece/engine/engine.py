@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.node import BlockNode
 from ..errors import StateError
 from ..export.contexts import DirtyBitmap
 from ..export.export import Export, ExportTable
@@ -67,8 +68,13 @@ class Engine:
 
     # -- disks --------------------------------------------------------------------
 
-    async def open_disk(self, name: str, path: Path) -> Disk:
+    async def open_disk(self, name: str, path: Path, data: BlockNode | None = None) -> Disk:
         """Open an image for the guest, and export it under the disk's name.
+
+        Args:
+            name: What to call the disk.
+            path: The image.
+            data: What has the guest's bytes, if it is not the image; see :meth:`Disk.open`.
 
         Raises:
             StateError: The name is taken.
@@ -80,7 +86,9 @@ class Engine:
                 raise StateError(f"disk '{name}' exists already")
             if self.exports.has(name):
                 raise StateError(f"export '{name}' exists already")
-            disk = await Disk.open(name, path, self._scratch, lambda _: self._tell_broken(name))
+            disk = await Disk.open(
+                name, path, self._scratch, lambda _: self._tell_broken(name), data
+            )
             try:
                 self.exports.add(live_export(disk))
             except BaseException:
