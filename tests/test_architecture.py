@@ -32,9 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control": {"engine", "export", "nbd"},
     "backup": {"bitmaps", "block", "qcow2", "nbd"},
     "standalone": {"bitmaps", "block", "qcow2", "export", "server", "nbd"},
+    "nbdkit": {"server", "export", "block", "nbd"},
     "daemon": {"server", "engine", "control", "export", "nbd", "block"},
     "cli": {"daemon", "control", "backup", "engine", "qcow2", "nbd", "server", "block", "export"}
-    | {"standalone"},
+    | {"standalone", "nbdkit"},
 }
 
 NO_SOCKETS = {"bitmaps", "nbd", "block", "qcow2", "export", "engine"}
