@@ -50,6 +50,7 @@ class HostOptions:
         tls: How to do TLS; None for not at all.
         authorizer: Who may have which export; None for everybody all.
         grace_seconds: How long requests in flight may take at the end.
+        closing_seconds: How long ``close`` of all handles may take after that.
     """
 
     read_only: bool = False
@@ -58,6 +59,7 @@ class HostOptions:
     tls: TlsSettings | None = None
     authorizer: Authorizer | None = None
     grace_seconds: float = GRACE_SECONDS
+    closing_seconds: float = CLOSING_SECONDS
 
 
 class PluginServer:
@@ -126,7 +128,7 @@ class PluginServer:
         self._plugin.server.is_ending.set()
         await self._server.shut_down(self._options.grace_seconds)
         if self._ends:
-            await asyncio.wait(self._ends, timeout=CLOSING_SECONDS)
+            await asyncio.wait(self._ends, timeout=self._options.closing_seconds)
         for end in self._ends:
             end.cancel()
         await clean_up(self.script, self._threads)

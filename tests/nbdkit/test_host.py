@@ -86,7 +86,7 @@ async def test_hung_callback_does_not_hold_up_the_end(
 ) -> None:
     plugin = inside.load(HANG + f"\n    def thread_model(): return {model}")
     async with asyncio.timeout(60):
-        async with inside.serve(plugin, grace_seconds=0.05):
+        async with inside.serve(plugin, grace_seconds=0.05, closing_seconds=0.05):
             hung = asyncio.create_task(inside.act(("pread", 512, 512)))
             await until(value_of(plugin, "begun").is_set)
         assert (await hung)[0].startswith("error ")
@@ -103,7 +103,7 @@ async def test_hung_open_holds_up_neither_others_nor_the_end(inside: Inside) -> 
                 go.wait()
         """
     )
-    async with inside.serve(plugin, grace_seconds=0.05):
+    async with inside.serve(plugin, grace_seconds=0.05, closing_seconds=0.05):
         hung = asyncio.create_task(inside.act(("go", "slow"), opts=True))
         await until(value_of(plugin, "begun").is_set)
         assert (await inside.act(("go", "fast"), READ, opts=True))[1] == ZEROES
@@ -248,7 +248,7 @@ async def test_coroutine_that_blocks_its_loop_does_not_stop_the_server(inside: I
         def thread_model(): return nbdkit.THREAD_MODEL_PARALLEL
         """
     )
-    async with inside.serve(plugin, grace_seconds=0.05):
+    async with inside.serve(plugin, grace_seconds=0.05, closing_seconds=0.05):
         hung = asyncio.create_task(inside.act(READ))
         await until(value_of(plugin, "begun").is_set)
         assert (await inside.act(("flush",)))[0] == "error EINVAL"
