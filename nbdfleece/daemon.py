@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .block.guest_options import DEFAULT_POLICY, GuestPolicy
+from .block.node import BlockNode
 from .control.commands import all_commands
 from .control.dispatcher import Dispatcher
 from .control.server import ControlServer
@@ -59,6 +60,7 @@ class DaemonOptions:
         disks: Images by the disk's name.
         policies: What becomes of discards and zeroes, by the disk's name; those that are not
             named have discards done and zeroes written.
+        nodes: What has the bytes of those disks whose images have bitmaps only.
         listen: Where NBD clients are accepted; export names in it are of no matter.
         control: Path of the control socket; None for none.
         scratch: How snapshots are kept.
@@ -75,6 +77,7 @@ class DaemonOptions:
 
     disks: Mapping[str, Path]
     policies: Mapping[str, GuestPolicy] = field(default_factory=dict)
+    nodes: Mapping[str, BlockNode] = field(default_factory=dict)
     listen: Sequence[NbdUri] = ()
     control: Path | None = None
     scratch: ScratchOptions = field(default_factory=ScratchOptions)
@@ -274,7 +277,7 @@ class Daemon:
         _check_scratch(self.options.scratch.directory)
         for name, path in self.options.disks.items():
             policy = self.options.policies.get(name, DEFAULT_POLICY)
-            await self.engine.open_disk(name, path, policy)
+            await self.engine.open_disk(name, path, policy, data=self.options.nodes.get(name))
         await self.engine.recover()
         for more in self.options.more_exports:
             for export in await self._more.enter_async_context(more):

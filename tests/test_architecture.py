@@ -32,11 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control": {"engine", "export", "nbd"},
     "backup": {"bitmaps", "block", "qcow2", "nbd"},
     "standalone": {"bitmaps", "block", "qcow2", "export", "server", "nbd"},
-    "nbdkit": {"block", "qcow2", "engine", "server", "standalone"},
+    "nbdkit": {"block", "qcow2", "engine", "export", "nbd", "server", "standalone"},
     "testing": {"bitmaps", "block", "export", "nbd", "server", "standalone"},
     "daemon": {"server", "engine", "control", "export", "nbd", "block", "standalone"},
     "cli": {"daemon", "control", "backup", "engine", "qcow2", "nbd", "server", "block", "export"}
-    | {"standalone"},
+    | {"standalone", "nbdkit"},
 }
 
 NO_SOCKETS = {"bitmaps", "nbd", "block", "qcow2", "export", "engine"}

@@ -78,6 +78,9 @@ class BlockNode(ABC):
     """Writing methods raise ``OSError(EPERM)``, or are never called."""
     preferred_block_size: int = 4096
     """Bytes, a power of two: what reads and writes are best aligned to."""
+    reads_as_asked: bool = False
+    """A READ is one :meth:`read_into` of its range: nothing is asked again in smaller parts to
+    find what is bad, and no block status to find what is a hole."""
 
     @abstractmethod
     async def read_into(self, offset: int, view: memoryview) -> None:
@@ -173,6 +176,26 @@ class BlockNode(ABC):
         Raises:
             OSError: It may not be durable; the node stays usable.
         """
+
+    # FUA: as the methods without it, and durable on return. A node overrides them if it can do
+    # better than to flush everything.
+
+    async def write_fua(self, offset: int, data: memoryview) -> None:
+        """Write ``data`` at ``offset``, durably."""
+        await self.write(offset, data)
+        await self.flush()
+
+    async def write_zeroes_fua(
+        self, offset: int, length: int, *, unmap: bool = True, fast: bool = False
+    ) -> None:
+        """Make the range read as zeroes, durably."""
+        await self.write_zeroes(offset, length, unmap=unmap, fast=fast)
+        await self.flush()
+
+    async def trim_fua(self, offset: int, length: int) -> None:
+        """Give up the range's content, durably."""
+        await self.trim(offset, length)
+        await self.flush()
 
     async def cache(self, offset: int, length: int) -> None:
         """Hint that the range will be read soon."""

@@ -25,6 +25,7 @@ from .exit_status import ExitStatus, describe
 SUBCOMMANDS: Final = {
     "serve": "serve:serve",
     "nbd": "nbd_command:nbd",
+    "plugin": "plugin:plugin",
     "info": "info:info",
     "snapshot": "snapshot:snapshot",
     "checkpoint": "checkpoint:checkpoint",

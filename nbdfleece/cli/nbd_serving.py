@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ..errors import UsageError
 from ..server.listener import Listener, listen_systemd, listen_tcp, listen_unix
@@ -22,7 +22,14 @@ from .nbd_flags import Given
 
 if TYPE_CHECKING:
     from ..server.loop import LoopChoice
-    from ..standalone.image_server import ImageServer
+
+
+class Stoppable(Protocol):
+    """A server that runs."""
+
+    def request_stop(self) -> None:
+        """Have it end in good order."""
+
 
 _READY: Final = b"ready"
 _SELINUX: Final = "/proc/thread-self/attr/sockcreate"
@@ -65,7 +72,7 @@ def run_nbd(given: Given, style: Style) -> None:
         print_list(given)
         return
     listeners = _activated(given)
-    tell_ready = _go_to_background(given.has("verbose")) if given.has("fork") else None
+    tell_ready = go_to_background(given.has("verbose")) if given.has("fork") else None
     _serve(given, style, listeners, tell_ready)
 
 
@@ -83,8 +90,8 @@ def _serve(
 
     async def main() -> None:
         async with ImageServer(options, listeners) as server:
-            _handle_signals(server)
-            with _pid_file(given.last("pid-file"), keep=style.keeps_pid_file):
+            handle_signals(server)
+            with pid_file(given.last("pid-file"), keep=style.keeps_pid_file):
                 if style.prints_uri:
                     print("\n".join(uris), flush=True)
                 if tell_ready is not None:
@@ -150,11 +157,12 @@ def _write(path: str, text: str) -> None:
         stream.write(text)
 
 
-def _handle_signals(server: ImageServer) -> None:
+def handle_signals(server: Stoppable) -> None:
     """End in good order at the first signal, at once at the second."""
     received: list[int] = []
 
     def handle(number: int) -> None:
+
         if received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -167,7 +175,7 @@ def _handle_signals(server: ImageServer) -> None:
 
 
 @contextmanager
-def _pid_file(path: str | None, *, keep: bool) -> Iterator[None]:
+def pid_file(path: str | None, *, keep: bool) -> Iterator[None]:
     """Hold a locked file with our process id, as QEMU does.
 
     Raises:
@@ -201,7 +209,7 @@ def _write_pid(fd: int, path: str) -> None:
     os.write(fd, f"{os.getpid()}\n".encode())
 
 
-def _go_to_background(is_verbose: bool) -> Callable[[], None]:
+def go_to_background(is_verbose: bool) -> Callable[[], None]:
     """Go on in a new process; the old one ends when that one is ready, or has failed.
 
     Args:

@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 from ..errors import StateError
-from .chain import CheckpointState
+from .chain import Checkpoint, CheckpointState, check_name, new_identity
 from .disk import Disk
+from .disk_state import DiskState
 
 _log = logging.getLogger("nbdfleece.engine")
 
@@ -39,6 +40,46 @@ def holders(disks: Collection[Disk], name: str) -> list[Disk]:
     if not found:
         raise StateError(f"there is no checkpoint '{name}'")
     return found
+
+
+async def prepare(
+    disks: Collection[Disk], chosen: Sequence[Disk], name: str, owner: str
+) -> dict[Disk, DiskState]:
+    """What the state of the chosen disks will be once they have a new, pending checkpoint.
+
+    Raises:
+        StateError: The name is no good, or one of all ``disks`` has such a checkpoint.
+        OSError: An image has no room for its bitmap.
+    """
+    check_name(name, "checkpoint")
+    if any(disk.state.chain.find(name) for disk in disks):
+        raise StateError(f"checkpoint '{name}' exists already")
+    for disk in chosen:
+        await disk.ensure_identity()
+    identity, now = new_identity(), time.time_ns()
+    states: dict[Disk, DiskState] = {}
+    try:
+        for disk in chosen:
+            record = Checkpoint(
+                id=identity,
+                name=name,
+                created_ns=now,
+                size=disk.size,
+                owner=owner,
+                state=CheckpointState.PENDING,
+                disks=tuple(each.state.chain.disk_id for each in chosen),
+            )
+            states[disk] = await disk.prepare_checkpoint(record)
+    except BaseException:
+        give_up(states)
+        raise
+    return states
+
+
+def give_up(states: Mapping[Disk, DiskState]) -> None:
+    """Discard states that were prepared and will not come to be."""
+    for disk, state in states.items():
+        disk.discard(state)
 
 
 async def store_new(disks: Collection[Disk], name: str) -> None:

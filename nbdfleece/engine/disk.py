@@ -1,6 +1,6 @@
 """A disk that the server holds: its image, its bitmaps and chain, and the nodes over it.
 
-guest -> (GuestOptions ->) GuestNode (marks bitmaps, has old data copied) -> Qcow2Image
+guest -> (GuestOptions ->) GuestNode (marks bitmaps, has old data copied) -> Qcow2Image, or another
                       ^ CopyBeforeWrite <- SnapshotAccess (one per snapshot)
 """
 
@@ -21,6 +21,7 @@ from ..block.file import FileNode
 from ..block.guest import GuestNode
 from ..block.guest_options import DEFAULT_POLICY, GuestPolicy
 from ..block.layer import Layer
+from ..block.node import BlockNode
 from ..errors import StateError, UsageError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
@@ -83,6 +84,8 @@ class Disk:
 
     Attributes:
         name: As the operator calls it; also the name of its live export.
+        image: Where bitmaps and chain are kept; usually the guest's bytes too.
+        data: The guest's bytes.
         node: What the guest writes through.
         policy: What becomes of the guest's discards and zeroes.
         copies: Its snapshots' copy-before-write.
@@ -99,18 +102,20 @@ class Disk:
         scratch: ScratchOptions,
         on_broken: Callable[[Layer], None],
         policy: GuestPolicy,
+        data: BlockNode | None = None,
     ) -> None:
         self.name = name
         self.image = image
+        self.data: BlockNode = image if data is None else data
         self.copies = CopyBeforeWrite(
-            image,
+            self.data,
             scratch.directory,
             granularity=scratch.granularity,
             quota=scratch.quota,
             failure=scratch.failure,
             on_broken=on_broken,
         )
-        self._guest = GuestNode(image, self.copies)
+        self._guest = GuestNode(self.data, self.copies)
         self.policy = policy
         self.node = policy.over(self._guest)
         self.state = DiskState({}, Chain())
@@ -129,6 +134,7 @@ class Disk:
         policy: GuestPolicy = DEFAULT_POLICY,
         *,
         is_raw: bool = False,
+        data: BlockNode | None = None,
     ) -> Disk:
         """Open an image for writing, load what records, and mark it in use before any write.
 
@@ -139,8 +145,11 @@ class Disk:
             on_broken: Called when a copy failed and a snapshot was broken for it.
             policy: What becomes of the guest's discards and zeroes.
             is_raw: The file's bytes are the disk's; it holds no bitmaps.
+            data: What has the guest's bytes instead of the image, which then has bitmaps only;
+                the disk's from now on.
 
         Raises:
+            UsageError: The image is not of the size of ``data``.
             OSError: The image cannot be opened.
             ImageError: It is damaged, in use, or of a kind that is not supported.
             StateError: A change of its bitmaps was interrupted and must be settled first.
@@ -150,7 +159,13 @@ class Disk:
             return cls(name, file, RawStore(file.path), scratch, on_broken, policy)
         image = await Qcow2Image.open(path, read_only=False)
         try:
-            disk = cls(name, image, await BitmapStore.load(image), scratch, on_broken, policy)
+            if data is not None and data.size != image.size:
+                raise UsageError(
+                    f"{path} has bitmaps of a disk of {image.size} bytes; disk '{name}' has"
+                    f" {data.size}"
+                )
+            store = await BitmapStore.load(image)
+            disk = cls(name, image, store, scratch, on_broken, policy, data)
             await disk._load_state()
         except BaseException:
             await image.close()
@@ -463,7 +478,11 @@ class Disk:
         try:
             await self._write(self.state, closing=True)
         finally:
-            await self.image.close()
+            try:
+                await self.image.close()
+            finally:
+                if self.data is not self.image:
+                    await self.data.close()
 
     async def _write(self, state: DiskState, *, closing: bool) -> None:
         persistent = [each for each in state.bitmaps.values() if each.persistent]

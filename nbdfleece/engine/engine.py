@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -22,11 +21,12 @@ from typing import Any
 
 from ..bitmaps.bitmap import Bitmap
 from ..block.guest_options import DEFAULT_POLICY, GuestPolicy
+from ..block.node import BlockNode
 from ..errors import StateError
 from ..export.contexts import DirtyBitmap
 from ..export.export import Export, ExportTable
 from . import checkpoints, joint
-from .chain import Checkpoint, CheckpointState, check_name, new_identity
+from .chain import check_name
 from .disk import Disk, ScratchOptions
 from .disk_state import DiskState
 from .exports import live_export, snapshot_export
@@ -77,6 +77,7 @@ class Engine:
         *,
         is_exported: bool = True,
         is_raw: bool = False,
+        data: BlockNode | None = None,
     ) -> Disk:
         """Open an image for the guest, and export it under the disk's name.
 
@@ -86,6 +87,7 @@ class Engine:
             policy: What becomes of the guest's discards and zeroes.
             is_exported: False leaves exporting it to the caller.
             is_raw: It is no qcow2 image but the disk's bytes.
+            data: What has the guest's bytes, if it is not the image; see :meth:`Disk.open`.
 
         Raises:
             StateError: The name is taken.
@@ -104,6 +106,7 @@ class Engine:
                 lambda _: self._tell_broken(name),
                 policy,
                 is_raw=is_raw,
+                data=data,
             )
             try:
                 if is_exported:
@@ -250,7 +253,7 @@ class Engine:
             raise StateError(f"snapshot '{name}' exists already")
         states = None
         if checkpoint is not None:
-            states = await self._states_with_checkpoint(disks, checkpoint, owner)
+            states = await checkpoints.prepare(self.disks.values(), disks, checkpoint, owner)
         snapshot = Snapshot(
             name=name,
             disks={},
@@ -268,41 +271,8 @@ class Engine:
             raise
         return snapshot
 
-    async def _states_with_checkpoint(
-        self, disks: list[Disk], name: str, owner: str
-    ) -> dict[str, DiskState]:
-        """What each disk's state will be once it has the new checkpoint."""
-        check_name(name, "checkpoint")
-        if any(disk.state.chain.find(name) for disk in self.disks.values()):
-            raise StateError(f"checkpoint '{name}' exists already")
-        for disk in disks:
-            await disk.ensure_identity()
-        identity, now = new_identity(), time.time_ns()
-        states: dict[str, DiskState] = {}
-        try:
-            for disk in disks:
-                record = Checkpoint(
-                    id=identity,
-                    name=name,
-                    created_ns=now,
-                    size=disk.size,
-                    owner=owner,
-                    state=CheckpointState.PENDING,
-                    disks=tuple(each.state.chain.disk_id for each in disks),
-                )
-                states[disk.name] = await disk.prepare_checkpoint(record)
-        except BaseException:
-            self._discard(states)
-            raise
-        return states
-
-    def _discard(self, states: dict[str, DiskState]) -> None:
-        """Give up states that were prepared and did not come to be."""
-        for name, state in states.items():
-            self.disks[name].discard(state)
-
     async def _instant(
-        self, snapshot: Snapshot, disks: list[Disk], states: dict[str, DiskState] | None
+        self, snapshot: Snapshot, disks: list[Disk], states: Mapping[Disk, DiskState] | None
     ) -> None:
         """Hold the guests' writes for as long as it takes to freeze all disks, without I/O."""
         try:
@@ -312,11 +282,11 @@ class Engine:
                     disk, snapshot.release, freezing=states is not None
                 )
         except BaseException:
-            self._discard(states or {})
+            checkpoints.give_up(states or {})
             raise
         else:
-            for name, state in (states or {}).items():
-                self.disks[name].install(state)
+            for disk, state in (states or {}).items():
+                disk.install(state)
         finally:
             for disk in disks:
                 disk.resume()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from ..errors import UsageError
-from .constants import TransmissionFlag
+from .constants import Option, TransmissionFlag
 from .limits import DEFAULT_PAYLOAD_MAX, PAYLOAD_MAX_LEAST
 from .names import check_context_names, check_string
 
@@ -36,7 +36,12 @@ class ExportInfo:
         can_write_zeroes: WRITE_ZEROES is offered (never on a read-only export).
         can_fast_zero: FAST_ZERO is understood (never without WRITE_ZEROES).
         can_cache: CACHE is offered.
+        can_flush: FLUSH is offered.
+        can_fua: FUA is offered.
         minimum_block_size: Bytes, a power of two up to 64 KiB; requests off it get EINVAL.
+        tells_block_sizes: Clients are told of the block sizes.
+        told_block_sizes: What they are told instead of the three: minimum, preferred and
+            maximum of what serves them well, which nobody enforces. None: what holds.
         preferred_block_size: Bytes, a power of two, at least 512 and the minimum.
         maximum_payload: Bytes of data in one message; at least 64 KiB and the preferred size.
         contexts: Names of the metadata contexts that can be selected, each once; their ids
@@ -58,7 +63,11 @@ class ExportInfo:
     can_write_zeroes: bool = False
     can_fast_zero: bool = False
     can_cache: bool = False
+    can_flush: bool = True
+    can_fua: bool = True
     minimum_block_size: int = 1
+    tells_block_sizes: bool = True
+    told_block_sizes: tuple[int, int, int] | None = None
     preferred_block_size: int = 4096
     maximum_payload: int = DEFAULT_PAYLOAD_MAX
     contexts: Sequence[str] = ()
@@ -80,9 +89,11 @@ class ExportInfo:
 
         Spec: proto.md, "Transmission flags".
         """
-        flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
+        flags = TransmissionFlag.HAS_FLAGS
         zeroes = self.can_write_zeroes and not self.read_only
         for flag, on in (
+            (TransmissionFlag.SEND_FLUSH, self.can_flush),
+            (TransmissionFlag.SEND_FUA, self.can_fua),
             (TransmissionFlag.READ_ONLY, self.read_only),
             (TransmissionFlag.ROTATIONAL, self.rotational),
             (TransmissionFlag.SEND_TRIM, self.can_trim),
@@ -98,8 +109,31 @@ class ExportInfo:
         return flags
 
 
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What a catalogue must find out before an option can be answered.
+
+    Attributes:
+        option: LIST, or one that names an export.
+        name: The export's name as the client gave it; "" for LIST.
+        types: What INFO or GO asks for.
+    """
+
+    option: Option
+    name: str = ""
+    types: frozenset[int] = frozenset()
+
+
+class NotKnownYet(Exception):
+    """A catalogue must first find the answer out; the negotiation then waits for its driver."""
+
+
 class Catalogue(Protocol):
-    """Where negotiation finds exports."""
+    """Where negotiation finds exports.
+
+    Both methods may raise :class:`NotKnownYet`, as the first thing that they do for an option,
+    or an ``OptionError``. After :meth:`Negotiation.resume` they are called again.
+    """
 
     def exports(self) -> Iterable[ExportInfo]:
         """The exports that LIST shows, in its order."""

@@ -17,6 +17,10 @@ makes neither pile up, and the driver may serve others between two of them. Afte
 :class:`~nbdfleece.nbd.outcomes.StartTls` the driver does the TLS handshake and begins anew with
 ``Negotiation(catalogue, limits, tls=mode, after=outcome)``.
 
+A catalogue that does not know its answer yet makes the machine stand still with a
+:attr:`~Negotiation.lookup`: the driver has it found out, calls :meth:`~Negotiation.resume` and
+goes on as if something had been received.
+
 **States.** Each has one method that takes what it needs from the received bytes, or waits.
 
 ===============  =====================  =======================================================
@@ -45,7 +49,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
-from typing import Final
+from typing import Final, TypeVar
 
 from .constants import (
     OPTION_MAGIC,
@@ -58,7 +62,7 @@ from .constants import (
     TransmissionFlag,
 )
 from .errors import OptionError, encode_error_text
-from .export_info import Catalogue, ExportInfo
+from .export_info import Catalogue, ExportInfo, Lookup, NotKnownYet
 from .limits import DEFAULT_LIMITS, DEFAULT_PAYLOAD_MAX, Limits
 from .names import decode_string, list_contexts, quote_name, select_contexts
 from .options import (
@@ -80,6 +84,8 @@ from .outcomes import Closed, Negotiated, Outcome, SelectedContext, StartTls, Tl
 
 HANDSHAKE_FLAGS: Final = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 _CLIENT_FLAGS_KNOWN: Final = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)
+
+T = TypeVar("T")
 
 MayAccess = Callable[[ExportInfo], str | None]
 """Says why the client may not have an export, or None if it may."""
@@ -112,6 +118,7 @@ class Negotiation:
 
     Attributes:
         outcome: None while the handshake goes on.
+        lookup: What the catalogue must find out before the handshake goes on.
     """
 
     def __init__(
@@ -124,6 +131,8 @@ class Negotiation:
         may_access: MayAccess = _anybody_may,
     ) -> None:
         self.outcome: Outcome | None = None
+        self.lookup: Lookup | None = None
+        self._unanswered = b""
         self._catalogue = catalogue
         self._limits = limits
         self._tls = tls
@@ -141,7 +150,7 @@ class Negotiation:
         self._structured_replies = False
         self._extended_headers = False
         self._contexts: tuple[SelectedContext, ...] = ()
-        self._contexts_export = ""
+        self._contexts_export = self._requested = ""
         if after is None:
             self._state = State.CLIENT_FLAGS
             self._replies += pack_greeting(HANDSHAKE_FLAGS)
@@ -175,6 +184,12 @@ class Negotiation:
             clean = self._state is State.OPTION_HEADER and not self._received
             self._close(f"the client left, waiting for {self._state.value}", clean=clean)
 
+    def resume(self) -> None:
+        """The catalogue knows the answer to :attr:`lookup` now."""
+        self.lookup = None
+        if self.outcome is None:
+            self._answer_option(self._unanswered)
+
     def shut_down(self) -> None:
         """From now on answer options with ERR_SHUTDOWN.
 
@@ -191,7 +206,7 @@ class Negotiation:
 
     def _advance(self) -> None:
         while self.outcome is None and not self._replies:
-            if not _STEPS[self._state](self):
+            if self.lookup is not None or not _STEPS[self._state](self):
                 return
 
     def _take(self, length: int) -> bytes | None:
@@ -280,6 +295,8 @@ class Negotiation:
         try:
             self._check_admissible()
             _ANSWERS.get(self._option, _answer_unknown)(self, self._whole(data))
+        except NotKnownYet:
+            self._unanswered = data or b""
         except OptionError as error:
             if self._option == Option.EXPORT_NAME:
                 self._close(f"EXPORT_NAME refused: {error.text}")
@@ -331,7 +348,7 @@ class Negotiation:
         self._close("the client aborted the handshake", clean=True)
 
     def _answer_list(self, data: bytes) -> None:
-        for export in self._catalogue.exports():
+        for export in self._ask(self._catalogue.exports):
             if not self._is_hidden(export) and self._may_access(export) is None:
                 self._reply(OptionReply.SERVER, pack_server(export))
         self._reply(OptionReply.ACK)
@@ -393,8 +410,19 @@ class Negotiation:
     def _is_hidden(self, export: ExportInfo) -> bool:
         return export.tls_only and not self._tls_active
 
-    def _find(self, name: str) -> ExportInfo:
-        export = self._catalogue.find(name)
+    def _ask(
+        self, question: Callable[[], T], name: str = "", types: frozenset[int] = frozenset()
+    ) -> T:
+        """Ask the catalogue, or note what it must find out first."""
+        try:
+            return question()
+        except NotKnownYet:
+            self.lookup = Lookup(Option(self._option), name, types)
+            raise
+
+    def _find(self, name: str, types: frozenset[int] = frozenset()) -> ExportInfo:
+        self._requested = name
+        export = self._ask(lambda: self._catalogue.find(name), name, types)
         if export is None or self._is_hidden(export):
             raise self._unknown_export(name)
         reason = self._may_access(export)
@@ -421,8 +449,9 @@ class Negotiation:
 
         The block sizes are told unasked too: a client that ignores them gets clean errors.
         """
-        export = self._find(request.name)
-        self._reply(OptionReply.INFO, pack_info_block_size(export))
+        export = self._find(request.name, request.types)
+        if export.tells_block_sizes:
+            self._reply(OptionReply.INFO, pack_info_block_size(export))
         self._check_block_size_known(export, request)
         flags = self._transmission_flags(export)
         self._reply(OptionReply.INFO, pack_info_export(export.size, flags))
@@ -449,7 +478,7 @@ class Negotiation:
 
     def _contexts_for(self, export: ExportInfo) -> tuple[SelectedContext, ...]:
         """What was selected, if it was for this export and is still offered."""
-        if self._contexts_export != export.name:
+        if self._contexts_export not in (export.name, self._requested):
             return ()
         offered = dict(enumerate(export.contexts))
         return tuple(c for c in self._contexts if offered.get(c.context_id) == c.name)

@@ -196,12 +196,10 @@ def pack_info_block_size(info: ExportInfo) -> bytes:
         S: 32 bits, preferred block size
         S: 32 bits, maximum payload size
     """
-    return _INFO_BLOCK_SIZE.pack(
-        InfoType.BLOCK_SIZE,
-        info.minimum_block_size,
-        info.preferred_block_size,
-        info.maximum_payload,
-    )
+    sizes = info.told_block_sizes
+    if sizes is None:
+        sizes = info.minimum_block_size, info.preferred_block_size, info.maximum_payload
+    return _INFO_BLOCK_SIZE.pack(InfoType.BLOCK_SIZE, *sizes)
 
 
 def pack_meta_context(context_id: int, name: str) -> bytes:

@@ -340,10 +340,13 @@ def _command_name(command: int) -> str:
 def _allowed_flags(negotiated: Negotiated) -> dict[int, int]:
     """The commands that the connection may send, each with the flags that fit it.
 
-    FUA fits all of them: "the server MUST accept all commands with this bit set".
+    FUA fits all of them, if it was offered: "the server MUST accept all commands with this bit
+    set".
     """
     offered = negotiated.transmission_flags
-    flags = {_READ: CommandFlag(0), _FLUSH: CommandFlag(0)}
+    flags = {_READ: CommandFlag(0)}
+    if offered & TransmissionFlag.SEND_FLUSH:
+        flags[_FLUSH] = CommandFlag(0)
     if offered & TransmissionFlag.SEND_DF:
         flags[_READ] |= CommandFlag.DF
     if not offered & TransmissionFlag.READ_ONLY:
@@ -362,7 +365,8 @@ def _allowed_flags(negotiated: Negotiated) -> dict[int, int]:
         flags[_BLOCK_STATUS] = CommandFlag.REQ_ONE
         if offered & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
             flags[_BLOCK_STATUS] |= CommandFlag.PAYLOAD_LEN
-    return {int(command): int(fit) | _FUA for command, fit in flags.items()}
+    fua = _FUA if offered & TransmissionFlag.SEND_FUA else 0
+    return {int(command): int(fit) | fua for command, fit in flags.items()}
 
 
 def _common_requests(allowed: dict[int, int]) -> frozenset[int]:

@@ -33,21 +33,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from enum import Enum
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from ..errors import ProtocolError
 from ..export.export import Export
+from ..nbd.export_info import Lookup
 from ..nbd.negotiation import MayAccess, Negotiation
-from ..nbd.outcomes import Closed, Negotiated, Outcome, StartTls, TlsMode
+from ..nbd.outcomes import Closed, Negotiated, StartTls, TlsMode
 from .buffers import BufferPool
 from .catalogue import Catalogue
 from .channel import Channel, SocketChannel
 from .connection_log import ConnectionLog
+from .handshake import Handshake
 from .inbox import Inbox
 from .limits import Limits
 from .outbox import Outbox
+from .sessions import Session
 from .statistics import Statistics
 from .transmission import Transmission
 from .turns import Turn, Turns
@@ -80,6 +83,9 @@ class Host(Protocol):
     def may_access(self, connection: Connection) -> MayAccess:
         """The check of what this client may have."""
 
+    def new_session(self, connection: Connection) -> Session | None:
+        """The connection's own view of what is served; None if it sees what all see."""
+
     def start_tls(self, channel: Channel) -> Channel:
         """TLS over a channel, as the server's side."""
 
@@ -93,66 +99,6 @@ class Host(Protocol):
         """The connection is over and nothing of it is left."""
 
 
-class Handshake:
-    """The handshake phase: bytes go to the state machine, its replies to the outbox."""
-
-    needed = 1
-    is_bulk = False
-
-    def __init__(
-        self, negotiation: Negotiation, outbox: Outbox, limits: Limits, log: ConnectionLog
-    ) -> None:
-        self._negotiation = negotiation
-        self._outbox = outbox
-        self._log = log
-        self._reply_bytes_max = limits.wire.reply_bytes_max
-        self._has_more = True
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is something to do: receiving more, or answering what was received."""
-        return not self._is_full and (self._has_more or self._negotiation.outcome is None)
-
-    @property
-    def _is_full(self) -> bool:
-        return self._outbox.queued_bytes > self._reply_bytes_max
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """How the handshake has ended, once all its replies are in the outbox."""
-        return None if self._has_more else self._negotiation.outcome
-
-    def handle(self, inbox: Inbox) -> bool:
-        """Give what was received to the machine, and take the replies to one option.
-
-        One option makes the server search an export's contexts a thousand times, or list a
-        thousand exports: the others have their turn before the next one (rule 5).
-
-        Returns:
-            Whether there may be more.
-        """
-        if len(inbox) and self._negotiation.outcome is None:
-            data = inbox.peek(len(inbox))
-            inbox.start = inbox.end
-            self._negotiation.receive_data(data)
-        reply = self._negotiation.data_to_send()
-        if reply:
-            self._outbox.put(reply)
-        self._has_more = bool(reply)
-        for note in self._negotiation.take_notes():
-            self._log.limit(note, level=logging.WARNING)
-        return self._has_more
-
-    def receive_eof(self) -> None:
-        """The client has closed its side."""
-        self._negotiation.receive_eof()
-        self._has_more = False
-
-    def shut_down(self) -> None:
-        """Answer further options with ERR_SHUTDOWN."""
-        self._negotiation.shut_down()
-
-
 class Connection:
     """One client.
 
@@ -164,6 +110,7 @@ class Connection:
         state: How far it is.
         export: What it has open, in its transmission phase.
         statistics: What it has done.
+        session: Its own view of what is served; None for what all see.
         is_draining: It is shutting down, and not all is answered that was asked before.
         transmission_class: What the phase of that name is.
     """
@@ -182,6 +129,8 @@ class Connection:
         self._host = host
         self._limits = host.limits
         self._channel = channel
+        self.session = host.new_session(self)
+        self._wait: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox(host.pool)
         self._phase: Handshake | Transmission = self._new_handshake(None)
@@ -196,7 +145,40 @@ class Connection:
         self._is_released = False
 
     def start(self) -> None:
-        """Greet the client."""
+        """Greet the client, once it may be here."""
+        if self.session is None:
+            self._greet()
+        else:
+            self._wait_for(self.session.admit(), self._greet)
+
+    def _wait_for(self, step: Coroutine[Any, Any, None], then: Callable[[], None]) -> None:
+        """Let the session do a step of the handshake, and go on if all is still as it was."""
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._wait = None
+            error = None if task.cancelled() else task.exception()
+            if self.state is not State.HANDSHAKE:
+                return
+            if error is None:
+                then()
+            else:
+                self._begin_closing(f"refused: {error}", level=logging.WARNING)
+                self._settle()
+
+        self._wait = self._loop.create_task(step)
+        self._wait.add_done_callback(end)
+
+    def _look_up(self, phase: Handshake, lookup: Lookup) -> None:
+        """Find out what the client's option asks for, then answer it."""
+        assert self.session is not None, "only a session does not know its answers yet"
+
+        def go_on() -> None:
+            phase.resume()
+            self._take_turn()
+
+        self._wait_for(self.session.look_up(lookup), go_on)
+
+    def _greet(self) -> None:
         seconds = self._limits.handshake_seconds
         if seconds:
             self._timer = self._loop.call_later(seconds, self._end_slow_handshake)
@@ -231,6 +213,11 @@ class Connection:
         if self.state is not State.CLOSED:
             logger.info("%s: connection closed: %s", self.peer, reason)
             self._release()
+
+    @property
+    def channel(self) -> Channel:
+        """Its bytes; another one once TLS is in use."""
+        return self._channel
 
     @property
     def identity(self) -> str | None:
@@ -417,10 +404,12 @@ class Connection:
             self._begin_closing(outcome.reason, level=level)
         elif isinstance(outcome, StartTls) and not self.outbox.queued_bytes:
             self._begin_tls(outcome)
+        elif self._phase.lookup is not None and self._wait is None:
+            self._look_up(self._phase, self._phase.lookup)
 
     def _new_handshake(self, after: StartTls | None) -> Handshake:
         negotiation = Negotiation(
-            self._host.catalogue,
+            self.session or self._host.catalogue,
             self._limits.wire,
             tls=self._host.tls_mode,
             after=after,

@@ -64,6 +64,14 @@ class Limits:
     idle_buffer_bytes_max: int = 64 * MIB
     wire: WireLimits = field(default_factory=WireLimits)
 
+    def describe_pause(self, queued_bytes: int, requests_in_flight: int) -> str:
+        """Which limit a connection must wait for, that has so much to do."""
+        if queued_bytes >= self.queued_bytes_max:
+            return f"paused: more than {self.queued_bytes_max} bytes of replies are unread"
+        if requests_in_flight >= self.wire.requests_in_flight_max:
+            return f"paused: {self.wire.requests_in_flight_max} requests are in flight, the limit"
+        return f"paused: {self.wire.bytes_in_flight_max} bytes in flight are the limit"
+
 
 def allow_descriptors(limits: Limits) -> None:
     """Let this process have as many descriptors as its clients may take, and its own.

@@ -11,7 +11,13 @@ from ..block.node import BlockNode, BlockStatus
 _PIECES_MAX: Final = 32
 """Pieces of data and holes that a part of a READ is cut into; "as few chunks as possible"."""
 
+_ZEROES: Final = bytes(16)
 _ZERO: Final = np.uint32(BlockStatus.ZERO)
+
+
+def ends_in_zeroes(data: memoryview) -> bool:
+    """Whether data that were read begin or end with zeroes, as holes in them do, mostly."""
+    return data[:16] == _ZEROES or data[-16:] == _ZEROES
 
 
 async def find_holes(node: BlockNode, offset: int, length: int) -> list[tuple[int, bool]]:

@@ -20,6 +20,7 @@ from .channel import Channel, SocketChannel
 from .connection import Connection
 from .limits import Limits
 from .listener import Listener
+from .sessions import Session, SessionFactory
 from .statistics import Statistics
 from .tls import Authorization, Authorizer, TlsChannel, TlsSettings
 from .turns import Turns
@@ -53,6 +54,8 @@ class NbdServer:
         limits: What clients may take.
         tls: How to do TLS; None for not at all.
         authorization: Who may have which export; None for everybody all.
+        sessions: Makes the exports that each connection has of its own; ``exports`` is then
+            not looked at.
 
     Attributes:
         connections: All that are open, in the order of their arrival.
@@ -69,6 +72,7 @@ class NbdServer:
         limits: Limits | None = None,
         tls: TlsSettings | None = None,
         authorization: Authorizer | None = None,
+        sessions: SessionFactory | None = None,
     ) -> None:
         self.exports = exports
         self.limits = limits or Limits()
@@ -78,6 +82,7 @@ class NbdServer:
         self.tls_mode = tls.mode if tls is not None else TlsMode.NOTLS
         self._tls = tls
         self._authorization = authorization or Authorization()
+        self._sessions = sessions
         self.connections: dict[Connection, None] = {}
         self._listeners: list[Listener] = []
         self._loop = asyncio.get_running_loop()
@@ -169,11 +174,16 @@ class NbdServer:
         """The check of what this client may have."""
 
         def check(info: ExportInfo) -> str | None:
-            assert isinstance(info, ServedExport)
             refusal = self._authorization.refusal(info.name, connection.identity)
-            return refusal or _check_connections(info.export)
+            if refusal is None and isinstance(info, ServedExport):
+                refusal = _check_connections(info.export)
+            return refusal
 
         return check
+
+    def new_session(self, connection: Connection) -> Session | None:
+        """The connection's own exports, if that is how exports are found here."""
+        return None if self._sessions is None else self._sessions(connection)
 
     def start_tls(self, channel: Channel) -> Channel:
         """TLS over a channel."""
@@ -182,7 +192,8 @@ class NbdServer:
 
     def open_export(self, connection: Connection, export: Export) -> str | None:
         """Note that a connection uses an export, unless it was closed or filled a moment ago."""
-        if all(offered is not export for offered in self.exports):
+        is_shared = connection.session is None
+        if is_shared and all(offered is not export for offered in self.exports):
             return f"export '{export.name}' is no longer served"
         refusal = _check_connections(export)
         if refusal is None:
@@ -196,6 +207,8 @@ class NbdServer:
     def closed(self, connection: Connection) -> None:
         """Note that a connection is over."""
         del self.connections[connection]
+        if connection.session is not None:
+            connection.session.end()
         if connection.export is not None:
             connection.export.connections -= 1
             past = self._past.setdefault(connection.export.name, Statistics())

@@ -243,17 +243,18 @@ def _parse_keys(text: str, path: str) -> dict[str, bytes]:
     return keys
 
 
-def distinguished_name(certificate: Mapping[str, Any] | None) -> str | None:
+def distinguished_name(certificate: Mapping[str, Any] | None, whose: str = "subject") -> str | None:
     """A certificate's subject as RFC 4514 writes it, the most specific part first.
 
     Args:
         certificate: As ``SSLObject.getpeercert()`` gives it; empty if there is none.
+        whose: "issuer" for the name of who has signed it.
     """
     if not certificate:
         return None
     parts = [
         "+".join(f"{_ATTRIBUTES.get(name, name)}={_escape(value)}" for name, value in rdn)
-        for rdn in certificate["subject"]
+        for rdn in certificate[whose]
     ]
     return ",".join(reversed(parts))
 
@@ -301,6 +302,16 @@ class TlsChannel:
         if count is None:
             raise BlockingIOError
         return count
+
+    @property
+    def subject(self) -> str | None:
+        """The distinguished name in the client's certificate."""
+        return distinguished_name(self._ssl.getpeercert())
+
+    @property
+    def issuer(self) -> str | None:
+        """The distinguished name of who has signed the client's certificate."""
+        return distinguished_name(self._ssl.getpeercert(), "issuer")
 
     def _receive_ciphertext(self) -> None:
         count = self._inner.recv_into(_received)

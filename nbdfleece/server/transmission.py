@@ -39,7 +39,7 @@ from .eager import start
 from .inbox import IN_PLACE_BYTES_MAX, Inbox
 from .limits import Limits
 from .outbox import Outbox
-from .pieces import find_holes, halve
+from .pieces import ends_in_zeroes, find_holes, halve
 from .statistics import Statistics
 from .turns import COPIES_PER_SENDFILE, REQUEST_COST, STATUS_TURN_COST
 
@@ -63,7 +63,6 @@ _CONTEXTS_PER_TURN: Final = 4
 """Contexts that one block status searches before the others have their turn."""
 
 _NO_PAYLOAD: Final = memoryview(b"")
-_ZEROES: Final = bytes(16)
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
 _DISC: Final = int(Command.DISC)
@@ -130,7 +129,10 @@ class Transmission:
         self._rules = RequestRules(negotiated, limits.wire)
         self._replies: Replies = replies_for(negotiated)
         self._extended = negotiated.extended_headers
-        self._chunk_max = min(self._rules.chunk_max, limits.read_chunk_bytes_max)
+        self._as_asked = self._node.reads_as_asked
+        self._chunk_max = self._rules.chunk_max
+        if not self._as_asked:
+            self._chunk_max = min(self._chunk_max, limits.read_chunk_bytes_max)
         # Room for one more of the largest requests is always left.
         self._pause_bytes = limits.wire.bytes_in_flight_max - self._rules.payload_max
         self._contexts = {
@@ -198,18 +200,10 @@ class Transmission:
             elif self.requests_in_flight:
                 is_open = self.is_open
         if not is_open:
-            self._host.log_pause(self._describe_pause())
+            pause = self._limits.describe_pause(outbox.queued_bytes, self.requests_in_flight)
+            self._host.log_pause(pause)
         self.is_bulk = True
         return True
-
-    def _describe_pause(self) -> str:
-        """Which limit the client must wait for."""
-        wire = self._limits.wire
-        if self._outbox.queued_bytes >= self._limits.queued_bytes_max:
-            return f"paused: more than {self._limits.queued_bytes_max} bytes of replies are unread"
-        if self.requests_in_flight >= wire.requests_in_flight_max:
-            return f"paused: {wire.requests_in_flight_max} requests are in flight, the limit"
-        return f"paused: {wire.bytes_in_flight_max} bytes in flight are the limit"
 
     def _handle_next(self, inbox: Inbox) -> int | None:
         """Handle the next request; returns its length, or None if not all of it is here."""
@@ -393,7 +387,7 @@ class Transmission:
                 await self._send_data(request, request[4], length, True)
                 return
             except Exception as error:
-                if single or not isinstance(error, OSError):
+                if single or self._as_asked or not isinstance(error, OSError):
                     self._fail(request, error)
                     return
         await self._read_in_chunks(request)
@@ -450,8 +444,9 @@ class Transmission:
 
     def _may_be_sparse(self, request: Request, data: memoryview) -> bool:
         """Whether to ask the node for holes: cheap, and seldom wrong."""
-        may_have_holes = data[:16] == _ZEROES or data[-16:] == _ZEROES
-        return may_have_holes and self._replies.chunked and not request[1] & _DF
+        if self._as_asked or request[1] & _DF or not self._replies.chunked:
+            return False
+        return ends_in_zeroes(data)
 
     async def _send_sparse(
         self, request: Request, offset: int, data: memoryview, done: bool
@@ -485,7 +480,8 @@ class Transmission:
             try:
                 await self._send_data(request, begin, end - begin, done)
             except OSError as error:
-                halves = halve(begin, end, self._node.preferred_block_size)
+                block_size = end if self._as_asked else self._node.preferred_block_size
+                halves = halve(begin, end, block_size)
                 if not halves:
                     bad_blocks += 1
                     self._tell_bad_block(request, begin, error)
@@ -520,17 +516,16 @@ class Transmission:
         else:
             self._succeed(request)
 
-    async def _flush_if_asked(self, request: Request) -> None:
-        """FUA: "the server MUST NOT send a reply until the data has reached permanent storage"."""
-        if request[1] & _FUA:
-            await self._node.flush()
-
     async def _write(self, request: Request, payload: memoryview) -> None:
-        """As :meth:`_perform`, in one coroutine: most requests of a busy disk are writes."""
+        """As :meth:`_perform`, in one coroutine: most requests of a busy disk are writes.
+
+        FUA: "the server MUST NOT send a reply until the data has reached permanent storage".
+        """
         try:
-            await self._node.write(request[4], payload)
             if request[1] & _FUA:
-                await self._node.flush()
+                await self._node.write_fua(request[4], payload)
+            else:
+                await self._node.write(request[4], payload)
         except Exception as error:
             self._fail(request, error)
         else:
@@ -561,8 +556,8 @@ class Transmission:
         await self._node.flush()
 
     async def _trim(self, request: Request, payload: memoryview) -> None:
-        await self._node.trim(request.offset, request.length)
-        await self._flush_if_asked(request)
+        trim = self._node.trim_fua if request.flags & _FUA else self._node.trim
+        await trim(request.offset, request.length)
 
     async def _cache(self, request: Request, payload: memoryview) -> None:
         await self._node.cache(request.offset, request.length)
@@ -570,8 +565,9 @@ class Transmission:
     async def _write_zeroes(self, request: Request, payload: memoryview) -> None:
         unmap = not request.flags & _NO_HOLE
         fast = bool(request.flags & _FAST_ZERO)
-        await self._node.write_zeroes(request.offset, request.length, unmap=unmap, fast=fast)
-        await self._flush_if_asked(request)
+        node = self._node
+        write_zeroes = node.write_zeroes_fua if request.flags & _FUA else node.write_zeroes
+        await write_zeroes(request.offset, request.length, unmap=unmap, fast=fast)
 
     async def _block_status(self, request: Request, payload: memoryview) -> None:
         """One chunk per context, DONE on the last; or one error, and nothing after it."""

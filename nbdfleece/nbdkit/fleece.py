@@ -1,0 +1,84 @@
+"""A script as a disk of the engine: one handle, opened by the server itself.
+
+Snapshots and checkpoints need to see every write, so all clients share the handle, and clients
+are told what the engine offers: where the script has no ``flush`` or ``trim``, there is nothing
+to do for them.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from .calls import Client
+from .errors import CallbackError, ScriptError
+from .gate import Gate, Threads
+from .handle import Handle
+from .host import DEFAULT_THREADS, clean_up
+from .lifecycle import Plugin
+from .module import PARALLEL
+from .node import PluginNode
+
+
+class DiskNode(PluginNode):
+    """A handle that every client writes through."""
+
+    reads_as_asked = False
+
+    async def flush(self) -> None:
+        """Call ``flush``, if there is one."""
+        if self._handle.facts.can_flush:
+            await super().flush()
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Call ``trim``, if there is one: it is a hint."""
+        if self._handle.facts.can_trim:
+            await super().trim(offset, length)
+
+
+class ScriptDisk:
+    """A script's disk, from entering this context to leaving it; inside an event loop.
+
+    Args:
+        plugin: The script; ``after_fork`` was called.
+        export_name: What ``nbdkit.export_name()`` is.
+        threads: Callbacks at a time, if the script's thread model is PARALLEL.
+    """
+
+    def __init__(self, plugin: Plugin, export_name: str = "", threads: int = DEFAULT_THREADS):
+        self._plugin = plugin
+        self._threads = Threads()
+        width = threads if plugin.thread_model == PARALLEL else 1
+        self._gate = Gate(self._threads, width)
+        self._client = Client(disconnect=lambda force: None, export_name=export_name)
+
+    async def __aenter__(self) -> Self:
+        """Start."""
+        return self
+
+    async def open(self) -> DiskNode:
+        """Open the handle; closed by closing the node.
+
+        Raises:
+            ScriptError: The script refuses, or cannot be written.
+        """
+        script = self._plugin.script
+        try:
+            handle = await self._gate.run(self._client, lambda: Handle(script, read_only=False))
+        except CallbackError as error:
+            raise ScriptError(f"{script.path}: {error}") from error
+        node = DiskNode(handle, self._gate, self._client)
+        if node.read_only:
+            await node.close()
+            raise ScriptError(f"{script.path}: --fleece needs a script that can be written")
+        return node
+
+    async def __aexit__(
+        self,
+        error_class: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Call ``cleanup``."""
+        self._plugin.server.is_ending.set()
+        await clean_up(self._plugin.script, self._threads)

@@ -1,0 +1,134 @@
+"""Snapshots, checkpoints and backups of a disk that only a script knows."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import OURS, PROGRAM, SCRIPTS, SECONDS_MAX, Running, wait_for
+from .observe import nbd
+
+SIZE = 8 << 20
+BLOCK = 65536
+
+
+class Site:
+    """A folder with a script's disk, its side file, and a backup directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.disk = folder / "disk"
+        self.disk.write_bytes(random.Random(1).randbytes(SIZE))
+        self.control = folder / "control"
+
+    @contextmanager
+    def serve(self, *flags: str) -> Iterator[Running]:
+        self.control.unlink(missing_ok=True)
+        words = [f"--fleece={self.folder / 'side.qcow2'}", f"--control={self.control}", *flags]
+        script = str(SCRIPTS / "diskfile.py")
+        with OURS.serve(
+            self.folder, "--disk=vda", "--scratch-dir=.", *words, script, f"file={self.disk}"
+        ) as running:
+            wait_for(self.control.exists)
+            self.client = nbd.NBD()
+            self.client.connect_uri(f"nbd+unix:///vda?socket={running.socket}")
+            yield running
+
+    def write(self, block: int, byte: int) -> None:
+        self.client.pwrite(bytes([byte]) * BLOCK, block * BLOCK)
+
+    def run(self, *words: str) -> str:
+        done = subprocess.run(
+            [PROGRAM, *words],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_MAX,
+            env={**os.environ, "NBDFLEECE_CONTROL": str(self.control)},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def pull(self, point: str, *flags: str) -> str:
+        return self.run("pull", "--to", str(self.folder / "backup"), "--point", point, *flags)
+
+    def restored(self, point: str) -> bytes:
+        """The content of a restore point, as qemu-img sees it."""
+        images = sorted((self.folder / "backup").rglob(f"*{point}*.qcow2"))
+        assert images, [str(path) for path in (self.folder / "backup").rglob("*")]
+        raw = self.folder / "raw"
+        subprocess.run(["qemu-img", "convert", "-O", "raw", images[0], raw], check=True)
+        return raw.read_bytes()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    if shutil.which("qemu-img") is None:
+        pytest.skip("needs qemu-img")
+    return Site(tmp_path)
+
+
+def test_disk_of_a_script_is_pulled_in_full_then_incrementally(site: Site) -> None:
+    with site.serve() as running:
+        site.write(3, 1)
+        site.pull("monday")
+        monday = site.disk.read_bytes()
+        site.write(5, 2)
+        site.write(100, 3)
+        report = site.pull("tuesday")
+        tuesday = site.disk.read_bytes()
+        site.write(6, 4)
+        assert running.stop() == 0, running.errors
+    assert site.restored("monday") == monday
+    assert site.restored("tuesday") == tuesday
+    assert f"read {2 * BLOCK} bytes" in report
+
+
+def test_snapshot_of_a_script_holds_still(site: Site) -> None:
+    """Rule 1: every byte is the disk's at the instant, whatever is written afterwards."""
+    with site.serve() as running:
+        before = site.disk.read_bytes()
+        site.run("snapshot", "create", "frozen")
+        site.run("export", "add", "frozen", "vda", "--name", "view")
+        for block in range(0, SIZE // BLOCK, 3):
+            site.write(block, 9)
+        view: Any = nbd.NBD()
+        view.connect_uri(f"nbd+unix:///view?socket={running.socket}")
+        assert bytes(view.pread(SIZE, 0)) == before
+        assert site.disk.read_bytes() != before
+
+
+def test_checkpoints_of_a_script_survive_a_kill(site: Site) -> None:
+    """Rule 2: what was written before and after SIGKILL is in the next increment."""
+    with site.serve() as running:
+        site.pull("monday")
+        site.write(7, 5)
+        running.process.send_signal(signal.SIGKILL)
+        running.process.wait(SECONDS_MAX)
+    with site.serve():
+        site.write(8, 6)
+        site.pull("tuesday", "--since", "monday")
+    assert site.restored("tuesday") == site.disk.read_bytes()
+
+
+def test_side_file_of_another_disk_is_refused(site: Site) -> None:
+    with site.serve() as running:
+        running.stop()
+    site.disk.write_bytes(bytes(SIZE * 2))
+    words = [f"--fleece={site.folder / 'side.qcow2'}", "--control=none", "--run=true"]
+    done = subprocess.run(
+        [PROGRAM, "plugin", *words, str(SCRIPTS / "diskfile.py"), f"file={site.disk}"],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_MAX,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"has bitmaps of a disk of {SIZE} bytes; disk 'disk' has {SIZE * 2}" in done.stderr
