@@ -17,7 +17,7 @@ import pytest
 from conformance.programs import Programs
 from tests.tree import debian_13
 
-from .inside import Inside
+from .in_process import Inside
 
 SECONDS_MAX = 30.0
 SO_ACCEPTON = 1 << 16

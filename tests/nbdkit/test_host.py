@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from .inside import Inside, until, value_of
+from .in_process import Inside, until, value_of
 from .observe import Observer
 
 READ = ("pread", 512, 0)

@@ -12,7 +12,7 @@ from nbdfleece.nbdkit.calls import Call, Client, current
 from nbdfleece.nbdkit.module import Server, make_module
 
 from .conftest import NBDKITS, OURS, need
-from .inside import Inside
+from .in_process import Inside
 
 SHOW = """
 import nbdkit

@@ -11,7 +11,7 @@ from nbdfleece.nbdkit.handle import Handle
 from nbdfleece.nbdkit.lifecycle import Plugin
 from nbdfleece.nbdkit.node import PluginNode, ScriptContext
 
-from .inside import Inside, value_of
+from .in_process import Inside, value_of
 
 HUGE = 1 << 43
 

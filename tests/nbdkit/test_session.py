@@ -11,7 +11,7 @@ import pytest
 from nbdfleece.server.tls import Authorization, TlsSettings, load_certificates
 from tests.pki import make_pki
 
-from .inside import Inside, until, value_of
+from .in_process import Inside, until, value_of
 from .observe import nbd
 
 KNOWN = """
