@@ -105,5 +105,5 @@ def test_names_that_cannot_serve_are_refused(name: str) -> None:
 
 def test_later_versions_may_add_fields_at_the_end() -> None:
     """MessagePack arrays with more entries than this program knows still decode."""
-    packed = msgspec.msgpack.encode([1, "0123456789abcdef", [], True, None, "new field"])
+    packed = msgspec.msgpack.encode([1, "0123456789abcdef", [], True, None, None, "new field"])
     assert unpack_chain(zlib.compress(packed)).disk_id == "0123456789abcdef"
