@@ -325,7 +325,10 @@ class Connection:
         else:
             self._stop_writing()
         self._wake_drain_waiters()
-        self._go_on()
+        if self._phase.is_bulk and self._may_go_on():
+            self._turn = self._host.turns.add(self._take_turn)
+        else:
+            self._go_on()
 
     def _stop_writing(self) -> None:
         if self._is_writing:
@@ -357,9 +360,13 @@ class Connection:
 
     # What follows from it.
 
+    def _may_go_on(self) -> bool:
+        """Whether the connection had paused and need not any longer."""
+        return self._can_receive() and not self._is_reading and self._turn is None
+
     def _go_on(self) -> None:
         """Handle what was left when the connection paused, if it may go on now."""
-        if self._can_receive() and not self._is_reading and self._turn is None:
+        if self._may_go_on():
             self._take_turn()
         else:
             self._settle()
