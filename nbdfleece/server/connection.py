@@ -1,11 +1,13 @@
 """One connection: a channel, the handshake, the transmission phase, and the end.
 
-No streams, no task: the event loop calls :meth:`Connection._on_readable` and
-:meth:`Connection._on_writable`, and everything happens in them.
+No streams, no task (but for what a session must find out): the event loop calls
+:meth:`Connection._on_readable` and :meth:`Connection._on_writable`, and everything happens in
+them, or in the turns that they ask for.
 
 **A turn.** One receive takes what the kernel has, the current phase handles every
 whole message in it, and the replies leave in one send. What is left when the turn
-has used up its share of time is handled in the next turn of the loop.
+has used up its share of time is handled when the others who wait have had theirs
+(:mod:`.turns`); so is all that a client sends who has lately used up its share.
 
 **States.** Each has one way in:
 
@@ -25,7 +27,7 @@ CLOSED         :meth:`_release`; from any state when the channel breaks. Descrip
 
 **Pausing.** When the phase is not open (too many replies unread, too many requests
 in flight) the reader is removed, so that the kernel's buffer fills and the client
-waits. The turn that makes room goes on with what was received.
+waits. Once there is room, a turn goes on with what was received.
 """
 
 from __future__ import annotations

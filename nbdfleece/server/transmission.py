@@ -4,7 +4,7 @@
 other. Each is one coroutine, started at once (:mod:`.eager`): if it does not wait,
 its reply is in the outbox when :func:`~.eager.start` returns, and nothing is left
 of it. If it waits, it becomes a task and is **in flight**: later requests overtake
-it, and its reply is sent in the turn of the loop in which it ends.
+it, and its reply is sent in the turn of the loop in which it ends, or in the client's next.
 
 **Who holds what.** A request in flight holds its place in the outbox (a READ), or
 a pin on the receive buffer that its payload lies in (a WRITE). Both are dropped
