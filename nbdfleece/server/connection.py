@@ -348,10 +348,25 @@ class Connection:
         self.flush()
         self._go_on()
 
-    async def drained(self) -> None:
-        """Wait until the client has read something, or has left."""
+    async def give_way(self) -> None:
+        """Let other connections have their turn, and the client read what it has not."""
+        self.send_soon()
+        await self._next_turn()
+        while self.outbox.queued_bytes >= self._limits.queued_bytes_max:
+            waiter = self._loop.create_future()
+            self._drain_waiters.append(waiter)
+            await waiter
+            await self._next_turn()
+
+    async def _next_turn(self) -> None:
+        """Wait until all who wait have had their turn."""
         waiter = self._loop.create_future()
-        self._drain_waiters.append(waiter)
+
+        def begin() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        self._host.turns.add(begin)
         await waiter
 
     def _wake_drain_waiters(self) -> None:
