@@ -314,8 +314,8 @@ class CopyBeforeWrite:
                     [each for each in needing if each.failure.timeout_seconds == limit], error
                 )
             raise error
-        except OSError:
-            # The guest's write goes on now, so what arrives late must not be recorded.
+        except BaseException:
+            # The guest's write goes on now or never, so what arrives late must not be recorded.
             copy.add_done_callback(lambda late: _drop_late_copy(scratch, late))
             raise
 

@@ -488,6 +488,9 @@ class Disk:
         persistent = [each for each in state.bitmaps.values() if each.persistent]
         stored = [each.stored(closing=closing) for each in persistent]
         if stored or self._store.entries or state.chain.disk_id:
+            if self.data is not self.image and not closing:
+                # What a power cut took back would be a change that no bitmap after this has.
+                await self.data.flush()
             chain = state.chain.with_logs(state.is_logged and not closing)
             await self._store.replace(stored, pack_chain(chain))
 

@@ -1,11 +1,13 @@
 """One connection: a channel, the handshake, the transmission phase, and the end.
 
-No streams, no task: the event loop calls :meth:`Connection._on_readable` and
-:meth:`Connection._on_writable`, and everything happens in them.
+No streams, no task (but for what a session must find out): the event loop calls
+:meth:`Connection._on_readable` and :meth:`Connection._on_writable`, and everything happens in
+them, or in the turns that they ask for.
 
 **A turn.** One receive takes what the kernel has, the current phase handles every
 whole message in it, and the replies leave in one send. What is left when the turn
-has used up its share of time is handled in the next turn of the loop.
+has used up its share of time is handled when the others who wait have had theirs
+(:mod:`.turns`); so is all that a client sends who has lately used up its share.
 
 **States.** Each has one way in:
 
@@ -25,7 +27,7 @@ CLOSED         :meth:`_release`; from any state when the channel breaks. Descrip
 
 **Pausing.** When the phase is not open (too many replies unread, too many requests
 in flight) the reader is removed, so that the kernel's buffer fills and the client
-waits. The turn that makes room goes on with what was received.
+waits. Once there is room, a turn goes on with what was received.
 """
 
 from __future__ import annotations
@@ -325,7 +327,10 @@ class Connection:
         else:
             self._stop_writing()
         self._wake_drain_waiters()
-        self._go_on()
+        if self._phase.is_bulk and self._may_go_on():
+            self._turn = self._host.turns.add(self._take_turn)
+        else:
+            self._go_on()
 
     def _stop_writing(self) -> None:
         if self._is_writing:
@@ -343,10 +348,25 @@ class Connection:
         self.flush()
         self._go_on()
 
-    async def drained(self) -> None:
-        """Wait until the client has read something, or has left."""
+    async def give_way(self) -> None:
+        """Let other connections have their turn, and the client read what it has not."""
+        self.send_soon()
+        await self._next_turn()
+        while self.outbox.queued_bytes >= self._limits.queued_bytes_max:
+            waiter = self._loop.create_future()
+            self._drain_waiters.append(waiter)
+            await waiter
+            await self._next_turn()
+
+    async def _next_turn(self) -> None:
+        """Wait until all who wait have had their turn."""
         waiter = self._loop.create_future()
-        self._drain_waiters.append(waiter)
+
+        def begin() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        self._host.turns.add(begin)
         await waiter
 
     def _wake_drain_waiters(self) -> None:
@@ -357,9 +377,13 @@ class Connection:
 
     # What follows from it.
 
+    def _may_go_on(self) -> bool:
+        """Whether the connection had paused and need not any longer."""
+        return self._can_receive() and not self._is_reading and self._turn is None
+
     def _go_on(self) -> None:
         """Handle what was left when the connection paused, if it may go on now."""
-        if self._can_receive() and not self._is_reading and self._turn is None:
+        if self._may_go_on():
             self._take_turn()
         else:
             self._settle()

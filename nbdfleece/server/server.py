@@ -211,8 +211,9 @@ class NbdServer:
             connection.session.end()
         if connection.export is not None:
             connection.export.connections -= 1
-            past = self._past.setdefault(connection.export.name, Statistics())
-            past.add(connection.statistics)
+            if connection.session is None:  # else the clients think the names up (rule 5)
+                past = self._past.setdefault(connection.export.name, Statistics())
+                past.add(connection.statistics)
             if not self.connections:
                 self._left.set()
         logger.debug("%s: closed: %s", connection.peer, connection.statistics)
@@ -231,7 +232,7 @@ class NbdServer:
     def export_statistics(self, name: str) -> Statistics:
         """What all connections to an export have done, those of the past too.
 
-        Closing the export begins anew.
+        Closing the export begins anew. Past ones to exports of sessions are not known.
         """
         total = Statistics()
         total.add(self._past.get(name, Statistics()))

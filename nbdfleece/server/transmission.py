@@ -4,7 +4,7 @@
 other. Each is one coroutine, started at once (:mod:`.eager`): if it does not wait,
 its reply is in the outbox when :func:`~.eager.start` returns, and nothing is left
 of it. If it waits, it becomes a task and is **in flight**: later requests overtake
-it, and its reply is sent in the turn of the loop in which it ends.
+it, and its reply is sent in the turn of the loop in which it ends, or in the client's next.
 
 **Who holds what.** A request in flight holds its place in the outbox (a READ), or
 a pin on the receive buffer that its payload lies in (a WRITE). Both are dropped
@@ -87,8 +87,8 @@ class Host(Protocol):
     def send_soon(self) -> None:
         """Send in this turn of the loop, once."""
 
-    async def drained(self) -> None:
-        """Wait until the client has read something, or has left."""
+    async def give_way(self) -> None:
+        """Let other connections have their turn and the client read."""
 
     def log_failure(self, text: str, error: BaseException) -> None:
         """Note a request that failed for a reason of ours."""
@@ -489,7 +489,7 @@ class Transmission:
             except Exception as error:
                 self._fail(request, error)
                 return
-            await self._give_way()
+            await self._host.give_way()
         if bad_blocks:
             self._succeed(request)
 
@@ -497,13 +497,6 @@ class Transmission:
         told = self._explain(request, error)
         self._outbox.put(self._replies.error_at(request, told.error, told.text, offset, done=False))
         self.statistics.errors += 1
-
-    async def _give_way(self) -> None:
-        """Let other connections have their turn and the client read."""
-        self._host.send_soon()
-        await asyncio.sleep(0)
-        while self._outbox.queued_bytes >= self._limits.queued_bytes_max:
-            await self._host.drained()
 
     # The other commands.
 

@@ -49,10 +49,6 @@ class Turns:
         self._loop = loop
         self._queue: deque[Turn] = deque()
 
-    def __bool__(self) -> bool:
-        """Whether anyone waits."""
-        return bool(self._queue)
-
     def add(self, callback: Callable[[], None]) -> Turn:
         """Have ``callback`` called when all who wait have had their turn."""
         if not self._queue:

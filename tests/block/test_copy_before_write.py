@@ -412,6 +412,25 @@ async def test_copy_that_takes_too_long_breaks_the_snapshot_and_is_not_kept(
     await second.close()
 
 
+async def test_copy_for_a_write_that_was_cancelled_is_given_back(tmp_path: Path) -> None:
+    setup = set_up(tmp_path, b"x" * CLUSTER, failure=CopyFailure(timeout_seconds=600))
+    snapshot = setup.snapshot()
+    held = asyncio.get_running_loop().create_future()
+    setup.disk.pause = lambda operation: held if operation == "read" else None
+    writing = asyncio.create_task(write(setup.guest, 0, b"y" * 4096))
+    await asyncio.sleep(0)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    held.set_result(None)
+    setup.disk.pause = lambda operation: None
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert setup.copies.scratch_bytes == 0
+    assert await read(snapshot, 0, 4096) == b"x" * 4096
+    await snapshot.close()
+
+
 async def test_snapshot_may_have_its_own_choice_of_what_breaks(tmp_path: Path) -> None:
     """As long as one wants the guest's write to fail, none breaks; then all that need it do."""
     setup = set_up(tmp_path, b"x" * CLUSTER, quota=4096)

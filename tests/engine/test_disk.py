@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+
+import pytest
 
 from nbdfleece.block.guest_options import DetectZeroes, GuestPolicy
 from nbdfleece.engine.disk import ScratchOptions
 from nbdfleece.engine.engine import Engine
 from nbdfleece.export.export import ExportTable
+from nbdfleece.testing.memory_node import MemoryNode
 
-from .rig import CLUSTER, make_image, open_engine, qemu_img, stored_bitmaps
+from .rig import CLUSTER, SIZE, make_image, open_engine, qemu_img, stored_bitmaps
 
 
 async def test_only_what_records_is_in_memory_and_in_use(tmp_path: Path) -> None:
@@ -45,4 +49,32 @@ async def test_ignored_discards_mark_nothing_and_detected_zeroes_are_changes(
     await disk.node.write(2 * CLUSTER, memoryview(bytes(CLUSTER)))
     bits.set_range(2 * CLUSTER, CLUSTER)
     assert await disk.bits("live") == bits
+    await engine.close()
+
+
+async def test_checkpoint_of_a_disk_with_its_bytes_elsewhere_is_stored_after_they_are_durable(
+    tmp_path: Path,
+) -> None:
+    """Rule 2: what a power cut takes back is a change, and the new bitmap does not have it."""
+    image = make_image(tmp_path / "vda.qcow2")
+    engine = Engine(ExportTable(), ScratchOptions(directory=tmp_path))
+    data = MemoryNode(SIZE)
+    disk = await engine.open_disk("vda", image, data=data)
+    await disk.node.write(0, memoryview(b"x" * CLUSTER))
+
+    def fail(operation: str, offset: int) -> None:
+        if operation == "flush":
+            raise OSError(errno.EIO, "the disk does not flush")
+
+    data.fail = fail
+    with pytest.raises(OSError, match="does not flush"):
+        await engine.create_checkpoint("one")
+    assert disk.state.chain.find("one") is None
+    copy = tmp_path / "copy.qcow2"
+    copy.write_bytes(image.read_bytes())
+    assert stored_bitmaps(copy, after_kill=True) == {}
+    data.fail = lambda operation, offset: None
+    await engine.create_checkpoint("one")
+    assert data.flushes
+    assert disk.state.chain.find("one") is not None
     await engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 import struct
@@ -145,6 +146,45 @@ async def test_extended_reads_count_for_their_length(serve: Serve) -> None:
     await client.send(read * 20)
     await counter.watch(20)
     assert counter.most <= 2
+
+
+async def test_paused_clients_that_read_again_go_on_one_in_a_turn(serve: Serve) -> None:
+    counter = Counter()
+    node = MemoryNode(b"x" * MIB)
+    node.fail = counter.count
+    limits = Limits(wake_up_bytes_max=64 * KIB, queued_bytes_max=64 * KIB, flush_bytes=64 * KIB)
+    served = serve(node, limits=limits)
+    clients = [await served.open() for _ in range(6)]
+    for client in clients:
+        await client.send(pack_request(Command.READ, 0, 64 * KIB) * 200)
+    async with asyncio.timeout(60):
+        while any(each._is_reading for each in served.server.connections):
+            await asyncio.sleep(0)
+    begun = counter.total
+    for client in clients:  # no turn of the server between them: all can be written to at once
+        with contextlib.suppress(BlockingIOError):
+            while client.sock.recv(MIB):
+                pass
+    counter._before = begun
+    await counter.watch(begun + len(clients))
+    assert counter.most <= 2
+
+
+async def test_long_reads_of_several_clients_take_one_turn_for_each_chunk(serve: Serve) -> None:
+    counter = Counter()
+    node = MemoryNode(b"x" * MIB)
+    node.fail = counter.count
+    limits = Limits(read_chunk_bytes_max=16 * KIB, queued_bytes_max=64 * MIB)
+    served = serve(node, limits=limits)
+    clients = [await served.open() for _ in range(6)]
+    for client in clients:
+        client.sock.send(pack_request(Command.READ, 0, MIB))
+    await counter.watch(12)  # a client's first chunk is of the turn in which it asks
+    counter.most = 0
+    await counter.watch(6 * 64)
+    assert counter.most <= 3
+    for client in clients:
+        assert sum(len(chunk.payload) for chunk in await client.replies()) == MIB
 
 
 async def test_refusals_are_logged_once_and_not_by_list(
