@@ -63,14 +63,13 @@ class FleeceServer:
 
     async def _start(self) -> None:
         values, options = self._values, self._options
-        disk = ScriptDisk(self._plugin, values["exportname"], options.threads)
+        disk = ScriptDisk(
+            self._plugin, values["exportname"], options.threads, options.closing_seconds
+        )
         await self._opened.enter_async_context(disk)
         node = await disk.open()
-        try:
-            await make_side_file(values["fleece"], node)
-        except BaseException:
-            await node.close()
-            raise
+        self._opened.push_async_callback(node.close)  # in case that the engine never has it
+        await make_side_file(values["fleece"], node)
         daemon = Daemon(
             DaemonOptions(
                 disks={values["disk"]: values["fleece"]},
