@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 import numpy as np
 
@@ -34,8 +34,6 @@ from .transfer import BLOCK_COST_MIN, IN_FLIGHT_BYTES_MAX, Progress, ReportProgr
 
 OpenTarget = Callable[[StreamHead], Awaitable[tuple[Target, str]]]
 """Opens the target for what a stream brings, and says which disk of it is wanted."""
-
-_TO_BE_WRITTEN: Final = 1
 
 
 async def import_stream(
