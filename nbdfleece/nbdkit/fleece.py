@@ -8,8 +8,10 @@ to do for them.
 from __future__ import annotations
 
 import asyncio
+import errno
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from .calls import Client
 from .errors import CallbackError, ScriptError
@@ -20,9 +22,14 @@ from .lifecycle import Plugin
 from .module import PARALLEL, log
 from .node import PluginNode
 
+T = TypeVar("T")
+
 
 class DiskNode(PluginNode):
     """A handle that every client writes through.
+
+    Who is cancelled waits for the end of its call all the same: a snapshot that begins must know
+    of every write that may still reach the disk (rules 1 and 2).
 
     Args:
         handle: Open.
@@ -36,7 +43,32 @@ class DiskNode(PluginNode):
     def __init__(self, handle: Handle, gate: Gate, client: Client, closing_seconds: float):
         super().__init__(handle, gate, client)
         self._closing_seconds = closing_seconds
+        self._calls: set[asyncio.Future[Any]] = set()
+        self._is_given_up = False
         self._is_closed = False
+
+    async def _call(self, job: Callable[[], T]) -> T:
+        if self._is_given_up:
+            raise _ending()
+        call = self._gate.begin(self._client, job)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            while not call.done():
+                try:
+                    await asyncio.wait([call])
+                except asyncio.CancelledError:
+                    continue
+            raise
+
+    def give_up(self) -> None:
+        """Let the calls that have not returned fail: the server ends."""
+        self._is_given_up = True
+        for call in list(self._calls):
+            if not call.done():
+                call.set_exception(_ending())
 
     async def flush(self) -> None:
         """Call ``flush``, if there is one."""
@@ -55,9 +87,13 @@ class DiskNode(PluginNode):
         self._is_closed = True
         try:
             async with asyncio.timeout(self._closing_seconds):
-                await super().close()
+                await self._gate.run(self._client, self._handle.close)
         except TimeoutError:
             log.error("close: error: it does not return, or another callback does not")
+
+
+def _ending() -> CallbackError:
+    return CallbackError("a callback", errno.ESHUTDOWN, "the server ends")
 
 
 class ScriptDisk:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,54 @@ def test_side_file_of_another_disk_is_refused(site: Site) -> None:
     assert done.returncode == 2, done.stderr
     assert f"has bitmaps of a disk of {SIZE} bytes; disk 'disk' has {SIZE * 2}" in done.stderr
     assert (site.folder / "closed").exists(), "what was opened was not closed"
+
+
+HELD_WRITE = """
+def pwrite(h, buf, offset, flags):
+    begun.set()
+    go.wait()
+"""
+
+
+async def test_cancelled_write_lasts_until_the_script_has_done_it(inside: Inside) -> None:
+    """Or else a snapshot could begin before the write reaches the disk (rules 1 and 2)."""
+    plugin = inside.load(HELD_WRITE)
+    async with asyncio.timeout(SECONDS_MAX), ScriptDisk(plugin) as disk:
+        node = await disk.open()
+        writing = asyncio.create_task(node.write(0, memoryview(b"x" * 512)))
+        await until(value_of(plugin, "begun").is_set)
+        for _ in range(3):
+            writing.cancel()
+            await asyncio.sleep(0)
+        assert not writing.done()
+        value_of(plugin, "go").set()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        await node.close()
+
+
+async def test_write_that_hangs_fails_when_the_server_gives_it_up(inside: Inside) -> None:
+    plugin = inside.load(HELD_WRITE)
+    async with asyncio.timeout(SECONDS_MAX), ScriptDisk(plugin, closing_seconds=0.05) as disk:
+        node = await disk.open()
+        writes = [
+            asyncio.create_task(node.write(offset, memoryview(b"x" * 512))) for offset in (0, 512)
+        ]
+        await until(value_of(plugin, "begun").is_set)
+        writes[0].cancel()
+        node.give_up()
+        with pytest.raises(asyncio.CancelledError):
+            await writes[0]
+        await shut_down(writes[1])
+        await shut_down(node.read_into(0, memoryview(bytearray(512))))
+        await node.close()
+    value_of(plugin, "go").set()
+
+
+async def shut_down(work: Awaitable[None]) -> None:
+    with pytest.raises(OSError, match="failed") as caught:
+        await work
+    assert caught.value.errno == errno.ESHUTDOWN
 
 
 async def test_hung_callback_does_not_hold_up_the_end(inside: Inside) -> None:
