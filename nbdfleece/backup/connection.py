@@ -118,6 +118,8 @@ async def offered_contexts(
 
     await patience.run(module, ask)
     if any(errors):
+        # libnbd says only "not supported" of a list for an export that does not exist.
+        (await connect(uri, ConnectOptions(timeout_seconds=timeout_seconds))).disconnect()
         raise command_error(uri, "listing the metadata contexts", errors[0])
     return found
 

@@ -158,13 +158,7 @@ async def offered_bitmaps(
     Raises:
         ServerError: There is no server, no such export, no way to ask, or no answer.
     """
-    try:
-        names = await offered_contexts(uri, (DIRTY_PREFIX,), timeout_seconds=timeout_seconds)
-    except ServerError:
-        # libnbd says only "not supported" of a list for an export that does not exist.
-        options = ConnectOptions(timeout_seconds=timeout_seconds)
-        (await connect(uri, options)).disconnect()
-        raise
+    names = await offered_contexts(uri, (DIRTY_PREFIX,), timeout_seconds=timeout_seconds)
     return [name.removeprefix(DIRTY_PREFIX) for name in names if name.startswith(DIRTY_PREFIX)]
 
 

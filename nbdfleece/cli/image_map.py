@@ -21,16 +21,18 @@ async def _print(path: str, force_share: bool, as_json: bool) -> None:
     from ..qcow2.describe import map_image
 
     separator = "["
-    if not as_json:
-        click.echo(f"{'START':>18} {'LENGTH':>18} {'MAPPED TO':>18} {'DEPTH':>5} KIND")
+    header = f"{'START':>18} {'LENGTH':>18} {'MAPPED TO':>18} {'DEPTH':>5} KIND\n"
     async for entry in map_image(path, force_share=force_share):
         if as_json:
             click.echo(separator + msgspec.json.encode(_as_json(entry)).decode(), nl=False)
             separator = ",\n"
         else:
-            click.echo(_as_line(entry))
+            click.echo(header + _as_line(entry))
+            header = ""
     if as_json:
         click.echo("[]" if separator == "[" else "]")
+    else:
+        click.echo(header, nl=False)
 
 
 def _as_json(entry: MapEntry) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import click
+from click.core import ParameterSource
 
 from ..errors import UsageError
 from ..nbd.constants import DEFAULT_PORT
@@ -128,7 +129,10 @@ def _check(values: dict[str, Any]) -> None:
                 raise UsageError(f"--fleece and --{name} exclude each other")
         values["fleece"] = values["fleece"].absolute()
         values["scratch_dir"] = values["scratch_dir"].absolute()
-        values["control"] = choose_control(values["control"])
+        control = choose_control(values["control"])
+        values["control"] = None if control is None else control.absolute()
+    else:
+        _check_no_fleece()
     if values["pidfile"] is not None:
         values["pidfile"] = os.path.abspath(values["pidfile"])
     if values["fork"]:
@@ -144,6 +148,14 @@ def _check(values: dict[str, Any]) -> None:
         raise UsageError(f"--{ways[0]} and --{ways[1]} exclude each other")
     if values["run"] and values["single"]:
         raise UsageError("--run and --single exclude each other")
+
+
+def _check_no_fleece() -> None:
+    """Refuse options that would mean nothing; NBDFLEECE_CONTROL is for other commands, too."""
+    context = click.get_current_context()
+    for name in ("disk", "control", "scratch_dir"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"--{name.replace('_', '-')} goes with --fleece")
 
 
 def _serve(ready: Plugin, values: dict[str, Any]) -> int:
@@ -181,6 +193,9 @@ async def _main(
     values: dict[str, Any],
     tell_ready: Callable[[], None] | None,
 ) -> int:
+    from ..server.limits import allow_descriptors
+
+    allow_descriptors(options.limits)
     export = values["exportname"] if values["fleece"] is None else values["disk"]
     uris = [str(each.uri(export, tls=options.tls is not None)) for each in listeners]
     async with _server(ready, options, listeners, values) as server:

@@ -41,6 +41,7 @@ class FleeceServer:
         self._listeners = list(listeners)
         self._values = values
         self._opened = AsyncExitStack()
+        self._node: DiskNode | None = None
         self._ending = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -63,14 +64,13 @@ class FleeceServer:
 
     async def _start(self) -> None:
         values, options = self._values, self._options
-        disk = ScriptDisk(self._plugin, values["exportname"], options.threads)
+        disk = ScriptDisk(
+            self._plugin, values["exportname"], options.threads, options.closing_seconds
+        )
         await self._opened.enter_async_context(disk)
-        node = await disk.open()
-        try:
-            await make_side_file(values["fleece"], node)
-        except BaseException:
-            await node.close()
-            raise
+        self._node = node = await disk.open()
+        self._opened.push_async_callback(node.close)  # in case that the engine never has it
+        await make_side_file(values["fleece"], node)
         daemon = Daemon(
             DaemonOptions(
                 disks={values["disk"]: values["fleece"]},
@@ -102,9 +102,15 @@ class FleeceServer:
         self.request_stop()
 
     async def _stop(self) -> None:
+        give_up = None
+        if self._node is not None:
+            loop, seconds = asyncio.get_running_loop(), self._options.grace_seconds
+            give_up = loop.call_later(seconds, self._node.give_up)
         try:
             await self._opened.aclose()
         finally:
+            if give_up is not None:
+                give_up.cancel()
             for listener in self._listeners:
                 listener.close()
 

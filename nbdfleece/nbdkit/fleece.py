@@ -7,23 +7,68 @@ to do for them.
 
 from __future__ import annotations
 
+import asyncio
+import errno
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from .calls import Client
 from .errors import CallbackError, ScriptError
 from .gate import Gate, Threads
 from .handle import Handle
-from .host import DEFAULT_THREADS, clean_up
+from .host import CLOSING_SECONDS, DEFAULT_THREADS, clean_up
 from .lifecycle import Plugin
-from .module import PARALLEL
+from .module import PARALLEL, log
 from .node import PluginNode
+
+T = TypeVar("T")
 
 
 class DiskNode(PluginNode):
-    """A handle that every client writes through."""
+    """A handle that every client writes through.
+
+    Who is cancelled waits for the end of its call all the same: a snapshot that begins must know
+    of every write that may still reach the disk (rules 1 and 2).
+
+    Args:
+        handle: Open.
+        gate: Where its calls run.
+        client: What the script knows as its client.
+        closing_seconds: How long ``close`` may take.
+    """
 
     reads_as_asked = False
+
+    def __init__(self, handle: Handle, gate: Gate, client: Client, closing_seconds: float):
+        super().__init__(handle, gate, client)
+        self._closing_seconds = closing_seconds
+        self._calls: set[asyncio.Future[Any]] = set()
+        self._is_given_up = False
+        self._is_closed = False
+
+    async def _call(self, job: Callable[[], T]) -> T:
+        if self._is_given_up:
+            raise _ending()
+        call = self._gate.begin(self._client, job)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            while not call.done():
+                try:
+                    await asyncio.wait([call])
+                except asyncio.CancelledError:
+                    continue
+            raise
+
+    def give_up(self) -> None:
+        """Let the calls that have not returned fail: the server ends."""
+        self._is_given_up = True
+        for call in list(self._calls):
+            if not call.done():
+                call.set_exception(_ending())
 
     async def flush(self) -> None:
         """Call ``flush``, if there is one."""
@@ -35,6 +80,21 @@ class DiskNode(PluginNode):
         if self._handle.facts.can_trim:
             await super().trim(offset, length)
 
+    async def close(self) -> None:
+        """Close the handle, the first time; a callback that does not return is left behind."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            async with asyncio.timeout(self._closing_seconds):
+                await self._gate.run(self._client, self._handle.close)
+        except TimeoutError:
+            log.error("close: error: it does not return, or another callback does not")
+
+
+def _ending() -> CallbackError:
+    return CallbackError("a callback", errno.ESHUTDOWN, "the server ends")
+
 
 class ScriptDisk:
     """A script's disk, from entering this context to leaving it; inside an event loop.
@@ -43,10 +103,18 @@ class ScriptDisk:
         plugin: The script; ``after_fork`` was called.
         export_name: What ``nbdkit.export_name()`` is.
         threads: Callbacks at a time, if the script's thread model is PARALLEL.
+        closing_seconds: How long ``close`` may take.
     """
 
-    def __init__(self, plugin: Plugin, export_name: str = "", threads: int = DEFAULT_THREADS):
+    def __init__(
+        self,
+        plugin: Plugin,
+        export_name: str = "",
+        threads: int = DEFAULT_THREADS,
+        closing_seconds: float = CLOSING_SECONDS,
+    ) -> None:
         self._plugin = plugin
+        self._closing_seconds = closing_seconds
         self._threads = Threads()
         width = threads if plugin.thread_model == PARALLEL else 1
         self._gate = Gate(self._threads, width)
@@ -67,7 +135,7 @@ class ScriptDisk:
             handle = await self._gate.run(self._client, lambda: Handle(script, read_only=False))
         except CallbackError as error:
             raise ScriptError(f"{script.path}: {error}") from error
-        node = DiskNode(handle, self._gate, self._client)
+        node = DiskNode(handle, self._gate, self._client, self._closing_seconds)
         if node.read_only:
             await node.close()
             raise ScriptError(f"{script.path}: --fleece needs a script that can be written")

@@ -75,10 +75,14 @@ class Gate:
             BaseException: What the job has raised.
             asyncio.CancelledError: Nobody waits any more. The job goes on if it has begun.
         """
+        return await self.begin(client, job)
+
+    def begin(self, client: Client | None, job: Callable[[], T]) -> asyncio.Future[T]:
+        """Run a job for a client as soon as it may; its result."""
         future: asyncio.Future[T] = self._loop.create_future()
         self._waiting.append((future, client, job))
         self._let_in()
-        return await future
+        return future
 
     def _let_in(self) -> None:
         while self._free and self._waiting:

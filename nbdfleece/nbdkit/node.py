@@ -63,11 +63,14 @@ class PluginNode(BlockNode):
             OSError: The script has failed; its errno is what ``set_error`` has set, else EIO.
         """
         try:
-            return await self._gate.run(self._client, job)
+            return await self._call(job)
         except CallbackError as error:
             number = error.number or errno.EIO
             number = number if number in _KNOWN_ERRORS else errno.EINVAL
             raise OSError(number, f"{error.callback} failed: {os.strerror(number)}") from error
+
+    async def _call(self, job: Callable[[], T]) -> T:
+        return await self._gate.run(self._client, job)
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Call ``pread``."""

@@ -18,6 +18,7 @@ from ..nbd.replies import Replies
 from ..nbd.requests import Request
 from ..server.channel import Channel
 from ..server.connection import Connection
+from ..server.inbox import Inbox
 from ..server.limits import Limits
 from ..server.server import NbdServer
 from ..server.transmission import Handler, Transmission
@@ -118,6 +119,14 @@ class FaultyTransmission(Transmission):
             command: partial(self._handle_faulty, handler)
             for command, handler in self._handlers.items()
         }
+
+    def _read_at_once(self, request: Request) -> bool:
+        """No request passes the faults by."""
+        return False
+
+    def _write_at_once(self, request: Request, inbox: Inbox) -> bool:
+        """No request passes the faults by."""
+        return False
 
     async def _handle_faulty(self, handler: Handler, request: Request, payload: memoryview) -> None:
         seen = Seen(Command(request.command), request.offset, request.length, request.flags)

@@ -38,6 +38,7 @@ class Script:
         hangs_up: Called likewise before the answer; True drops the connection.
         hangs: Called likewise; True keeps the connection and never says anything any more.
         hangs_at_once: Accept, and say nothing.
+        connections: How many clients there were.
     """
 
     content: bytearray
@@ -50,6 +51,7 @@ class Script:
     sizes: list[int] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
     requests: int = 0
+    connections: int = 0
 
 
 READ, BLOCK_STATUS, DISCONNECT = 0, 7, 2
@@ -198,6 +200,7 @@ async def serving(script: Script, folder: Path) -> AsyncIterator[str]:
         task = asyncio.current_task()
         assert task is not None
         tasks.add(task)
+        script.connections += 1
         await _Client(script, reader, writer).serve()
         tasks.discard(task)
 

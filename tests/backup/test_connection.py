@@ -49,6 +49,17 @@ async def test_handshake_that_hangs_is_given_up(tmp_path: Path, script: Script) 
                 await work
 
 
+async def test_bitmaps_of_a_server_that_hangs_are_asked_for_once(
+    tmp_path: Path, script: Script
+) -> None:
+    """The time limit is the user's, not half of what is waited for."""
+    script.hangs_at_once = True
+    async with serving(script, tmp_path) as uri:
+        with pytest.raises(ServerError, match="silent for"):
+            await offered_bitmaps(uri, timeout_seconds=SECONDS)
+        assert script.connections == 1
+
+
 async def test_handshake_that_nobody_waits_for_ends(tmp_path: Path, script: Script) -> None:
     script.hangs_at_once = True
     async with serving(script, tmp_path) as uri:

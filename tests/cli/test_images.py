@@ -179,6 +179,9 @@ def test_info_and_map_of_a_file_ask_no_server(run: Run, image: Path) -> None:
     assert [each | {"compressed": False} for each in qemu_json("map", image)] == entries
     assert len(run("map", image).output.splitlines()) == 1 + len(entries)
     assert run("map", "--totals", image).status == 2
+    missing = run("map", f"{image}.not")
+    assert missing.status == 1
+    assert "START" not in missing.output
 
 
 def test_info_of_an_image_in_use_needs_force_share(run: Run, image: Path) -> None:

@@ -89,6 +89,8 @@ def test_bad_script_is_refused_in_one_line(run: Run, script: Path, text: str, re
         (["--unix", "a", "--ipaddr", "::1", "{script}"], "exclude each other"),
         (["--fork", "--unix", "-", "{script}"], "not --unix -"),
         (["--fleece", "f", "--readonly", "{script}"], "--fleece and --readonly exclude"),
+        (["--disk", "vda", "{script}"], "--disk goes with --fleece"),
+        (["--scratch-dir", ".", "{script}"], "--scratch-dir goes with --fleece"),
         ([], "Missing argument"),
     ],
 )
@@ -106,6 +108,15 @@ def test_missing_script_is_named(run: Run) -> None:
     )
 
 
+def end(pid_file: Path) -> None:
+    """End a server in the background."""
+    os.kill(int(pid_file.read_text()), signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS_MAX
+    while pid_file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_server_goes_to_the_background_and_writes_its_process_id(
     run: Run, script: Path, tmp_path: Path
 ) -> None:
@@ -118,18 +129,25 @@ def test_server_goes_to_the_background_and_writes_its_process_id(
     )
     done = run("plugin", "--fork", "--unix", "socket", "--pidfile", tmp_path / "pid", script)
     assert (done.status, done.errors) == (0, "")
-    pid = int((tmp_path / "pid").read_text())
     try:
         uri = f"nbd+unix:///?socket={tmp_path / 'socket'}"
         size = subprocess.run(["nbdinfo", "--size", uri], capture_output=True, text=True)
         assert size.stdout == "4096\n"
         assert (tmp_path / "seen").read_text() == "/"
     finally:
-        os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + SECONDS_MAX
-    while (tmp_path / "pid").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        end(tmp_path / "pid")
+
+
+def test_files_of_fleece_are_where_it_was_started(run: Run, script: Path, tmp_path: Path) -> None:
+    """Not below the root folder, where a server in the background is."""
+    words = ["--fork", "--unix", "socket", "--pidfile", "pid", "--scratch-dir", "."]
+    done = run("plugin", *words, "--fleece", "side", "--control", "control", script)
+    assert (done.status, done.errors) == (0, "")
+    try:
+        shown = run("info", "--control", "control", "--json").json
+        assert shown["disks"][0]["file"] == str(tmp_path / "side")
+    finally:
+        end(tmp_path / "pid")
 
 
 def test_single_client_is_served_on_stdin_and_stdout(script: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scripts of the shapes of nbdkit's own examples, under nbdkit and under us.
+"""The scripts in ``examples``, and of the shapes of nbdkit's own, under nbdkit and under us.
 
 Debian packages none of nbdkit's examples, and they are not kept here. With
 NBDFLEECE_NBDKIT_EXAMPLES naming the folder plugins/python/examples of nbdkit's sources, they
@@ -53,10 +53,13 @@ def found_examples() -> list[Path]:
 
 
 OUR_SHAPES = [SCRIPTS / f"{name}.py" for name in ("ramdisk", "diskfile", "error", "url")]
+OUR_EXAMPLES = sorted(Path(__file__).resolve().parents[2].glob("examples/*.py"))
 
 
 class Ranges(BaseHTTPRequestHandler):
     """Serves CONTENT and its ranges, whatever the method."""
+
+    protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
         self.send_response(200)
@@ -70,6 +73,8 @@ class Ranges(BaseHTTPRequestHandler):
         self.send_header("content-length", str(last + 1 - first))
         self.end_headers()
         self.wfile.write(CONTENT[first : last + 1])
+
+    do_GET = do_POST
 
     def log_message(self, format: str, *args: Any) -> None:
         return
@@ -100,6 +105,8 @@ def observe(host: Host, script: Path, folder: Path, url: str) -> tuple[list[Any]
     parameters = {
         "ramdisk": (),
         "url": (f"url={url}",),
+        "http_range": (f"url={url}",),
+        "error_injector": ("fail=pread:5000-6000:EIO:2", "fail=pwrite::ENOSPC:1"),
         "imageio": (f"transfer_url={disk}", "connections=2"),
     }.get(script.stem, (f"file={disk}",))
     with host.serve(folder, str(copy), *parameters) as running:
@@ -109,7 +116,9 @@ def observe(host: Host, script: Path, folder: Path, url: str) -> tuple[list[Any]
 
 
 @pytest.mark.parametrize(
-    "script", OUR_SHAPES + found_examples(), ids=lambda path: path.parent.name + "-" + path.stem
+    "script",
+    OUR_SHAPES + OUR_EXAMPLES + found_examples(),
+    ids=lambda path: path.parent.name + "-" + path.stem,
 )
 def test_example_behaves_as_under_nbdkit(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

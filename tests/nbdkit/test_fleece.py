@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbdfleece.nbdkit.fleece import ScriptDisk
+
 from .conftest import OURS, PROGRAM, SCRIPTS, SECONDS_MAX, Running, wait_for
+from .in_process import Inside, until, value_of
 from .observe import nbd
 
 SIZE = 8 << 20
 BLOCK = 65536
+CLOSE = """
+
+def close(h):
+    __import__("pathlib").Path({folder!r}, "closed").touch()
+"""
 
 
 class Site:
@@ -124,11 +134,86 @@ def test_side_file_of_another_disk_is_refused(site: Site) -> None:
         running.stop()
     site.disk.write_bytes(bytes(SIZE * 2))
     words = [f"--fleece={site.folder / 'side.qcow2'}", "--control=none", "--run=true"]
+    script = site.folder / "closing.py"
+    script.write_text((SCRIPTS / "diskfile.py").read_text() + CLOSE.format(folder=str(site.folder)))
     done = subprocess.run(
-        [PROGRAM, "plugin", *words, str(SCRIPTS / "diskfile.py"), f"file={site.disk}"],
+        [PROGRAM, "plugin", *words, str(script), f"file={site.disk}"],
         capture_output=True,
         text=True,
         timeout=SECONDS_MAX,
     )
     assert done.returncode == 2, done.stderr
     assert f"has bitmaps of a disk of {SIZE} bytes; disk 'disk' has {SIZE * 2}" in done.stderr
+    assert (site.folder / "closed").exists(), "what was opened was not closed"
+
+
+HELD_WRITE = """
+def pwrite(h, buf, offset, flags):
+    begun.set()
+    go.wait()
+"""
+
+
+async def test_cancelled_write_lasts_until_the_script_has_done_it(inside: Inside) -> None:
+    """Or else a snapshot could begin before the write reaches the disk (rules 1 and 2)."""
+    plugin = inside.load(HELD_WRITE)
+    async with asyncio.timeout(SECONDS_MAX), ScriptDisk(plugin) as disk:
+        node = await disk.open()
+        writing = asyncio.create_task(node.write(0, memoryview(b"x" * 512)))
+        await until(value_of(plugin, "begun").is_set)
+        for _ in range(3):
+            writing.cancel()
+            await asyncio.sleep(0)
+        assert not writing.done()
+        value_of(plugin, "go").set()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        await node.close()
+
+
+async def test_write_that_hangs_fails_when_the_server_gives_it_up(inside: Inside) -> None:
+    plugin = inside.load(HELD_WRITE)
+    async with asyncio.timeout(SECONDS_MAX), ScriptDisk(plugin, closing_seconds=0.05) as disk:
+        node = await disk.open()
+        writes = [
+            asyncio.create_task(node.write(offset, memoryview(b"x" * 512))) for offset in (0, 512)
+        ]
+        await until(value_of(plugin, "begun").is_set)
+        writes[0].cancel()
+        node.give_up()
+        with pytest.raises(asyncio.CancelledError):
+            await writes[0]
+        await shut_down(writes[1])
+        await shut_down(node.read_into(0, memoryview(bytearray(512))))
+        await node.close()
+    value_of(plugin, "go").set()
+
+
+async def shut_down(work: Awaitable[None]) -> None:
+    with pytest.raises(OSError, match="failed") as caught:
+        await work
+    assert caught.value.errno == errno.ESHUTDOWN
+
+
+async def test_hung_callback_does_not_hold_up_the_end(inside: Inside) -> None:
+    """Nor is ``cleanup`` left out, nor ``close`` called beside it."""
+    plugin = inside.load(
+        """
+        closed, cleaned = threading.Event(), threading.Event()
+        def pread(h, buf, offset, flags):
+            begun.set()
+            go.wait()
+        def close(h): closed.set()
+        def cleanup(): cleaned.set()
+        """
+    )
+    async with asyncio.timeout(SECONDS_MAX):
+        async with ScriptDisk(plugin, closing_seconds=0.05) as disk:
+            node = await disk.open()
+            reading = asyncio.create_task(node.read_into(0, memoryview(bytearray(512))))
+            await until(value_of(plugin, "begun").is_set)
+            await node.close()
+            assert not value_of(plugin, "closed").is_set()
+    assert value_of(plugin, "cleaned").is_set()
+    value_of(plugin, "go").set()
+    await reading

@@ -144,6 +144,28 @@ def test_error_befalls_the_range_the_command_and_the_count_that_were_said(
         client.pread(512, 4097)
 
 
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_no_request_to_a_file_passes_the_faults_by(
+    nbd_server: Serve, tmp_path: Path, image_format: str
+) -> None:
+    """The server answers small ones of a file by a short way, without a coroutine."""
+    image = tmp_path / "disk"
+    subprocess.run(["qemu-img", "create", "-q", "-f", image_format, image, "1M"], check=True)
+    server = nbd_server(image, format=image_format)
+    with connected(server) as client:
+        for _ in range(2):  # the second time there is a cluster
+            client.pwrite(b"x" * 512, 0)
+            client.pread(512, 0)
+        assert [seen.command for seen in server.seen] == [Command.WRITE, Command.READ] * 2
+        server.inject(Fail(error=errno.EIO))
+        for work in (lambda: client.pread(512, 0), lambda: client.pwrite(b"y" * 512, 0)):
+            with pytest.raises(nbd.Error) as caught:
+                work()
+            assert caught.value.errnum == errno.EIO
+        server.heal()
+        assert client.pread(512, 0) == b"x" * 512
+
+
 def test_failed_write_has_not_written(nbd_server: Serve) -> None:
     server = nbd_server(MIB, faults=[Fail(command=Command.WRITE)])
     with connected(server) as client:
