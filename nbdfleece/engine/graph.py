@@ -34,6 +34,7 @@ from pathlib import Path
 
 from ..block.copy_failure import OnCbwError
 from ..block.file import FileNode
+from ..block.guest_options import DEFAULT_POLICY, DetectZeroes, GuestPolicy
 from ..block.node import BlockNode
 from ..block.switchable import SwitchableView
 from ..errors import StateError
@@ -44,6 +45,17 @@ from .engine import Engine
 from .snapshot import Snapshot
 from .still_nodes import ReadOnlyImage, ScratchImage
 from .transaction import BitmapNode, Freeze
+
+
+def guest_policy(discard: str | None, detect_zeroes: str | None) -> GuestPolicy:
+    """What becomes of a guest's discards and zeroes, in QEMU's words; None for the usual.
+
+    Raises:
+        UsageError: The words do not go together.
+    """
+    return GuestPolicy(
+        discard=discard != "ignore", detect_zeroes=DetectZeroes(detect_zeroes or "off")
+    )
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -167,7 +179,14 @@ class Graph:
             raise StateError(f"Could not open '{filename}': No such file or directory")
         self._add(GraphNode(name=name, driver="file", filename=filename, read_only=read_only))
 
-    async def add_raw(self, name: str, file: str, *, read_only: bool = False) -> None:
+    async def add_raw(
+        self,
+        name: str,
+        file: str,
+        policy: GuestPolicy = DEFAULT_POLICY,
+        *,
+        read_only: bool = False,
+    ) -> None:
         """Add a raw disk over a file, or another name for a node.
 
         Raises:
@@ -176,7 +195,7 @@ class Graph:
         """
         under = self.find(file, file)
         if under.driver == "file":
-            await self._add_opened(name, "raw", under, read_only=read_only)
+            await self._add_opened(name, "raw", under, policy, read_only=read_only)
             return
         self._add(
             GraphNode(
@@ -194,7 +213,13 @@ class Graph:
         )
 
     async def add_qcow2(
-        self, name: str, file: str, backing: str | None, *, read_only: bool = False
+        self,
+        name: str,
+        file: str,
+        backing: str | None,
+        policy: GuestPolicy = DEFAULT_POLICY,
+        *,
+        read_only: bool = False,
     ) -> None:
         """Add a disk, or a scratch image over a disk.
 
@@ -206,7 +231,7 @@ class Graph:
         if under.driver != "file":
             raise StateError(f"node '{file}' is no file for an image")
         if backing is None:
-            await self._add_opened(name, "qcow2", under, read_only=read_only)
+            await self._add_opened(name, "qcow2", under, policy, read_only=read_only)
             return
         behind = self._find_backing(backing)
         if behind.disk is None or behind.view is not behind.disk.node:
@@ -224,7 +249,7 @@ class Graph:
         )
 
     async def _add_opened(
-        self, name: str, driver: str, under: GraphNode, *, read_only: bool
+        self, name: str, driver: str, under: GraphNode, policy: GuestPolicy, *, read_only: bool
     ) -> None:
         """Open a file as what the driver says."""
         self._check_new(name)
@@ -233,15 +258,15 @@ class Graph:
         node = GraphNode(name=name, driver=driver, filename=under.filename, children=(under.name,))
         self._nodes[name] = node
         try:
-            await self._open(node, read_only=read_only)
+            await self._open(node, policy, read_only=read_only)
         except BaseException:
             del self._nodes[name]
             raise
 
-    async def _open(self, node: GraphNode, *, read_only: bool) -> None:
+    async def _open(self, node: GraphNode, policy: GuestPolicy, *, read_only: bool) -> None:
         path = Path(node.filename)
         if not read_only:
-            node.disk = await self._open_disk(node.name, path, is_raw=node.driver == "raw")
+            node.disk = await self._open_disk(node.name, path, policy, is_raw=node.driver == "raw")
             node.opened, node.view, node.bitmaps = node.disk, node.disk.node, (node.disk,)
             node.read_only = False
         elif node.driver == "raw":
@@ -250,14 +275,14 @@ class Graph:
             shown = await ReadOnlyImage.open(node.name, path)
             node.opened, node.view, node.bitmaps = shown.image, shown.image, (shown,)
 
-    async def _open_disk(self, name: str, path: Path, *, is_raw: bool) -> Disk:
+    async def _open_disk(self, name: str, path: Path, policy: GuestPolicy, *, is_raw: bool) -> Disk:
         """Open a disk, and settle what a crash left open on it.
 
         Raises:
             StateError: A backup that runs makes a checkpoint that the disk has.
             OSError, ImageError: The image cannot be opened.
         """
-        disk = await self._engine.open_disk(name, path, is_exported=False, is_raw=is_raw)
+        disk = await self._engine.open_disk(name, path, policy, is_exported=False, is_raw=is_raw)
         try:
             for snapshot in self._engine.snapshots.values():
                 made = snapshot.checkpoint if snapshot.is_pending else None

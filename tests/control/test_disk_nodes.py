@@ -63,6 +63,38 @@ def stored_bitmaps(path: Path) -> list[dict[str, Any]]:
     )
 
 
+@pytest.mark.parametrize("driver", ["qcow2", "raw"])
+async def test_discards_and_zeroes_are_done_as_the_node_says(
+    qmp: QMPClient, tmp_path: Path, driver: str
+) -> None:
+    """``discard`` and ``detect-zeroes`` mean what they mean to QEMU."""
+    path = tmp_path / "disk"
+    subprocess.run(["qemu-img", "create", "-q", "-f", driver, path, str(SIZE)], check=True)
+    address = {"type": "unix", "data": {"path": str(tmp_path / "ours.sock")}}
+    await run(
+        qmp,
+        ("nbd-server-start", {"addr": address}),
+        node("file", "f", filename=str(path)),
+        node(driver, "vdc", file="f", **{"discard": "ignore", "detect-zeroes": "on"}),
+        export("e", "vdc", name="c", writable=True),
+    )
+    uri = export_uri(tmp_path, "ours", "c")
+    await qemu_io(uri, "write -P 1 0 1M", "discard 0 64k", "write -P 0 512k 64k", "flush")
+    seen = await content(uri)
+    assert seen[:65536] == b"\1" * 65536, "a discard had an effect"
+    assert seen[524288:589824] == bytes(65536)
+    await run(qmp, *REMOVE[2:4])
+    if driver == "qcow2":
+        mapped = subprocess.run(
+            ["qemu-img", "map", "--output=json", path], capture_output=True, check=True
+        )
+        zeroes = [each["start"] for each in json.loads(mapped.stdout) if each["zero"]]
+        assert 524288 in zeroes, "zeroes were written as data"
+    words = {"discard": "ignore", "detect-zeroes": "unmap"}
+    refused = await reply(qmp, *node(driver, "vdc", file="f", **words))
+    assert refused[1] == "zeroes cannot be unmapped where discards are ignored"
+
+
 async def test_added_disk_is_written_and_tracked_as_in_qemu(qmp: QMPClient, tmp_path: Path) -> None:
     """Replies, content, bitmaps while it runs, and what is left in the image."""
     paths = {side: make_image(tmp_path / f"{side}.qcow2") for side in ("ours", "qemus")}

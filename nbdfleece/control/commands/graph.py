@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
+from ...engine.graph import guest_policy
 from ...engine.jobs import BackupJob, NoJobError
 from ...engine.transaction import Action
 from ..command import ActionCommand, Command
@@ -25,7 +26,7 @@ Driver = Literal["file", "raw", "qcow2", "copy-before-write", "snapshot-access"]
 
 _COMMON: Final = {"driver", "node_name"}
 _ABOUT_FILES: Final = {"read_only", "auto_read_only", "discard", "cache", "detect_zeroes"}
-"""What QEMU can be told of a file or an image; only ``read-only`` changes anything here."""
+"""What QEMU can be told of a file or an image. ``auto-read-only`` and ``cache`` change nothing."""
 
 _OPTIONS: Final[dict[str, set[str]]] = {
     "file": _COMMON | _ABOUT_FILES | {"filename", "aio", "locking"},
@@ -47,7 +48,9 @@ class BlockdevAdd(Command):
     """Add a node.
 
     ``qcow2`` and ``raw`` over a ``file`` open a new disk, which blockdev-del closes; export it
-    to have it written to. With ``read-only`` it is only shown. ``qcow2`` with a disk as
+    to have it written to. With ``read-only`` it is only shown. Its guest's discards have an effect
+    unless ``discard`` is ``ignore``, and zeroes are data unless ``detect-zeroes`` says otherwise;
+    both are said of the disk, not of the file below it. ``qcow2`` with a disk as
     ``backing`` is a scratch image for a backup job. ``raw`` over another node is one more name
     for that. ``copy-before-write`` freezes the disk ``file`` at once, since the guest's node is
     above it already; ``on-cbw-error`` and ``cbw-timeout`` are the server's if they are left out.
@@ -75,12 +78,13 @@ class BlockdevAdd(Command):
         """Carry it out."""
         self._check_options()
         graph, file, read_only = server.graph, self.file or "", bool(self.read_only)
+        policy = guest_policy(self.discard, self.detect_zeroes)
         if self.driver == "file":
             graph.add_file(self.node_name, self.filename or "", read_only=read_only)
         elif self.driver == "raw":
-            await graph.add_raw(self.node_name, file, read_only=read_only)
+            await graph.add_raw(self.node_name, file, policy, read_only=read_only)
         elif self.driver == "qcow2":
-            await graph.add_qcow2(self.node_name, file, self.backing, read_only=read_only)
+            await graph.add_qcow2(self.node_name, file, self.backing, policy, read_only=read_only)
         elif self.driver == "snapshot-access":
             graph.add_snapshot_access(self.node_name, file, unmap=self.discard == "unmap")
         else:
