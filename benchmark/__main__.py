@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from .curves import run_curves, usual_servers
 from .images import Images
 from .measure import Contestant, Result, Sample, run_rounds
 from .picture import ratios_picture
@@ -40,9 +41,7 @@ def main() -> None:
             for row in all_rows(images):
                 print(f"{row.name:16} {row.title}")
         elif arguments.command == "curves":
-            from .curves import run_curves
-
-            run_curves(images, arguments.output, arguments.rows)
+            _run_curves(images, arguments)
         else:
             _run(images, arguments)
 
@@ -58,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="a tmpfs")
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="a disk")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"))
+    parser.add_argument(
+        "--resume", action="store_true", help="measure only what --output does not have yet"
+    )
     parser.add_argument(
         "--servers", nargs="*", help="only contestants whose label contains one of these"
     )
@@ -79,13 +81,26 @@ def _place(arguments: argparse.Namespace) -> Iterator[Place]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(images: Images, arguments: argparse.Namespace) -> None:
+def _run_curves(images: Images, arguments: argparse.Namespace) -> None:
+    servers = _servers(images.place, arguments)
+    if not arguments.servers:
+        servers = usual_servers(servers)
+    folder = arguments.output / "curves"
+    run_curves(images, folder, arguments.rows, servers, resume=arguments.resume)
+
+
+def _servers(place: Place, arguments: argparse.Namespace) -> list[Server]:
+    """The contestants that the command line asks for, ours always."""
     wanted = QUICK if arguments.quick else arguments.servers
-    servers = [
+    return [
         server
-        for server in all_servers(images.place)
+        for server in all_servers(place)
         if server.is_ours or not wanted or any(word in server.label for word in wanted)
     ]
+
+
+def _run(images: Images, arguments: argparse.Namespace) -> None:
+    servers = _servers(images.place, arguments)
     rows = [row for row in all_rows(images) if not arguments.rows or row.name in arguments.rows]
     unknown = set(arguments.rows) - {row.name for row in rows}
     if unknown:
