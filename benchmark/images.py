@@ -35,7 +35,7 @@ class Images:
         self.size = place.image_bytes
         self._hashes: dict[Path, str] = {}
 
-    def _make(self, name: str, fill: Callable[[Path], None], folder: Path | None = None) -> Path:
+    def _make(self, name: str, fill: Callable[[Path], object], folder: Path | None = None) -> Path:
         path = (folder or self.place.memory) / name
         if not path.exists():
             part = path.with_suffix(".part")
@@ -83,6 +83,12 @@ class Images:
         """A full qcow2 on a disk, one for each contestant's name."""
         file = f"cold-{self.size >> 20}-{name}.qcow2"
         return self._make(file, lambda path: convert(self.raw, path), self.place.disk)
+
+    @cached_property
+    def cold_raw(self) -> Path:
+        """The same bytes as a raw file, on that disk."""
+        name = f"cold-{self.size >> 20}.raw"
+        return self._make(name, lambda path: shutil.copyfile(self.raw, path), self.place.disk)
 
     @cached_property
     def alternating(self) -> Path:
