@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +45,7 @@ class Curve:
         values: The values of what is varied.
         point: Measures one of them.
         expected: How ours may grow.
+        has_limit: The raw limit can do the same.
     """
 
     name: str
@@ -54,12 +55,14 @@ class Curve:
     values: tuple[int, ...]
     point: Point
     expected: Expected = Expected.LINEAR
+    has_limit: bool = field(default=False, kw_only=True)
 
 
 @contextmanager
 def _reading(images: Images, server: Server, image: Path) -> Iterator[Running]:
     warm(image)
-    with server.serve(Setup({"vda": image})) as running:
+    bare = images.raw if server.is_limit else None
+    with server.serve(Setup({"vda": image}, bare=bare)) as running:
         yield running
 
 
@@ -141,15 +144,15 @@ def _snapshots(images: Images, server: Server, count: int) -> float:
 CURVES: Final = (
     Curve(
         "request-size", "Random reads, depth 16, one connection", "KiB per request",
-        "µs per request", (4, 16, 64, 256, 1024, 4096), _read_size,
+        "µs per request", (4, 16, 64, 256, 1024, 4096), _read_size, has_limit=True,
     ),
     Curve(
         "depth", "4 KiB random reads, one connection", "requests in flight",
-        "mean latency, µs", (1, 2, 4, 8, 16, 32, 64, 128), _read_depth,
+        "mean latency, µs", (1, 2, 4, 8, 16, 32, 64, 128), _read_depth, has_limit=True,
     ),
     Curve(
         "connections", "Full pull of 1 GiB by nbdcopy", "connections", "s",
-        (1, 2, 4, 8, 16, 32, 64), _connections, Expected.FLAT,
+        (1, 2, 4, 8, 16, 32, 64), _connections, Expected.FLAT, has_limit=True,
     ),
     Curve(
         "image-size", "4 KiB writes into 64 MiB of a sparse disk, depth 1, one bitmap",
@@ -191,13 +194,14 @@ def run_curves(
 
 
 def usual_servers(servers: list[Server]) -> list[Server]:
-    """Ours, and the newest storage daemon with io_uring: it can do all that is varied."""
+    """Ours, the newest storage daemon with io_uring, which can do all that is varied, the limit."""
     daemons = [
         server
         for server in servers
         if isinstance(server, QemuStorageDaemon) and "io_uring" in server.label
     ]
-    return [*(server for server in servers if server.is_ours), *daemons[-1:]]
+    own = [server for server in servers if server.is_ours]
+    return [*own, *daemons[-1:], *(server for server in servers if server.is_limit)]
 
 
 def measure(
@@ -206,9 +210,9 @@ def measure(
     """Measure what is missing of a curve, and write it after each value."""
     print(f"== {curve.name}: {curve.title}; expected: {curve.expected.value}", flush=True)
     options = {"rounds": ROUNDS, "image-mib": images.size >> 20}
-    file = CurveFile.open(
-        folder, curve, [server.label for server in servers], options, resume=resume
-    )
+    servers = [server for server in servers if curve.has_limit or not server.is_limit]
+    labels = [server.label for server in servers]
+    file = CurveFile.open(folder, curve, labels, options, resume=resume)
     for value in curve.values:
         missing = [server for server in servers if file.wants(server.label, value)]
         if missing:
