@@ -33,7 +33,14 @@ BEHIND: Final = (
 
 RUNS: Final = 2
 RATE_HERTZ: Final = 400
-LINES_MAX: Final = 14
+LINES_MAX: Final = 12
+WAITING: Final = frozenset(
+    {"_worker (concurrent/futures/thread.py)", "Condition.wait (threading.py)"}
+)
+"""Where a thread of a pool has nothing to do, which py-spy at times takes for running."""
+
+UVLOOP: Final = "Runner.run (asyncio/runners.py)"
+"""What py-spy sees where uvloop runs code of its own, and its wait for the next event."""
 
 
 @dataclass
@@ -55,6 +62,10 @@ class Profile:
         for line in lines:
             stack, _, number = line.rstrip().rpartition(" ")
             frames = [_shorten(frame) for frame in stack.split(";")]
+            if frames[-1] in WAITING:
+                continue
+            if frames[-1] == UVLOOP:
+                frames.append("uvloop itself")
             self.own[frames[-1]] += int(number)
             for frame in set(frames):
                 self.whole[frame] += int(number)

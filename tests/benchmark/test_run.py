@@ -97,8 +97,12 @@ def test_copy_is_filled_anew_where_a_server_has_written(images: Images) -> None:
         assert second == first != third
         subprocess.run(["cmp", source, second], check=True)
         subprocess.run(["cmp", source, third], check=True)
-    with place.copies.of(images.empty, place) as sparse:
-        assert sparse.stat().st_blocks == images.empty.stat().st_blocks
+    holed = place.path(".holed")
+    with holed.open("wb") as file:
+        file.write(b"data")
+        file.truncate(1 << 30)
+    with place.copies.of(holed, place) as sparse:
+        assert sparse.stat().st_blocks == holed.stat().st_blocks
     assert not sparse.exists()
     place.copies.clear()
     assert not second.exists()
