@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from .curve_picture import curve_picture
 from .growth import Points, fit
-from .report import machine
+from .report import machine, number
 from .version import check_same, ours
 
 if TYPE_CHECKING:
@@ -156,6 +157,30 @@ class CurveFile:
             curve = self.curve
             picture = curve_picture(curve.title, curve.x_unit, curve.y_unit, drawn, note)
             _replace(self.path(".svg"), picture)
+
+
+def write_index(folder: Path, names: Iterable[str]) -> None:
+    """Write a page with the verdicts and pictures of the curves that a folder has."""
+    paths = [folder / f"{name}.json" for name in names]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    lines = ["# How cost grows", "", "    scripts/bench curves --output docs", ""]
+    for data in found:
+        about = data["machine"]
+        made = f"nbdfleece {data['made']['ours']}, {about['cpus']} x {about['cpu']}"
+        lines += [f"## {data['name']}", "", f"{data['title']}: {data['y']} by {data['x']}."]
+        lines += [f"Ours may be {data['expected']}. {made}.", ""]
+        if data["missing"]:
+            lines += [f"Partial: not measured at {data['missing']}.", ""]
+        lines += ["| | growth | first point | last point |", "|---|---|---|---|"]
+        lines += [_index_line(label, line) for label, line in data["lines"].items()]
+        lines += ["", f"![{data['title']}]({data['name']}.svg)", ""]
+    _replace(folder / "README.md", "\n".join(lines))
+
+
+def _index_line(label: str, line: dict[str, Any]) -> str:
+    ends = [f"{it['x']}: {number(it['y'])}" for it in (line["points"][:1] + line["points"][-1:])]
+    failure = f"; then {line['failure']}" if line["failure"] else ""
+    return f"| {label} | {line['verdict']}{failure} | {' | '.join(ends or ['', ''])} |"
 
 
 def _replace(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from . import clients
 from .clients import fio, percentile_microseconds
-from .curve_files import CurveFile
+from .curve_files import CurveFile, write_index
 from .growth import Expected
 from .images import Images
 from .place import warm
@@ -191,6 +191,7 @@ def run_curves(
     for curve in CURVES:
         if not names or curve.name in names:
             measure(curve, images, servers, folder, resume=resume)
+            write_index(folder, [curve.name for curve in CURVES])
 
 
 def usual_servers(servers: list[Server]) -> list[Server]:

@@ -120,10 +120,11 @@ def _median(contestant: Contestant, metric: Metric) -> str:
     values = contestant.samples.get(metric.key)
     if not values:
         return "failed"
-    return f"{_number(statistics.median(values))} {metric.unit}"
+    return f"{number(statistics.median(values))} {metric.unit}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import curves
-from benchmark.curve_files import CurveFile
+from benchmark.curve_files import CurveFile, write_index
 from benchmark.curves import Curve, measure
 from benchmark.growth import Expected
 from benchmark.images import Images
@@ -82,6 +82,12 @@ def test_partial_file_says_what_is_missing_and_is_gone_on_with(
     asked.clear()
     measure(whole, images, servers(images), tmp_path, resume=True)
     assert asked == []
+
+    write_index(tmp_path, ["absent", "c"])
+    page = (tmp_path / "README.md").read_text()
+    assert "| strong | **not flat**" in page
+    assert "then at 8: RuntimeError: too much" in page
+    assert "](c.svg)" in page
 
 
 def test_points_of_another_nbdfleece_are_not_gone_on_with(images: Images, tmp_path: Path) -> None:
