@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import subprocess
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -28,20 +29,22 @@ TIB = 1 << 40
 
 
 class Images:
-    """The images of a run, each made when it is first asked for."""
+    """The images of a run, each made when it is first asked for. Threads may share this."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.size = place.image_bytes
         self._hashes: dict[Path, str] = {}
+        self._lock = threading.RLock()  # one image is made of another
 
     def _make(self, name: str, fill: Callable[[Path], object], folder: Path | None = None) -> Path:
         path = (folder or self.place.memory) / name
-        if not path.exists():
-            part = path.with_suffix(".part")
-            part.unlink(missing_ok=True)
-            fill(part)
-            part.rename(path)
+        with self._lock:
+            if not path.exists():
+                part = path.with_suffix(".part")
+                part.unlink(missing_ok=True)
+                fill(part)
+                part.rename(path)
         return path
 
     @cached_property
@@ -105,10 +108,11 @@ class Images:
 
     def content_hash(self, raw: Path) -> str:
         """SHA-256 of a raw file."""
-        if raw not in self._hashes:
-            with raw.open("rb") as file:
-                self._hashes[raw] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._hashes[raw]
+        with self._lock:
+            if raw not in self._hashes:
+                with raw.open("rb") as file:
+                    self._hashes[raw] = hashlib.file_digest(file, "sha256").hexdigest()
+            return self._hashes[raw]
 
 
 def _make_certificates(folder: Path) -> None:
