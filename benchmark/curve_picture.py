@@ -28,7 +28,7 @@ def curve_picture(
     middle = (low * high) ** 0.5
     up = LogScale(min(low / 1.3, middle / 3.2), max(high * 1.3, middle * 3.2), 0, _HEIGHT)
     parts = [f'<text x="{_LEFT}" y="18" font-weight="bold">{escape(title)}</text>']
-    parts.append(f'<text x="8" y="{_TOP - 10}">{escape(y_unit)}</text>')
+    parts.append(f'<text x="8" y="{_TOP - 10}">{escape(y_unit)}: less is better</text>')
     parts += _axes(across, up, sorted({x for x, _ in points}))
     bottom = _TOP + _HEIGHT
     label = f"{x_unit} ({note})" if note else x_unit
