@@ -114,13 +114,10 @@ def _image_size(images: Images, server: Server, gib: int) -> float:
         return percentile_microseconds(figures, 50)
 
 
-def _writes(images: Images, server: Server, setup: Setup) -> float:
+def _checkpoints(images: Images, server: Server, count: int) -> float:
+    setup = Setup({"vda": images.full}, writable=True, checkpoints=count)
     with server.serve(setup) as running:
         return _microseconds(_flood(images, running, "randwrite"))
-
-
-def _checkpoints(images: Images, server: Server, count: int) -> float:
-    return _writes(images, server, Setup({"vda": images.full}, writable=True, checkpoints=count))
 
 
 def _bitmaps(images: Images, server: Server, count: int) -> float:
