@@ -34,6 +34,7 @@ class Images:
     def __init__(self, place: Place) -> None:
         self.place = place
         self.size = place.image_bytes
+        self.text_size = self.size // 2  # compressing and inflating take their time
         self._hashes: dict[Path, str] = {}
         self._lock = threading.RLock()  # one image is made of another
 
@@ -74,12 +75,13 @@ class Images:
     @cached_property
     def text(self) -> Path:
         """Raw bytes that compress to about a third, unlike everywhere."""
-        return self._make(f"t{self.size >> 20}.raw", lambda path: _fill_text(path, self.size))
+        name = f"t{self.text_size >> 20}.raw"
+        return self._make(name, lambda path: _fill_text(path, self.text_size))
 
     def compressed(self, kind: str) -> Path:
         """``text`` as a qcow2 with compressed clusters, ``zlib`` or ``zstd``."""
         options = ("-c", "-o", f"compression_type={kind}")
-        name = f"{kind}{self.size >> 20}.qcow2"
+        name = f"{kind}{self.text_size >> 20}.qcow2"
         return self._make(name, lambda path: convert(self.text, path, *options))
 
     def cold(self, name: str) -> Path:
