@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .curve_picture import curve_picture
 from .growth import Points, fit
-from .report import machine, number
+from .report import machine, number, replace_text
 from .version import check_same, ours
 
 if TYPE_CHECKING:
@@ -150,13 +150,13 @@ class CurveFile:
         """Write both files, each of them at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
-        _replace(self.path(".json"), text)
+        replace_text(self.path(".json"), text)
         drawn = {label: line.points() for label, line in self.lines.items() if line.samples}
         if drawn:
             note = f"not measured yet: {self.missing()}" if self.missing() else ""
             curve = self.curve
             picture = curve_picture(curve.title, curve.x_unit, curve.y_unit, drawn, note)
-            _replace(self.path(".svg"), picture)
+            replace_text(self.path(".svg"), picture)
 
 
 def write_index(folder: Path, names: Iterable[str]) -> None:
@@ -174,16 +174,10 @@ def write_index(folder: Path, names: Iterable[str]) -> None:
         lines += ["| | growth | first point | last point |", "|---|---|---|---|"]
         lines += [_index_line(label, line) for label, line in data["lines"].items()]
         lines += ["", f"![{data['title']}]({data['name']}.svg)", ""]
-    _replace(folder / "README.md", "\n".join(lines))
+    replace_text(folder / "README.md", "\n".join(lines))
 
 
 def _index_line(label: str, line: dict[str, Any]) -> str:
     ends = [f"{it['x']}: {number(it['y'])}" for it in (line["points"][:1] + line["points"][-1:])]
     failure = f"; then {line['failure']}" if line["failure"] else ""
     return f"| {label} | {line['verdict']}{failure} | {' | '.join(ends or ['', ''])} |"
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.rename(path)

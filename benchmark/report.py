@@ -38,7 +38,15 @@ def write_json(path: Path, results: list[Result], options: dict[str, Any]) -> No
         rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     for result in results:
         rows[result.name] = {**result.to_json(), "options": options, "machine": machine()}
-    path.write_text(json.dumps({"rows": list(rows.values())}, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps({"rows": list(rows.values())}, indent=1, ensure_ascii=False)
+    replace_text(path, text + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file at once: a run that is killed leaves what was there before."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.rename(path)
 
 
 def read_json(path: Path) -> list[Result]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from .measure import Contestant, Result, Sample, run_rounds
 from .picture import ratios_picture
-from .report import details, read_json, table, write_json
+from .report import details, read_json, replace_text, table, write_json
 from .rows import Row
 from .servers import Server
 from .version import check_same, ours
@@ -119,8 +119,8 @@ def write_report(folder: Path) -> None:
     results = read_json(folder / "results.json")
     rows = json.loads((folder / "results.json").read_text())["rows"]
     text = f"{_about(rows)}\n\n{table(results)}\n{details(results)}"
-    (folder / "table.md").write_text(text)
-    (folder / "ratios.svg").write_text(ratios_picture(results))
+    replace_text(folder / "table.md", text)
+    replace_text(folder / "ratios.svg", ratios_picture(results))
 
 
 def _about(rows: list[dict[str, Any]]) -> str:
