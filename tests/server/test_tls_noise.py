@@ -121,7 +121,7 @@ async def attack(tls: TlsSettings, context: ssl.SSLContext, changes: list[Edit])
     assert server.pool.taken_bytes == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
     await asyncio.sleep(0)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 async def serve_honestly(tls: TlsSettings, context: ssl.SSLContext) -> None:
