@@ -143,7 +143,7 @@ def _run_configuration(
 
 
 def _run_private(adapter: Adapter, case: Case) -> Outcome:
-    running: Running = adapter.start(case.configuration)
+    running: Running = adapter.start(case.configuration, private=True)
     try:
         return run_case(case, running.server)
     finally:
