@@ -14,7 +14,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from conformance import wire
 from conformance.case import READ_ONLY, WRITABLE, Export, Server
@@ -29,6 +29,7 @@ OPTION_BYTES_MAX = 4 << 20
 PAYLOAD_BYTES_MAX = 64 << 20
 BLOCK = 65536
 WRITES = (Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES)
+Bytes = TypeVar("Bytes", bytes, memoryview)
 FLAGS_OF = {
     Cmd.READ: CmdFlag.DF,
     Cmd.WRITE_ZEROES: CmdFlag.NO_HOLE | CmdFlag.FAST_ZERO,
@@ -318,12 +319,12 @@ class Session:
         self.reply(option, Rep.ACK)
 
     def queries(self, data: bytes) -> tuple[bytes, list[str]]:
-        name, rest = take_string(data)
-        (count,) = struct.unpack_from(">I", rest)
-        rest, found = rest[4:], []
+        name, tail = take_string(data)
+        (count,) = struct.unpack_from(">I", tail)
+        rest, found = memoryview(tail)[4:], []  # not copied for each of many queries
         for _ in range(count):
             query, rest = take_string(rest)
-            found.append(query.decode(errors="replace"))
+            found.append(bytes(query).decode(errors="replace"))
         if rest and "trailing-bytes-accepted" not in self.faults:
             raise Malformed
         return name, found
@@ -565,7 +566,7 @@ class Session:
         self.send(struct.pack(">IHHQQQ", *extended) + payload)
 
 
-def take_string(data: bytes) -> tuple[bytes, bytes]:
+def take_string(data: Bytes) -> tuple[Bytes, Bytes]:
     """A string with its length before it, and the rest.
 
     Raises:
