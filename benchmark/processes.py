@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-START_SECONDS: Final = 20.0
-STOP_SECONDS: Final = 30.0
+START_SECONDS: Final = 120.0
+STOP_SECONDS: Final = 120.0
 
 
 class StartError(Exception):

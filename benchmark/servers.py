@@ -416,7 +416,7 @@ class RawLimit(Server):
 def version(place: Place, system: str, program: str = "qemu-nbd") -> str:
     """A program's version number."""
     argv = place.argv(system, program, "--version")
-    text = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=20).stdout
+    text = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=120).stdout
     found = re.search(r"\d+\.\d+(\.\d+)?", text)
     return found.group() if found else "?"
 

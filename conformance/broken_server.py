@@ -8,17 +8,18 @@ where the word does. One thread per connection; requests are handled one after t
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import struct
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from conformance import wire
 from conformance.case import READ_ONLY, WRITABLE, Export, Server
 from conformance.content import DIRTY, FIRST_BITMAP, SMALL_DISK_BYTES, Content
-from conformance.stream import Endpoint
+from conformance.stream import TIMEOUT_SECONDS, Endpoint
 from conformance.wire import Chunk, Cmd, CmdFlag, Errno, Flag, Info, Option, Rep
 
 BASE = "base:allocation"
@@ -28,6 +29,7 @@ OPTION_BYTES_MAX = 4 << 20
 PAYLOAD_BYTES_MAX = 64 << 20
 BLOCK = 65536
 WRITES = (Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES)
+Bytes = TypeVar("Bytes", bytes, memoryview)
 FLAGS_OF = {
     Cmd.READ: CmdFlag.DF,
     Cmd.WRITE_ZEROES: CmdFlag.NO_HOLE | CmdFlag.FAST_ZERO,
@@ -56,6 +58,11 @@ class Malformed(Exception):
     """An option's data that does not parse."""
 
 
+@functools.cache
+def _small_disk() -> bytes:
+    return Content(SMALL_DISK_BYTES).read(0, SMALL_DISK_BYTES)
+
+
 class BrokenServer:
     """Listens on a Unix socket from construction to :meth:`close`."""
 
@@ -63,15 +70,18 @@ class BrokenServer:
         self.faults = frozenset(faults)
         self.writable = writable
         self.content = Content(SMALL_DISK_BYTES)
-        self.disk = bytearray(self.content.read(0, SMALL_DISK_BYTES))
+        self.disk = bytearray(_small_disk())
+        self._zero: dict[int, bool] = {}
         self._path = path
         self._sessions: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen(128)
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, daemon=True)
+        self._acceptor.start()
 
-    def handle(self, timeout: float = 1.0) -> Server:
+    def handle(self, timeout: float = TIMEOUT_SECONDS) -> Server:
         """What a case is given."""
         dirty = {FIRST_BITMAP.name: DIRTY[FIRST_BITMAP.name]}
         content = None if self.writable else self.content
@@ -80,11 +90,30 @@ class BrokenServer:
         endpoint = Endpoint(path=str(self._path))
         return Server("model", configuration, endpoint, (export,), timeout=timeout)
 
+    def is_zero(self, block: int) -> bool:
+        """Whether the block at this offset reads as zero."""
+        if self.writable or block not in self._zero:
+            self._zero[block] = self.disk.count(0, block, block + BLOCK) == BLOCK
+        return self._zero[block]
+
     def close(self) -> None:
-        for end in (self._listener, *self._sessions):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
+        """End; nothing of it runs on return.
+
+        Each thread closes its own socket: closed from here, its number could be another's by
+        the time that the thread reads from it.
+        """
+        self._end(self._listener)
+        self._acceptor.join()
+        self._listener.close()
+        for session in self._sessions:
+            self._end(session)
+        for thread in self._threads:
+            thread.join()
+
+    @staticmethod
+    def _end(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
     def _accept(self) -> None:
         while True:
@@ -93,7 +122,10 @@ class BrokenServer:
             except OSError:
                 return  # closed
             self._sessions.append(connection)
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            self._threads.append(
+                threading.Thread(target=self._serve, args=(connection,), daemon=True)
+            )
+            self._threads[-1].start()
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(ConnectionError, OSError):
@@ -287,12 +319,12 @@ class Session:
         self.reply(option, Rep.ACK)
 
     def queries(self, data: bytes) -> tuple[bytes, list[str]]:
-        name, rest = take_string(data)
-        (count,) = struct.unpack_from(">I", rest)
-        rest, found = rest[4:], []
+        name, tail = take_string(data)
+        (count,) = struct.unpack_from(">I", tail)
+        rest, found = memoryview(tail)[4:], []  # not copied for each of many queries
         for _ in range(count):
             query, rest = take_string(rest)
-            found.append(query.decode(errors="replace"))
+            found.append(bytes(query).decode(errors="replace"))
         if rest and "trailing-bytes-accepted" not in self.faults:
             raise Malformed
         return name, found
@@ -395,12 +427,13 @@ class Session:
         offset, length = request.offset, request.length
         if length > wire.DEFAULT_PAYLOAD_BYTES_MAX:
             raise Refused(Errno.EINVAL, "longer than the maximum payload")
-        data = bytes(self.server.disk[offset : offset + length])
+        with memoryview(self.server.disk) as disk:
+            data = bytes(disk[offset : offset + length])
         if "wrong-content" in self.faults and length > 1000:
             data = data[:-1] + bytes([data[-1] ^ 1])
         if not length:
             return []
-        zero_tail = length > 512 and data.count(0, 512) == length - 512
+        zero_tail = length > 512 and data.endswith(bytes(length - 512))
         if not zero_tail or (request.flags & CmdFlag.DF and "df-fragmented" not in self.faults):
             body = [(Chunk.OFFSET_DATA, struct.pack(">Q", offset) + data)]
         else:
@@ -410,7 +443,8 @@ class Session:
                 hole = struct.pack(">QI", hole_at, length)
             head = struct.pack(">Q", offset) + data[:512]
             body = [(Chunk.OFFSET_DATA, head), (Chunk.OFFSET_HOLE, hole)]
-        if "content-short" in self.faults and len(body) == 1 and length > 1:
+        is_short = "content-short" in self.faults and self.structured
+        if is_short and len(body) == 1 and length > 1:
             body = [(Chunk.OFFSET_DATA, body[0][1][:-1])]
         return [(int(kind), payload) for kind, payload in body]
 
@@ -472,7 +506,7 @@ class Session:
             ranges = DIRTY[FIRST_BITMAP.name]
             return int(any(start <= position - shift < end for start, end in ranges))
         block = position // BLOCK * BLOCK
-        is_zero = self.server.disk.count(0, block, block + BLOCK) == BLOCK
+        is_zero = self.server.is_zero(block)
         if "zero-is-a-lie" in self.faults and block == 0:
             is_zero = True
         reserved = 4 if "reserved-status-bits" in self.faults else 0
@@ -532,7 +566,7 @@ class Session:
         self.send(struct.pack(">IHHQQQ", *extended) + payload)
 
 
-def take_string(data: bytes) -> tuple[bytes, bytes]:
+def take_string(data: Bytes) -> tuple[Bytes, Bytes]:
     """A string with its length before it, and the rest.
 
     Raises:

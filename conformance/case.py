@@ -272,12 +272,17 @@ def still_serves(server: Server) -> None:
         other.read(0, 512 if (other.export.size >= 512) else 1)
 
 
+DRAINING_SECONDS_MAX = 3.0
+"""After so long a server is taken to stop although it still greets new clients."""
+
+
 @contextlib.contextmanager
 def draining(server: Server) -> Iterator[Client]:
     """Tell the server to stop while a client has not read its replies yet.
 
     What is in flight holds the server between running and ended, where the protocol has rules;
-    a server with nothing to finish may go at once. Gives that client: 15 replies are due.
+    a server with nothing to finish may go at once. That it is no longer there for new clients
+    shows that it has begun. Gives that client: 15 replies are due.
     """
     require(server.process, "the suite did not start this server")
     assert server.process is not None
@@ -286,7 +291,10 @@ def draining(server: Server) -> Iterator[Client]:
         busy.send(*(busy.request(Cmd.READ, 0, size) for _ in range(16)))
         busy.receive()
         server.process.terminate()
-        time.sleep(0.3)
+        # The signal may be on its way for as long as the server is not given the processor.
+        deadline = time.monotonic() + DRAINING_SECONDS_MAX
+        while server.process.greets() and time.monotonic() < deadline:
+            time.sleep(0.02)
         yield busy
 
 

@@ -153,7 +153,7 @@ def _run(*words: object) -> None:
     if program is None:
         raise FileNotFoundError(f"{words[0]} is needed to make the images")
     result = subprocess.run(
-        [program, *map(str, words[1:])], capture_output=True, text=True, timeout=60
+        [program, *map(str, words[1:])], capture_output=True, text=True, timeout=180
     )
     if result.returncode:
         raise RuntimeError(f"{' '.join(map(str, words))}: {result.stderr.strip()}")

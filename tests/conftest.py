@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+import nbdfleece
 
 settings.register_profile("nbdfleece", deadline=None)
 settings.load_profile("nbdfleece")
@@ -23,6 +27,14 @@ GOOD_REASONS = (
     "refused by both",
 )
 """What no installation of ours can change; anything else that is skipped fails in CI."""
+
+
+def pytest_sessionstart() -> None:
+    """Have our bytecode ready: the tests start our programs more than a thousand times.
+
+    Where PYTHONDONTWRITEBYTECODE is set each of them would compile all of it anew.
+    """
+    compileall.compile_dir(str(Path(nbdfleece.__file__).parent), quiet=2)
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -13,7 +13,7 @@ from conformance.case import TCP, TLS_FORCED, WRITABLE, Server, requirement
 from conformance.errors import Failed, NotApplicable, expect, require
 from conformance.wire import Flag
 
-PROBE_SECONDS = 40
+PROBE_SECONDS = 120
 
 
 def probe(server: Server) -> dict[str, Any]:

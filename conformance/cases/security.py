@@ -125,11 +125,10 @@ def wrong_magic_ends_the_connection(server: Server) -> None:
     """A request or an option with the wrong magic cannot be in step: the connection ends."""
     for stage in (server.haggle, server.enter):
         with stage() as client:
-            client.stream.send(b"\xff" * 4096)
-            try:
-                sent = client.stream.remainder(2.0)
-            except Disconnected:
-                continue
+            # The server may close as soon as it has read the magic, before the rest is sent.
+            with contextlib.suppress(Disconnected):
+                client.stream.send(b"\xff" * 4096)
+            sent = client.stream.remainder()
             expect(sent is not None, f"{stage.__name__}: connection stays open")
 
 
@@ -218,7 +217,7 @@ def error_text_for_a_long_name_is_short(server: Server) -> str:
 
 @security("CVE-2024-7409", on=READ_ONLY, private=True, level="S")
 def stop_with_clients_in_the_handshake(server: Server) -> str:
-    """A server that is stopped with 50 clients in the handshake ends, and in time."""
+    """A server that is stopped with 50 clients in the handshake ends."""
     require(server.process, "the suite did not start this server")
     assert server.process is not None
     clients = [server.connect() for _ in range(50)]
@@ -226,12 +225,10 @@ def stop_with_clients_in_the_handshake(server: Server) -> str:
         if number % 2:
             client.handshake()
     server.process.terminate()
-    deadline = time.monotonic() + 8
-    while server.process.alive() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    has_ended = server.process.wait_end()
     for client in clients:
         client.stream.close()
-    expect(not server.process.alive(), "still running 8 s after SIGTERM")
+    expect(has_ended, "still running long after SIGTERM")
     return "ended"
 
 
@@ -468,8 +465,9 @@ def client_that_leaves_in_a_payload_writes_nothing_wrong(server: Server) -> None
     with server.enter() as client:
         client.write(AREA, b"o" * 4096)
     for cut in (10, 27, 28, 29, 2000, 4096 + 27):
-        client = server.enter()
-        client.stream.send(_cut_requests(client)[:cut])
-        client.stream.close()
+        with server.enter() as client:
+            client.stream.send(_cut_requests(client)[:cut])
+            client.stream.half_close()
+            client.stream.remainder(5.0)  # then it has done with it what it will do
     with server.enter() as client:
         expect(client.read(AREA, 4096) == b"o" * 4096, "part of a cut payload was written")

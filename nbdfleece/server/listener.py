@@ -23,6 +23,8 @@ from ..nbd.constants import DEFAULT_PORT
 from ..nbd.uri import NbdUri
 
 BACKLOG: Final = 1024
+_PORTS_MAX: Final = 10
+"""Ports that are tried: what the kernel chooses at one address may be taken at the next."""
 """Connections that wait to be accepted; the kernel cuts it to net.core.somaxconn."""
 
 SYSTEMD_FIRST_FD: Final = 3
@@ -154,17 +156,28 @@ def listen_tcp(host: str = "", port: int = DEFAULT_PORT) -> list[Listener]:
     Raises:
         UsageError: No address, or one of them cannot be used.
     """
+    for left in reversed(range(_PORTS_MAX if port == 0 else 1)):
+        try:
+            return _listen_addresses(host, port)
+        except OSError as error:
+            if left and error.errno == errno.EADDRINUSE:
+                continue
+            where = f"{host or '*'}:{port}"
+            raise UsageError(f"cannot listen on '{where}': {error.strerror or error}") from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _listen_addresses(host: str, port: int) -> list[Listener]:
     listeners: list[Listener] = []
     try:
         for family, _, _, _, address in _resolve(host, port):
             if port == 0 and listeners:
                 address = (address[0], listeners[0].sock.getsockname()[1], *address[2:])
             listeners.append(_listen_address(family, address))
-    except OSError as error:
+    except OSError:
         for listener in listeners:
             listener.close()
-        where = f"{host or '*'}:{port}"
-        raise UsageError(f"cannot listen on '{where}': {error.strerror or error}") from error
+        raise
     return listeners
 
 

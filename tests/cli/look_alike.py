@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.listening import is_listening
+
 SECONDS_MAX = 120.0
 MIB = 1 << 20
 ENTRY = "import sys; from nbdfleece.cli.qemu_nbd import main; sys.exit(main())"
@@ -151,8 +153,8 @@ def without_place(found: Any) -> Any:
 
 
 def wait_until(path: Path) -> None:
-    """Wait for a file, as scripts do that have no other way."""
+    """Wait until a server listens on a socket; its file is there a moment before that."""
     deadline = time.monotonic() + SECONDS_MAX
-    while not path.exists():
+    while not is_listening(path):
         assert time.monotonic() < deadline, f"{path} does not appear"
         time.sleep(0.01)

@@ -70,7 +70,7 @@ def test_second_signal_is_not_needed_and_the_first_ends_in_good_order(
     image: Path, tmp_path: Path
 ) -> None:
     checked("qemu-img", "bitmap", "--add", image, "b0")
-    process = serve(tmp_path, "-k", "sock", "-f", "qcow2", "-t", image)
+    process = serve(tmp_path, "-k", tmp_path / "sock", "-f", "qcow2", "-t", image)
     wait_until(tmp_path / "sock")
     checked("qemu-io", "-f", "raw", "-c", "write 0 64k", uri(tmp_path / "sock"))
     process.send_signal(signal.SIGINT)

@@ -81,7 +81,7 @@ def test_terminal_has_bars_with_rate_and_remaining_time(tmp_path: Path, uri: str
         pass
     finally:
         os.close(ours)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert output.startswith(b"20")  # the point's name is the time
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())

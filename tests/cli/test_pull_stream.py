@@ -11,7 +11,7 @@ import pytest
 from tests.backup.conftest import tmp_path as in_memory
 from tests.backup.programs import content_of, qemu_io, qemu_nbd
 
-from .conftest import PROGRAM, SIZE, Run, Server, Start, environment, make_image
+from .conftest import PROGRAM, SECONDS_MAX, SIZE, Run, Server, Start, environment, make_image
 
 tmp_path = in_memory
 
@@ -36,7 +36,7 @@ def shell(tmp_path: Path, line: str) -> subprocess.CompletedProcess[str]:
         ["bash", "-o", "pipefail", "-c", line.replace("N ", f"{PROGRAM[0]} ")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=SECONDS_MAX,
         cwd=tmp_path,
         env={**environment(tmp_path), "NBDFLEECE_CONTROL": str(tmp_path / "c")},
     )

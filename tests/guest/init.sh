@@ -41,7 +41,11 @@ esac
 mount -t ext4 -o discard $device /mnt || fail "mount"
 say "mounted $(md5sum </mnt/from-host)"
 
-(read -r _ && touch /stop) </dev/console &
+stty -echo </dev/console
+(while read -r line; do
+    [ "$line" != stop ] || touch /stop
+    say "asked $line"
+done) </dev/console &
 round=0
 while [ ! -e /stop ]; do
     round=$((round + 1))

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-SECONDS_MAX = 120.0
+SECONDS_MAX = 400.0
 """For anything that a guest is waited for; the whole boot takes three."""
 
 

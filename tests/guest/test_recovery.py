@@ -13,7 +13,7 @@ from tests.cli.conftest import Run, Start
 
 from .conftest import FROM_HOST, Boot
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(1200)]
 
 
 def test_guest_runs_from_a_restore_point_and_writes_beside_it(

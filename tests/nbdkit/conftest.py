@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from conformance.programs import Programs
+from tests.listening import is_listening
 from tests.tree import debian_13
 
 from .in_process import Inside
 
-SECONDS_MAX = 30.0
-SO_ACCEPTON = 1 << 16
+SECONDS_MAX = 120.0
 SCRIPTS = Path(__file__).with_name("scripts")
 PROGRAM = str(Path(sys.executable).with_name("nbdfleece"))
 
@@ -101,15 +101,6 @@ def wait_for_socket(running: Running) -> None:
         return is_listening(running.socket)
 
     wait_for(is_there)
-
-
-def is_listening(socket: Path) -> bool:
-    """Whether a server has called listen(2): to try it would be a client more for the script."""
-    for line in Path("/proc/net/unix").read_text().splitlines():
-        fields = line.split()
-        if fields[-1] == str(socket):
-            return int(fields[3], 16) & SO_ACCEPTON != 0
-    return False
 
 
 OURS = Host("nbdfleece")

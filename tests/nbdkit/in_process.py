@@ -20,7 +20,7 @@ from nbdfleece.server.listener import listen_unix
 
 from .observe import Action, Observer
 
-SECONDS_MAX = 30
+SECONDS_MAX = 120
 BASE = """
 import threading
 import nbdkit

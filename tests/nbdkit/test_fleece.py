@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from nbdfleece.nbdkit.fleece import ScriptDisk
+from tests.listening import is_listening
 
 from .conftest import OURS, PROGRAM, SCRIPTS, SECONDS_MAX, Running, wait_for
 from .in_process import Inside, until, value_of
@@ -48,7 +49,7 @@ class Site:
         with OURS.serve(
             self.folder, "--disk=vda", "--scratch-dir=.", *words, script, f"file={self.disk}"
         ) as running:
-            wait_for(self.control.exists)
+            wait_for(lambda: is_listening(self.control))
             self.client = nbd.NBD()
             self.client.connect_uri(f"nbd+unix:///vda?socket={running.socket}")
             yield running

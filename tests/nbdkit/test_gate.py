@@ -10,7 +10,7 @@ import pytest
 from nbdfleece.nbdkit.calls import Client, current
 from nbdfleece.nbdkit.gate import Gate, Threads
 
-SECONDS_MAX = 20
+SECONDS_MAX = 120
 
 
 def wait(event: threading.Event) -> None:

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from .in_process import Inside, until, value_of
+from .in_process import SECONDS_MAX, Inside, until, value_of
 from .observe import Observer
 
 READ = ("pread", 512, 0)
@@ -85,7 +85,7 @@ async def test_hung_callback_does_not_hold_up_the_end(
     inside: Inside, caplog: pytest.LogCaptureFixture, model: int
 ) -> None:
     plugin = inside.load(HANG + f"\n    def thread_model(): return {model}")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(SECONDS_MAX):
         async with inside.serve(plugin, grace_seconds=0.05, closing_seconds=0.05):
             hung = asyncio.create_task(inside.act(("pread", 512, 512)))
             await until(value_of(plugin, "begun").is_set)
@@ -135,7 +135,7 @@ async def test_thread_model_says_how_many_callbacks_run(
     inside: Inside, model: int, clients: int, most: int
 ) -> None:
     """Three clients with two requests in flight each; all that may run at a time do."""
-    patience = 0.02 if most == 1 else 20
+    patience = 0.02 if most == 1 else SECONDS_MAX
     plugin = inside.load(MEASURE.format(model=model, enough=max(most, 2), patience=patience))
 
     def read_two() -> None:
@@ -173,7 +173,7 @@ async def test_script_ends_the_server(inside: Inside) -> None:
     )
     async with inside.serve(plugin) as server:
         await inside.act(READ)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(SECONDS_MAX):
             await server.wait_end()
     assert value_of(plugin, "ended") is True
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import uvloop
 
-from .harness import Serve, Served, settled
+from .harness import Serve, Served, until
 
 
 def debug_loop() -> asyncio.AbstractEventLoop:
@@ -27,6 +27,15 @@ def pytest_asyncio_loop_factories(
     return {"asyncio": debug_loop, "uvloop": uvloop.new_event_loop}
 
 
+@pytest.fixture(scope="package", autouse=True)
+def frozen() -> Iterator[None]:
+    """What all tests share need not be looked through for garbage after each of them."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest_asyncio.fixture
 async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     """Starts servers; at the end each is shut down, and nothing of it may be left."""
@@ -39,8 +48,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
         assert not entry.server.connections
         assert entry.server.pool.taken_bytes == 0
         assert all(export.connections == 0 for export in entry.server.exports)
-    await settled()
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
     gc.collect()
     left = {
         os.readlink(f"/proc/self/fd/{fd}")

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,8 @@ from nbdfleece.server.listener import listen_unix
 from nbdfleece.server.server import NbdServer
 
 GREETING_BYTES = 18
+SECONDS_MAX = 60.0
+"""For what must happen, however little of the processor there is."""
 _names = itertools.count()
 
 
@@ -33,6 +35,13 @@ async def settled(turns: int = 20) -> None:
     """Let everything happen that can happen without input from outside."""
     for _ in range(turns):
         await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the loop run until something is so."""
+    async with asyncio.timeout(SECONDS_MAX):
+        while not condition():
+            await asyncio.sleep(0)
 
 
 @dataclass
@@ -66,7 +75,7 @@ class Served:
     async def close(self) -> None:
         for client in self.clients:
             client.close()
-        await self.server.shut_down(5)
+        await self.server.shut_down(SECONDS_MAX)
 
 
 @dataclass

@@ -136,7 +136,7 @@ async def test_errors_reach_nbdcopy_as_errors(serve: Serve, tmp_path: Path) -> N
         assert b"Input/output error" in errors
 
 
-LOADED_SECONDS = 1.5
+LOADED_SECONDS = 0.7
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -14,7 +15,9 @@ import pytest
 
 from nbdfleece.errors import UsageError
 from nbdfleece.nbd.uri import parse_uri
+from nbdfleece.server import listener as listener_module
 from nbdfleece.server.listener import (
+    Listener,
     listen_systemd,
     listen_tcp,
     listen_unix,
@@ -101,6 +104,34 @@ def test_tcp_listens_on_ipv4_and_ipv6_with_one_port() -> None:
         host, port = listener.sock.getsockname()[:2]
         socket.create_connection((host, port)).close()
         assert str(port) in str(listener.uri("x"))
+        listener.close()
+
+
+def test_tcp_port_that_is_free_at_one_address_only_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listen = listener_module._listen_address
+    taken: list[int] = []
+
+    def listen_unless_taken(family: int, address: tuple[str, int]) -> Listener:
+        if address[1] and not taken:
+            taken.append(address[1])
+            raise OSError(errno.EADDRINUSE, "in use")
+        return listen(family, address)
+
+    monkeypatch.setattr(listener_module, "_listen_address", listen_unless_taken)
+    monkeypatch.setattr(
+        listener_module,
+        "_resolve",
+        lambda *_: [
+            (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0)),
+            (socket.AF_INET, 1, 6, "", ("127.0.0.2", 0)),
+        ],
+    )
+    listeners = listen_tcp("localhost", 0)
+    assert len(taken) == 1
+    assert len({listener.sock.getsockname()[1] for listener in listeners}) == 1
+    for listener in listeners:
         listener.close()
 
 

@@ -232,7 +232,7 @@ async def attack(data: bytes, sizes: list[int], *, waits: bool = True) -> None:
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert nodes[1].content == b"y" * MIB
     await asyncio.sleep(0)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("loop", [debug_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])

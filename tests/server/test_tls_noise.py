@@ -30,7 +30,7 @@ from .test_tls import TlsClient, context_for, go
 
 MIB = 1 << 20
 SECONDS_MAX = 60.0
-LIMITS = Limits(handshake_seconds=0.3, idle_seconds=0.3, closing_seconds=0.3)
+LIMITS = Limits(handshake_seconds=0.1, idle_seconds=0.1, closing_seconds=0.1)
 """Who waits for what was lost on the way does not wait long."""
 
 Edit = tuple[int, str, bytes]
@@ -121,7 +121,7 @@ async def attack(tls: TlsSettings, context: ssl.SSLContext, changes: list[Edit])
     assert server.pool.taken_bytes == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
     await asyncio.sleep(0)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 async def serve_honestly(tls: TlsSettings, context: ssl.SSLContext) -> None:

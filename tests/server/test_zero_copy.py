@@ -19,7 +19,7 @@ from nbdfleece.qcow2.image import Qcow2Image
 from nbdfleece.server.buffers import BufferPool
 from nbdfleece.server.outbox import Outbox
 
-from .harness import Serve, export_of, pack_request, settled
+from .harness import Serve, export_of, pack_request, settled, until
 from .test_outbox import Sink
 
 KIB = 1 << 10
@@ -118,7 +118,8 @@ async def test_live_read_holds_still_in_the_socket_of_a_slow_client(
     reader, writer = await served.open(), await served.open()
     for part in range(8):
         await reader.send(pack_request(Command.READ, part * 64 * KIB, 64 * KIB, cookie=part))
-    await settled()
+    connection, _ = served.server.connections
+    await until(lambda: connection.statistics.requests == 8 and not connection.requests_in_flight)
     assert (await writer.perform(Command.WRITE, payload=bytes(MIB))).error == 0
     for part in range(8):
         begin = part * 64 * KIB

@@ -20,7 +20,7 @@ from conformance.programs import Programs
 from tests.tree import debian_13
 
 PACKAGE = Path(nbdfleece.__file__).parent
-START_SECONDS = 30.0
+START_SECONDS = 120.0
 _numbers = itertools.count()
 
 

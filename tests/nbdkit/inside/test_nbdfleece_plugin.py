@@ -32,7 +32,7 @@ HOLE, ZERO = nbd.STATE_HOLE, nbd.STATE_ZERO
 
 
 def run(*argv: str | Path) -> str:
-    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
     return done.stdout
 
