@@ -35,7 +35,7 @@ async def storage_daemon(folder: Path, disks: Sequence[str]) -> AsyncIterator[QM
         yield client
     finally:
         process.terminate()
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, ConnectionError):
             await client.disconnect()
         process.wait(SECONDS_MAX)
 
