@@ -74,7 +74,7 @@ async def check_point(directory: BackupDirectory, name: str, expected: bytes) ->
 
 
 ROUNDS = int(os.environ.get("NBDFLEECE_HISTORY_ROUNDS", "8"))
-"""Rounds of a history on images that are served anew in each; 30 are the full run."""
+"""Rounds of a history; 30 are the full run."""
 
 
 async def test_chain_of_qemu_nbd_bitmaps_is_what_the_disk_was(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ async def test_chain_of_a_newer_qemu_is_what_the_disk_was(
 async def check_fleeced_chain(
     folder: Path, seed: int, tree: Path | None, kinds: tuple[str, ...]
 ) -> None:
-    """Thirty rounds of writing, freezing, writing on, and pulling.
+    """Rounds of writing, freezing, writing on, and pulling.
 
     Some give the disk another size, and some points are pruned.
     """
@@ -144,7 +144,7 @@ async def check_fleeced_chain(
     previous = None
     with storage_daemon(image, tree) as daemon:
         size = SIZE
-        for number in range(30):
+        for number in range(ROUNDS):
             if source.random() < 0.2:
                 size = source.randrange(SIZE // 2, 2 * SIZE, 65536)
                 daemon.resize(size)
