@@ -26,6 +26,7 @@ DISK_BYTES = 2 << 30
 FILES_BYTES_MAX = 200 << 20
 BLOCK_BYTES = 64 << 10
 CHUNK_BYTES = 4 << 20
+SECONDS_MAX = 240
 NBDFLEECE = str(Path(sys.executable).with_name("nbdfleece"))
 
 
@@ -160,7 +161,7 @@ def serving(job: Job, *disks: str) -> Iterator[subprocess.Popen[str]]:
         print(ready.rstrip())
         yield server
         server.send_signal(signal.SIGTERM)
-        if server.wait(60):
+        if server.wait(SECONDS_MAX):
             fail(f"the server ended with status {server.returncode}")
     finally:
         if server.poll() is None:
@@ -170,8 +171,11 @@ def serving(job: Job, *disks: str) -> Iterator[subprocess.Popen[str]]:
 
 @contextmanager
 def writing_on(job: Job) -> Iterator[list[int]]:
-    """A foreign writer on the live disk in the background; yields the number of its rounds."""
-    rounds, stop = [0], threading.Event()
+    """A foreign writer on the live disk in the background; yields the number of its rounds.
+
+    It has begun by then: however busy the machine is, something is written meanwhile.
+    """
+    rounds, begun, stop = [0], threading.Event(), threading.Event()
 
     def write() -> None:
         while not stop.is_set():
@@ -179,14 +183,17 @@ def writing_on(job: Job) -> Iterator[list[int]]:
             word = f"write -q -P {rounds[0] % 255 + 1} {offset} {BLOCK_BYTES}"
             run("qemu-io", "-f", "raw", "-c", word, job.uri("vda"), quiet=True)
             rounds[0] += 1
+            begun.set()
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     try:
+        if not begun.wait(SECONDS_MAX):
+            fail("the writer has written nothing")
         yield rounds
     finally:
         stop.set()
-        writer.join(60)
+        writer.join(SECONDS_MAX)
 
 
 def pull(job: Job, backup: str, point: str, *options: str) -> dict[str, Any]:
@@ -214,8 +221,6 @@ def back_up_what_changed(job: Job) -> tuple[dict[str, Any], int]:
         uri = job.uri("incremental/vda")
         show("nbdinfo", "--map=qemu:dirty-bitmap:monday", "--totals", uri)
         report = pull(job, "incremental", "tuesday", "--since", "monday")
-    if not rounds[0]:
-        fail("nothing was written while the snapshot stood")
     job.control_command("backup", "commit", "incremental")
     return report, rounds[0]
 

@@ -36,7 +36,7 @@ DISK_BYTES = 16 << 20
 BLOCKS = DISK_BYTES // BLOCK
 WRITERS = 2
 POINTS_MAX = 6
-SECONDS_MAX = 120.0
+SECONDS_MAX = 240.0
 """For any command."""
 
 NBDFLEECE = str(Path(sys.executable).with_name("nbdfleece"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import nbdfleece
 
@@ -48,3 +48,15 @@ def pytest_runtest_makereport(
         if not any(good in reason for good in GOOD_REASONS):
             report.outcome = "failed"
             report.longrepr = f"skipped although everything must be there: {reason}"
+
+
+def pytest_configure() -> None:
+    """Hypothesis judges nothing by the clock or by luck, and has the same examples in CI.
+
+    Its health checks fail a test whose examples took long to make, which on a loaded machine is
+    the machine. Where developers work new examples are welcome.
+    """
+    checks = HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large
+    base = settings.get_profile("nbdfleece")
+    settings.register_profile("steady", base, derandomize=REQUIRE_ALL, suppress_health_check=checks)
+    settings.load_profile("steady")

@@ -210,6 +210,8 @@ async def serving(script: Script, folder: Path) -> AsyncIterator[str]:
         yield f"nbd+unix:///?socket={path}"
     finally:
         server.close()
+        for _ in range(5):
+            await asyncio.sleep(0)  # who was accepted just now has a task after some turns
         for task in list(tasks):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -16,6 +16,13 @@ SIZE = 2 * BLOCK_BYTES + 3 * BLOCK
 """Three blocks of checksums, the last one a short one."""
 
 
+_Built = tuple[dict[str, bytes], dict[str, bytes]]
+"""The files of a backup by name, and the contents of its points."""
+
+_built: dict[tuple[int, Compression | None, int, int], _Built] = {}
+"""What was built once is copied from then on."""
+
+
 class History:
     """Restore points ``p0`` (full) to ``pN``, and what each contains."""
 
@@ -23,11 +30,25 @@ class History:
         self.directory = BackupDirectory(folder / "backup")
         self.contents: dict[str, bytes] = {}
         self._folder = folder
+        self._seed = seed
         self._random = random.Random(seed)
         self._options = PullOptions(compression=compression)
 
     async def build(self, count: int, writes: int = 20) -> None:
-        """Pull a full point and increments on one another."""
+        """Make a full point and increments on one another."""
+        key = (self._seed, self._options.compression, count, writes)
+        path = self.directory.path
+        if key in _built:
+            files, self.contents = _built[key][0], dict(_built[key][1])
+            path.mkdir()
+            for name, content in files.items():
+                (path / name).write_bytes(content)
+            return
+        await self._pull(count, writes)
+        files = {file.name: file.read_bytes() for file in path.iterdir()}
+        _built[key] = files, dict(self.contents)
+
+    async def _pull(self, count: int, writes: int) -> None:
         content = bytearray(SIZE)
         parent = None
         for number in range(count):

@@ -21,7 +21,7 @@ _numbers = itertools.count()
 
 def run(*argv: str | Path) -> str:
     """Run a program to its end; it must succeed."""
-    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
     return done.stdout
 
@@ -44,15 +44,20 @@ def content_of(image: Path, image_format: str = "qcow2") -> bytes:
 
 
 def _end(pid: int) -> None:
-    """End a daemon and wait until it has; whoever adopted it may reap it later."""
+    """End a daemon and wait until it has; whoever adopted it may reap it later.
+
+    It is told again and again: qemu-nbd may sleep through a signal that comes just when a client
+    has left.
+    """
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-        os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-            if state == "Z":
-                return
-            time.sleep(0.002)
+        for _ in range(60):
+            os.kill(pid, signal.SIGTERM)
+            deadline = time.monotonic() + 1
+            while time.monotonic() < deadline:
+                state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+                if state == "Z":
+                    return
+                time.sleep(0.002)
         os.kill(pid, signal.SIGKILL)
 
 

@@ -19,17 +19,17 @@ async def test_budget_lends_no_more_than_there_is_and_in_order() -> None:
     assert not second.done()
     assert not third.done()
     budget.give_back(6)
-    await asyncio.wait_for(asyncio.gather(second, third), 1)
+    await asyncio.wait_for(asyncio.gather(second, third), 60)
 
 
 async def test_budget_lends_more_than_it_has_when_nothing_else_is_lent() -> None:
     budget = Budget(10)
-    await asyncio.wait_for(budget.borrow(100), 1)
+    await asyncio.wait_for(budget.borrow(100), 60)
     other = asyncio.create_task(budget.borrow(1))
     await asyncio.sleep(0)
     assert not other.done()
     budget.give_back(100)
-    await asyncio.wait_for(other, 1)
+    await asyncio.wait_for(other, 60)
 
 
 async def test_budget_forgets_who_was_cancelled() -> None:
@@ -40,7 +40,7 @@ async def test_budget_forgets_who_was_cancelled() -> None:
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     budget.give_back(1)
-    await asyncio.wait_for(budget.borrow(1), 1)
+    await asyncio.wait_for(budget.borrow(1), 60)
 
 
 async def test_gather_raises_the_first_error_when_all_have_ended() -> None:
@@ -109,5 +109,5 @@ async def test_crew_that_is_cancelled_cancels_its_tasks() -> None:
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 1)
+        await asyncio.wait_for(task, 60)
     assert cancelled == [1, 1]

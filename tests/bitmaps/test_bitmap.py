@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -85,6 +85,7 @@ class BitmapAgainstSet(RuleBasedStateMachine):
 
 
 TestBitmapAgainstSet = BitmapAgainstSet.TestCase
+TestBitmapAgainstSet.settings = settings(max_examples=50, stateful_step_count=30)
 
 
 @given(st.data(), sizes, granularities, granularities)

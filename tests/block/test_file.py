@@ -159,7 +159,7 @@ class GatedSync:
 
     def __call__(self, fd: int) -> None:
         self.calls += 1
-        self.gate.wait(10)
+        self.gate.wait(60)
         if self.error is not None:
             raise self.error
 
@@ -213,7 +213,7 @@ async def test_cancelled_caller_waits_for_the_thread_that_uses_its_buffer() -> N
     done = threading.Event()
 
     def work() -> None:
-        gate.wait(10)
+        gate.wait(60)
         done.set()
 
     task = asyncio.ensure_future(file_module.in_thread(work))

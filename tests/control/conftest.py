@@ -16,7 +16,9 @@ from qemu.qmp import QMPClient
 from nbdfleece.daemon import Daemon, DaemonOptions
 from nbdfleece.engine.disk import ScratchOptions
 from nbdfleece.nbd.uri import NbdUri
+from tests.backup.conftest import tmp_path as in_memory
 
+tmp_path = in_memory
 SIZE = 16 << 20
 GRANULE = 65536
 SCRATCH_QUOTA = 1 << 20

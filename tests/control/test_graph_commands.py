@@ -21,6 +21,7 @@ from .oracle import (
     export_uri,
     qemu_io,
     reply,
+    settled_reply,
     storage_daemon,
 )
 from .test_nbd_server_commands import START, bitmap, export
@@ -179,7 +180,7 @@ async def _write_both(folder: Path, commands: list[str]) -> None:
 
 async def run(qmp: QMPClient, *steps: Step) -> None:
     for step in steps:
-        assert await reply(qmp, *step) == {}, step
+        assert await settled_reply(qmp, *step) == {}, step
 
 
 async def events_of(qmp: QMPClient, *steps: Step) -> list[tuple[str, Any]]:

@@ -22,16 +22,17 @@ from nbdfleece.engine.chain import (
 )
 from nbdfleece.errors import StateError
 
+identities = st.binary(min_size=8, max_size=8).map(bytes.hex)
 checkpoints = st.builds(
     Checkpoint,
-    id=st.from_regex("[0-9a-f]{16}", fullmatch=True),
+    id=identities,
     name=st.text(min_size=1, max_size=40),
     created_ns=st.integers(0, 1 << 62),
     size=st.integers(0, 1 << 62),
     owner=st.text(max_size=20),
     bitmap=st.text(max_size=20),
     state=st.sampled_from(CheckpointState),
-    disks=st.lists(st.from_regex("[0-9a-f]{16}", fullmatch=True), max_size=3).map(tuple),
+    disks=st.lists(identities, max_size=3).map(tuple),
 )
 chains = st.lists(checkpoints, max_size=20, unique_by=lambda each: each.name).map(
     lambda found: Chain(disk_id="0123456789abcdef", checkpoints=tuple(found))

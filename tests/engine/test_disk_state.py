@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -90,6 +91,7 @@ class ChainAgainstSets(RuleBasedStateMachine):
 
 
 TestChainAgainstSets = ChainAgainstSets.TestCase
+TestChainAgainstSets.settings = settings(max_examples=50, stateful_step_count=30)
 
 
 def test_name_of_a_checkpoint_is_taken() -> None:

@@ -20,11 +20,8 @@ from nbdfleece.engine.disk import ScratchOptions
 from nbdfleece.engine.engine import Engine
 from nbdfleece.engine.snapshot import Release
 from nbdfleece.export.export import ExportTable
-from tests.backup.conftest import tmp_path as in_memory
 
 from .rig import make_image
-
-tmp_path = in_memory
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -33,6 +33,7 @@ from tests.engine.rig import (
 
 SIZE = 12 * CLUSTER + 25 * 512
 NAMES = ("vda", "vdb")
+SECONDS_MAX = 120
 
 
 @dataclass
@@ -71,13 +72,13 @@ class EngineAgainstModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.folder = Path(tempfile.mkdtemp(prefix="nbdfleece-machine-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="nbdfleece-machine-", dir="/dev/shm"))
         self.images = [make_image(self.folder / f"{name}.qcow2", SIZE) for name in NAMES]
         self.made = 0
         self.is_exact = True
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return self.loop.run_until_complete(asyncio.wait_for(work, 20))
+        return self.loop.run_until_complete(asyncio.wait_for(work, SECONDS_MAX))
 
     @initialize()
     def start(self) -> None:
@@ -249,10 +250,5 @@ class EngineAgainstModel(RuleBasedStateMachine):
             assert [each.name for each in chain.checkpoints] == list(disk.changed)
 
 
-EngineAgainstModel.TestCase.settings = settings(
-    max_examples=30,
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+EngineAgainstModel.TestCase.settings = settings(max_examples=30, stateful_step_count=25)
 TestEngineAgainstModel = EngineAgainstModel.TestCase

@@ -119,7 +119,6 @@ async def kill_at(paths: list[Path], change: PendingChange, write: int) -> bool:
         return mortal.is_dead
 
 
-@pytest.mark.timeout(170)
 @pytest.mark.parametrize("name", ["clear", "add", "merge"])
 async def test_kill_at_any_write_leaves_all_or_nothing(tmp_path: Path, name: str) -> None:
     """Rule 6: what the next command over the same images settles is the same on all of them."""

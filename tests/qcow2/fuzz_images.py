@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import ctypes
 import json
 import logging
 import random
@@ -21,6 +22,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -37,7 +39,12 @@ MEMORY_BYTES_MAX = 1 << 30
 """Above what the interpreter has taken: an L1 table of 32 MiB, caches of 48 MiB, and a bitmap,
 whose bits may take 512 MiB."""
 
-SECONDS_MAX = 20
+SECONDS_MAX = 120
+"""An image takes a fraction of one; a loaded machine may stretch it."""
+
+_M_ARENA_MAX = -8
+"""mallopt(3)."""
+
 SIZE = 2 << 20
 PATTERN = b"guest\xa5\x5a!" * 64
 """A sector of what the guest writes."""
@@ -262,7 +269,13 @@ def run_fuzzer(folder: Path, images: int, seed: int, first: int = 0) -> collecti
 
 
 def _limit_memory() -> None:
-    """From here on MemoryError is what comes of taking too much."""
+    """From here on MemoryError is what comes of taking too much.
+
+    What counts is address space, of which glibc gives each thread some 72 MiB by default; and how
+    many threads there are depends on the machine.
+    """
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    threading.stack_size(1 << 20)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY_BYTES_MAX
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))

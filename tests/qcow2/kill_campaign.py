@@ -35,7 +35,9 @@ SIZE = 32 << 20
 HALF = SIZE // 2
 BLOCK = 4096
 CHECKPOINTS_MAX = 3
-SECONDS_MAX = 30
+FLUSHES_MIN = 2
+"""Of our writer in each life."""
+SECONDS_MAX = 180
 PROGRAM = str(Path(sys.executable).with_name("nbdfleece"))
 
 IMAGE_OPTIONS = [
@@ -139,19 +141,25 @@ def fio_on(life: Life, seed: int) -> Iterator[None]:
 
 
 def write_until_killed(life: Life, books: Books, rng: random.Random, seconds: float) -> None:
-    """Keep books on writes and flushes until the server dies."""
+    """Keep books on writes and flushes until the server dies, ``seconds`` after the first few."""
     client = life.connect("vda")
+
+    def write_and_flush() -> None:
+        for _ in range(rng.randint(1, 12)):
+            block = rng.randrange(HALF // BLOCK)
+            client.pwrite(books.issue(block), HALF + block * BLOCK)
+        if rng.random() < 0.2:
+            client.trim(HALF // 4, rng.randrange(HALF // 2 // BLOCK) * BLOCK)
+        client.flush()
+        books.flushed()
+
+    for _ in range(FLUSHES_MIN):
+        write_and_flush()
     timer = threading.Timer(seconds, life.server.kill)
     timer.start()
     with contextlib.suppress(nbd.Error):
         while True:
-            for _ in range(rng.randint(1, 12)):
-                block = rng.randrange(HALF // BLOCK)
-                client.pwrite(books.issue(block), HALF + block * BLOCK)
-            if rng.random() < 0.2:
-                client.trim(HALF // 4, rng.randrange(HALF // 2 // BLOCK) * BLOCK)
-            client.flush()
-            books.flushed()
+            write_and_flush()
     timer.join()
 
 
@@ -256,7 +264,8 @@ def run_campaign(folder: Path, kills: int, seed: int) -> None:
         campaigns[number % len(campaigns)].live_and_die(number)
     for campaign in campaigns:
         halves = {content[:HALF] for content in campaign.contents.values()}
-        assert next(campaign.books.numbers) > kills, "the writer has hardly written"
+        lives = kills // len(campaigns)
+        assert next(campaign.books.numbers) > lives * FLUSHES_MIN, "the writer has hardly written"
         assert len(halves) > 1 or kills < 2 * len(campaigns), "fio has not written"
 
 

@@ -19,7 +19,7 @@ from conformance.programs import Programs
 from nbdfleece.extents import Extents
 
 PIECE = 8 << 20
-SECONDS_MAX = 60
+SECONDS_MAX = 180
 
 _RESULT = re.compile(r"^(?P<done>wrote|discard|read) .*bytes at offset|^.* failed: ", re.MULTILINE)
 

@@ -79,7 +79,7 @@ def extension_types(path: Path) -> list[int]:
 def qemu_io(path: Path, *commands: str) -> None:
     arguments = [item for command in commands for item in ("-c", command)]
     subprocess.run(
-        ["qemu-io", "-f", "qcow2", *arguments, path], check=True, capture_output=True, timeout=30
+        ["qemu-io", "-f", "qcow2", *arguments, path], check=True, capture_output=True, timeout=120
     )
 
 

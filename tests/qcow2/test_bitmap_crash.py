@@ -225,7 +225,7 @@ async def cut_power_under_load(path: Path, rng: random.Random) -> None:
         _, end = await asyncio.gather(guest_writes(image, rng), end_of(stored, disk))
         spans.append((begin, end))
     await image.close()
-    for number in range(400):
+    for number in range(200):
         point = rng.randrange(len(disk.log.records) + 1)
         state = disk.log.crash(point, rng if number % 4 else None)
         done = sum(end <= point for _, end in spans)

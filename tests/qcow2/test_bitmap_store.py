@@ -116,7 +116,7 @@ def qemu_bitmap_digest(path: Path, name: str) -> str:
         input="\n".join(map(json.dumps, commands)),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=True,
     )
     (digest,) = re.findall(r'"sha256": "(\w+)"', result.stdout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
+import random
 import sys
 import zlib
 from pathlib import Path
@@ -22,6 +22,7 @@ from nbdfleece.qcow2.image import Qcow2Image
 from tests.qcow2.guest import qemu_img
 
 CLUSTER = 65536
+NOISE = random.Random(1)
 TEXT = (b"some text that compresses well, number %d. " * 3000)[:CLUSTER]
 
 
@@ -40,12 +41,12 @@ def decompressor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("decompressor")
 def test_what_follows_in_the_last_sector_is_not_inflated() -> None:
     """The length is in whole sectors: what follows is another cluster's."""
-    assert inflate(deflated(TEXT) + os.urandom(400), CLUSTER, ZLIB) == TEXT
+    assert inflate(deflated(TEXT) + NOISE.randbytes(400), CLUSTER, ZLIB) == TEXT
 
 
 @pytest.mark.usefixtures("decompressor")
 @pytest.mark.parametrize(
-    "data", [os.urandom(600), deflated(TEXT)[:50], deflated(TEXT[:-1]), b"", b"\xff" * 600]
+    "data", [NOISE.randbytes(600), deflated(TEXT)[:50], deflated(TEXT[:-1]), b"", b"\xff" * 600]
 )
 @pytest.mark.parametrize("kind", [ZLIB, ZSTD])
 def test_damaged_cluster_is_an_io_error(data: bytes, kind: int) -> None:
@@ -70,7 +71,7 @@ def zstd_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("zstd_library")
 def test_cluster_of_several_frames_is_inflated_in_place() -> None:
-    data = zstd.compress(TEXT[:1000]) + zstd.compress(TEXT[1000:]) + os.urandom(400)
+    data = zstd.compress(TEXT[:1000]) + zstd.compress(TEXT[1000:]) + NOISE.randbytes(400)
     view = memoryview(bytearray(CLUSTER))
     compressed.inflate_into(memoryview(bytearray(data)), view, ZSTD)
     assert view == TEXT
@@ -80,7 +81,7 @@ def test_cluster_of_several_frames_is_inflated_in_place() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        os.urandom(600),
+        NOISE.randbytes(600),
         zstd.compress(TEXT)[:50],
         zstd.compress(TEXT[:-1]),
         b"",
@@ -98,7 +99,7 @@ def test_damaged_zstd_cluster_is_an_io_error(data: bytes) -> None:
 async def test_any_part_of_compressed_clusters_is_read(tmp_path: Path, compression: str) -> None:
     """Whole ones by a thread, parts of one inline and kept for the next part."""
     raw, path = tmp_path / "raw", tmp_path / "disk.qcow2"
-    content = b"".join(os.urandom(1000) + TEXT for _ in range(12))
+    content = b"".join(NOISE.randbytes(1000) + TEXT for _ in range(12))
     content += bytes(-len(content) % CLUSTER)
     raw.write_bytes(content)
     qemu_img(

@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -115,9 +115,4 @@ class ImageMachine(RuleBasedStateMachine):
 
 
 TestImageMachine = ImageMachine.TestCase
-TestImageMachine.settings = settings(
-    max_examples=40,
-    stateful_step_count=20,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestImageMachine.settings = settings(max_examples=40, stateful_step_count=20)

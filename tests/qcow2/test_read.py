@@ -73,18 +73,9 @@ def qemu_zeroes(path: Path) -> list[tuple[int, int]]:
 
 def qemu_depths(path: Path) -> list[tuple[int, int]]:
     """``(length, allocation depth)`` from qemu-nbd."""
-    command = f"qemu-nbd -r -A -f qcow2 {path}"
-    info = ["nbdinfo", "--json", "--map=qemu:allocation-depth"]
-    socket = path.with_suffix(".sock")
-    server = subprocess.Popen([*command.split(), "-k", str(socket)])
-    try:
-        uri = f"nbd+unix:///?socket={socket}"
-        while not socket.exists():
-            assert server.poll() is None
-        done = subprocess.run([*info, uri], capture_output=True, check=True)
-    finally:
-        server.terminate()
-        server.wait()
+    server = ["[", "qemu-nbd", "-r", "-A", "-f", "qcow2", str(path), "]"]
+    info = ["nbdinfo", "--json", "--map=qemu:allocation-depth", "--", *server]
+    done = subprocess.run(info, capture_output=True, check=True)
     return merged([(entry["length"], entry["type"]) for entry in json.loads(done.stdout)])
 
 
