@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from functools import partial
 
 from nbdfleece.server.turns import STREAM_TURNS, Turns
 
@@ -73,16 +74,18 @@ async def test_busy_clients_have_theirs_after_a_few_of_the_streams_however_many_
 
     def stream() -> None:
         events.append("s")
-        turns.add(stream) if len(events) < 100 else done.done() or done.set_result(None)
+        turns.add(stream)
+        if len(events) > 100 and not done.done():
+            done.set_result(None)
 
     def busy(name: str) -> None:
         events.append(name)
-        turns.add_busy(lambda: busy(name))
+        turns.add_busy(partial(busy, name))
 
     for _ in range(10):
         turns.add(stream)
     for name in "ab":
-        turns.add_busy(lambda name=name: busy(name))  # type: ignore[misc]
+        turns.add_busy(partial(busy, name))
     await done
     each_round = "s" * STREAM_TURNS + "ab"
     assert "".join(events[:96]) == (each_round * 100)[:96]
@@ -94,7 +97,7 @@ async def test_busy_clients_alone_take_all_turns() -> None:
     done = asyncio.get_running_loop().create_future()
     assert turns.is_idle
     for name in "abc":
-        turns.add_busy(lambda name=name: events.append(name))  # type: ignore[misc]
+        turns.add_busy(partial(events.append, name))
     assert not turns.is_idle
     turns.add_busy(lambda: done.set_result(None))
     await done
