@@ -14,8 +14,9 @@ import os
 from collections.abc import Callable
 from typing import Final
 
-AHEAD_BYTES: Final = 4 << 20
-"""So far ahead of a stream the disk is asked, and never for more than has been read of it."""
+AHEAD_BYTES: Final = 8 << 20
+"""So far ahead of a stream the disk is asked, a quarter of it at a time, and never for more than
+has been read of the stream."""
 
 STREAMS_MAX: Final = 16
 """Streams of one file that are followed; above it the one is forgotten that was silent longest."""
@@ -62,7 +63,7 @@ class ReadAhead:
         asked, length = stream
         length += end - offset
         ahead = min(AHEAD_BYTES, length)
-        if self.asking is None and asked - end < ahead // 2:
+        if self.asking is None and asked - end <= ahead - ahead // 4:
             self.asking = self._ask(max(asked, end), end + ahead)
             self.asking.add_done_callback(self._end)
             asked = end + ahead
