@@ -4,7 +4,8 @@ Everything that the page cache can answer is done inline in the loop's thread;
 what would block goes to a bounded pool of threads, so that one cold read or one
 slow disk never stalls another client (rule 5):
 
-* **Reads** ask with ``RWF_NOWAIT`` first. What is cold is fetched by a thread.
+* **Reads** ask with ``RWF_NOWAIT`` first. What is cold is fetched by a thread, and what
+  follows large cold reads is asked for before they come to it (:mod:`.read_ahead`).
 * **Writes** up to :data:`INLINE_BYTES_MAX` are a ``pwrite`` into the page cache.
 * **Flushes** are ``fdatasync`` in a thread, with group commit: callers that
   arrive while one runs share the next one. A flush with nothing written since
@@ -27,6 +28,7 @@ import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final, TypeVar
 
 from ..errors import ImageError
@@ -40,10 +42,14 @@ from .linux import (
 )
 from .locks import Access, lock_file
 from .node import BlockNode, BlockStatus, block_status_word
+from .read_ahead import ReadAhead, will_need
 from .stable import StablePlace, open_stable
 
 INLINE_BYTES_MAX: Final = 1 << 20
 """Writes up to this size run in the loop's thread: 1 MiB into the page cache is 0.1 to 0.3 ms."""
+
+STREAM_BYTES_MIN: Final = 64 << 10
+"""Cold reads from this size on may begin a stream, of which a thread reads ahead."""
 
 THREADS_MAX: Final = 16
 """Threads of the pool, for all files: as many operations may wait for disks at one time."""
@@ -80,7 +86,11 @@ async def in_pool(
     pool: ThreadPoolExecutor, function: Callable[..., _Result], *args: object
 ) -> _Result:
     """As :func:`in_thread`, in a pool of the caller's."""
-    future = asyncio.get_running_loop().run_in_executor(pool, function, *args)
+    return await _finished(asyncio.get_running_loop().run_in_executor(pool, function, *args))
+
+
+async def _finished(future: asyncio.Future[_Result]) -> _Result:
+    """Wait for what a thread does, also when cancelled."""
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
@@ -118,6 +128,7 @@ class FileNode(BlockNode):
         self.identity = (info.st_dev, info.st_ino)
         """Device and inode: the same for two names of one file."""
         self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._ahead = ReadAhead(partial(_ask, fd))
         self._stable = None
         if excludes_writers and stat.S_ISREG(info.st_mode):
             self._stable = open_stable(fd, is_in_memory=self._is_in_memory)
@@ -183,10 +194,15 @@ class FileNode(BlockNode):
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset`` on; what lies past the end of the file is zeroes."""
+        end = offset + len(view)
+        if self._ahead.streams:
+            self._ahead.follow(offset, end)
         count = self.read_cached(offset, view)
         if count == len(view):
             return
         if offset + count < self.size:
+            if len(view) >= STREAM_BYTES_MIN:
+                self._ahead.begin(offset, end)
             await in_thread(_read_fully, self._fd, offset + count, view[count:])
         else:
             _fill_zeroes(view[count:])
@@ -343,11 +359,18 @@ class FileNode(BlockNode):
         if self._fd < 0:
             return
         try:
+            if self._ahead.asking is not None:
+                await _finished(self._ahead.asking)
             await self.flush()
         finally:
             os.close(self._fd)
             self._fd = -1
             self._stable = None
+
+
+def _ask(fd: int, begin: int, end: int) -> asyncio.Future[None]:
+    """Have a thread ask the disk for what will be read."""
+    return asyncio.get_running_loop().run_in_executor(_pool, will_need, fd, begin, end)
 
 
 def _read_fully(fd: int, offset: int, view: memoryview) -> None:

@@ -7,7 +7,8 @@ them, or in the turns that they ask for.
 **A turn.** One receive takes what the kernel has, the current phase handles every
 whole message in it, and the replies leave in one send. What is left when the turn
 has used up its share of time is handled when the others who wait have had theirs
-(:mod:`.turns`); so is all that a client sends who has lately used up its share.
+(:mod:`.turns`); so is all that a client sends who has lately used up its share, and
+beside others who did, what a client sends who asks for several things at a time.
 
 **States.** Each has one way in:
 
@@ -263,6 +264,8 @@ class Connection:
         self._inbox.received(count)
         if self._phase.is_bulk:
             self._turn = self._host.turns.add(self._take_turn)
+        elif self._phase.is_busy and not self._host.turns.is_idle:
+            self._turn = self._host.turns.add_busy(self._take_turn)
         else:
             self._take_turn()
 
@@ -482,11 +485,8 @@ class Connection:
 
     def _end_slow_handshake(self) -> None:
         self._timer = None
-        logger.warning(
-            "%s: handshake not done after %g s, the limit: connection closed",
-            self.peer,
-            self._limits.handshake_seconds,
-        )
+        limit = f"handshake not done after {self._limits.handshake_seconds:g} s, the limit"
+        logger.warning("%s: %s: connection closed", self.peer, limit)
         self._release()
 
     def _end_idle(self) -> None:

@@ -41,7 +41,7 @@ from .limits import Limits
 from .outbox import Outbox
 from .pieces import ends_in_zeroes, find_holes, halve
 from .statistics import Statistics
-from .turns import COPIES_PER_SENDFILE, REQUEST_COST, STATUS_TURN_COST
+from .turns import BUSY_REQUESTS, COPIES_PER_SENDFILE, REQUEST_COST, STATUS_TURN_COST
 
 BAD_BLOCKS_MAX: Final = 16
 """A READ that meets errors is given up after so many bad blocks: each may cost a disk seconds."""
@@ -109,6 +109,7 @@ class Transmission:
         needed: Bytes that the next message takes, as far as is known.
         disconnected: The client has sent DISC.
         is_bulk: The client has lately had enough requests, or large enough ones, for a whole turn.
+        is_busy: It has lately had several requests for a turn.
         requests_in_flight: Requests that wait for something.
         bytes_in_flight: Their payload, either way.
     """
@@ -118,7 +119,7 @@ class Transmission:
         self.export = negotiated.export.export
         self.statistics = Statistics()
         self.disconnected = False
-        self.is_bulk = False
+        self.is_bulk = self.is_busy = False
         self._turn_left = 0
         self.requests_in_flight = 0
         self.bytes_in_flight = 0
@@ -184,6 +185,7 @@ class Transmission:
             ProtocolError: The stream is out of step: drop the connection.
         """
         outbox = self._outbox
+        before = self.statistics.requests
         self._turn_left = turn_bytes = self._limits.wake_up_bytes_max
         flush_bytes = self._limits.flush_bytes
         is_open = self.is_open
@@ -192,6 +194,7 @@ class Transmission:
             if length is None:
                 if self._turn_left < turn_bytes:
                     self.is_bulk = False
+                    self.is_busy = self.statistics.requests - before >= BUSY_REQUESTS
                 return self.disconnected
             self._turn_left -= length + REQUEST_COST
             if outbox.queued_bytes >= flush_bytes:

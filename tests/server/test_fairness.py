@@ -21,11 +21,14 @@ from nbdfleece.server.connection import Connection
 from nbdfleece.server.limits import Limits
 from nbdfleece.server.listener import Listener
 from nbdfleece.server.tls import Authorization
+from nbdfleece.server.turns import STREAM_TURNS
 from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import GREETING_BYTES, Client, Serve, export_of, pack_request, settled
 
 KIB, MIB = 1 << 10, 1 << 20
+REPLY_BYTES = 28
+"""Of a READ, beside the data."""
 GO_X = struct.pack(">I", 1) + b"x\0\0"
 
 
@@ -185,6 +188,29 @@ async def test_long_reads_of_several_clients_take_one_turn_for_each_chunk(serve:
     assert counter.most <= 3
     for client in clients:
         assert sum(len(chunk.payload) for chunk in await client.replies()) == MIB
+
+
+async def test_busy_client_has_a_turn_after_a_few_of_those_who_stream(serve: Serve) -> None:
+    """A guest does not have one after each of theirs, and waits for no more however many stream."""
+    node = MemoryNode(b"x" * MIB)
+    turns: list[str] = []
+    node.fail = lambda operation, offset: turns.append("s" if offset else "b")
+    # With so much room, no stream ever waits for its client to read.
+    served = serve(node, limits=Limits(wake_up_bytes_max=64 * KIB, queued_bytes_max=64 * MIB))
+    streams, busy = [await served.open() for _ in range(12)], await served.open()
+
+    async def ask() -> None:
+        await busy.send(pack_request(Command.READ, 0, 512) * 4)
+        await busy.receive(4 * (REPLY_BYTES + 512))
+
+    await ask()
+    for client in streams:
+        client.sock.send(pack_request(Command.READ, 64 * KIB, 64 * KIB) * 40)
+    while turns.count("s") < 400:
+        await ask()
+    between = [len(part) for part in "".join(turns).split("bbbb")[2:-1]]
+    assert sum(between) / len(between) >= STREAM_TURNS, between
+    assert max(between) < len(streams), between
 
 
 async def test_refusals_are_logged_once_and_not_by_list(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from functools import partial
 
-from nbdfleece.server.turns import Turns
+from nbdfleece.server.turns import STREAM_TURNS, Turns
 
 
 async def test_sockets_are_looked_at_between_two_turns() -> None:
@@ -64,3 +65,42 @@ async def test_cancelled_turn_is_passed_over_and_a_failing_one_keeps_nobody_from
     turns.add(lambda: again.set_result(None))
     await again
     assert (events, problems) == ([], ["on purpose"])
+
+
+async def test_busy_clients_have_theirs_after_a_few_of_the_streams_however_many_these_are() -> None:
+    turns = Turns(asyncio.get_running_loop())
+    events: list[str] = []
+    done = asyncio.get_running_loop().create_future()
+
+    def stream() -> None:
+        events.append("s")
+        turns.add(stream)
+        if len(events) > 100 and not done.done():
+            done.set_result(None)
+
+    def busy(name: str) -> None:
+        events.append(name)
+        turns.add_busy(partial(busy, name))
+
+    for _ in range(10):
+        turns.add(stream)
+    for name in "ab":
+        turns.add_busy(partial(busy, name))
+    await done
+    each_round = "s" * STREAM_TURNS + "ab"
+    assert "".join(events[:96]) == (each_round * 100)[:96]
+
+
+async def test_busy_clients_alone_take_all_turns() -> None:
+    turns = Turns(asyncio.get_running_loop())
+    events: list[str] = []
+    done = asyncio.get_running_loop().create_future()
+    assert turns.is_idle
+    for name in "abc":
+        turns.add_busy(partial(events.append, name))
+    assert not turns.is_idle
+    turns.add_busy(lambda: done.set_result(None))
+    await done
+    await asyncio.sleep(0)
+    assert "".join(events) == "abc"
+    assert turns.is_idle
