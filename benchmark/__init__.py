@@ -9,9 +9,12 @@ What each module knows:
 * :mod:`.place`: folders, programs, what is in the page cache;
 * :mod:`.servers`: how each server is started in its best configuration;
 * :mod:`.clients`: foreign load generators;
-* :mod:`.images`: what is served;
+* :mod:`.images`, :mod:`.copies`: what is served, and to servers that write;
 * :mod:`.rows`: the workloads;
 * :mod:`.measure`: rounds, ratios and their spread;
-* :mod:`.curves`: how cost grows;
+* :mod:`.run`, :mod:`.version`: a run of rows, which may be split while ours stays the same;
+* :mod:`.curves`, :mod:`.growth`, :mod:`.curve_files`, :mod:`.curve_picture`: how cost grows;
+* :mod:`.profiles`: where our server's time goes;
+* :mod:`.raw_limit`, :mod:`.pull_dirty`: programs of their own, a server and a client;
 * :mod:`.report`, :mod:`.picture`: JSON, Markdown, SVG.
 """

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
+import struct
 import subprocess
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -20,24 +23,29 @@ from nbdfleece.qcow2.image import Qcow2Image
 from .place import Place
 
 GRANULE = 65536
+_OFFSET_MASK = 0x00FFFFFFFFFFFE00
+"""The bits of an L1 entry that are a table's host offset."""
 TIB = 1 << 40
 
 
 class Images:
-    """The images of a run, each made when it is first asked for."""
+    """The images of a run, each made when it is first asked for. Threads may share this."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.size = place.image_bytes
+        self.text_size = self.size // 2  # compressing and inflating take their time
         self._hashes: dict[Path, str] = {}
+        self._lock = threading.RLock()  # one image is made of another
 
-    def _make(self, name: str, fill: Callable[[Path], None], folder: Path | None = None) -> Path:
+    def _make(self, name: str, fill: Callable[[Path], object], folder: Path | None = None) -> Path:
         path = (folder or self.place.memory) / name
-        if not path.exists():
-            part = path.with_suffix(".part")
-            part.unlink(missing_ok=True)
-            fill(part)
-            part.rename(path)
+        with self._lock:
+            if not path.exists():
+                part = path.with_suffix(".part")
+                part.unlink(missing_ok=True)
+                fill(part)
+                part.rename(path)
         return path
 
     @cached_property
@@ -50,20 +58,10 @@ class Images:
         """The same as a qcow2 with every cluster allocated."""
         return self._make(f"f{self.size >> 20}.qcow2", lambda path: convert(self.raw, path))
 
-    @cached_property
-    def fragmented(self) -> Path:
-        """The same with its clusters in random order in the file."""
-        return self._make(f"g{self.size >> 20}.qcow2", self._fill_fragmented)
-
-    def _fill_fragmented(self, path: Path) -> None:
-        create(path, self.size)
-        order = np.random.default_rng(1).permutation(self.size // GRANULE).tolist()
-        script = "".join(f"write -q -s {self.raw} {at * GRANULE} 64k\n" for at in order)
-        # qemu-io's -s takes the file's beginning: content differs, the layout is the point.
-        subprocess.run(
-            ["qemu-io", "-f", "qcow2", str(path)], input=script, text=True, check=True,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+    def fragmented(self, pieces: int) -> Path:
+        """The same in so many pieces of equal length, which lie in random order in the file."""
+        name = f"g{self.size >> 20}-{pieces}.qcow2"
+        return self._make(name, lambda path: _fill_fragmented(path, self.full, pieces))
 
     @cached_property
     def empty(self) -> Path:
@@ -77,18 +75,25 @@ class Images:
     @cached_property
     def text(self) -> Path:
         """Raw bytes that compress to about a third, unlike everywhere."""
-        return self._make(f"t{self.size >> 20}.raw", lambda path: _fill_text(path, self.size))
+        name = f"t{self.text_size >> 20}.raw"
+        return self._make(name, lambda path: _fill_text(path, self.text_size))
 
     def compressed(self, kind: str) -> Path:
         """``text`` as a qcow2 with compressed clusters, ``zlib`` or ``zstd``."""
         options = ("-c", "-o", f"compression_type={kind}")
-        name = f"{kind}{self.size >> 20}.qcow2"
+        name = f"{kind}{self.text_size >> 20}.qcow2"
         return self._make(name, lambda path: convert(self.text, path, *options))
 
     def cold(self, name: str) -> Path:
         """A full qcow2 on a disk, one for each contestant's name."""
         file = f"cold-{self.size >> 20}-{name}.qcow2"
         return self._make(file, lambda path: convert(self.raw, path), self.place.disk)
+
+    @cached_property
+    def cold_raw(self) -> Path:
+        """The same bytes as a raw file, on that disk."""
+        name = f"cold-{self.size >> 20}.raw"
+        return self._make(name, lambda path: shutil.copyfile(self.raw, path), self.place.disk)
 
     @cached_property
     def alternating(self) -> Path:
@@ -105,10 +110,11 @@ class Images:
 
     def content_hash(self, raw: Path) -> str:
         """SHA-256 of a raw file."""
-        if raw not in self._hashes:
-            with raw.open("rb") as file:
-                self._hashes[raw] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._hashes[raw]
+        with self._lock:
+            if raw not in self._hashes:
+                with raw.open("rb") as file:
+                    self._hashes[raw] = hashlib.file_digest(file, "sha256").hexdigest()
+            return self._hashes[raw]
 
 
 def _make_certificates(folder: Path) -> None:
@@ -148,6 +154,23 @@ def _fill_text(path: Path, size: int) -> None:
         for _ in range(0, size, 1 << 20):
             chosen = rng.integers(0, len(words), 1 << 15).tolist()
             file.write(b" ".join(words[index] for index in chosen)[: 1 << 20])
+
+
+def _fill_fragmented(path: Path, full: Path, pieces: int) -> None:
+    """Exchange the L2 entries of a full image: where its data are, refcounts know nothing of."""
+    if (full.stat().st_size // GRANULE) < pieces:
+        raise ValueError(f"{full} has fewer clusters than {pieces}")
+    shutil.copyfile(full, path)
+    words = np.memmap(path, ">u8", "r+")
+    with full.open("rb") as file:
+        cluster_bits, size, _, l1_entries, l1_offset = struct.unpack_from(
+            ">IQIIQ", file.read(48), 20
+        )
+    l1 = (words[l1_offset // 8 :][:l1_entries] & _OFFSET_MASK).astype(np.int64) // 8
+    at = (l1[:, None] + np.arange((1 << cluster_bits) // 8)).ravel()[: size >> cluster_bits]
+    order = np.random.default_rng(1).permutation(pieces)
+    words[at] = words[at].reshape(pieces, -1)[order].ravel()
+    words.flush()
 
 
 def _fill_alternating(path: Path) -> None:

@@ -25,6 +25,7 @@ class Metric:
         at_least: The ratio to the best peer that must be reached; None for no ratio.
         aim: The ratio that is aimed at.
         limit: For an absolute figure: what it may be at most.
+        of_raw: The part of the raw limit that is aimed at, where one is measured.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Metric:
     at_least: float | None = None
     aim: float | None = None
     limit: float | None = None
+    of_raw: float | None = None
 
     def ratio(self, ours: float, peers: float) -> float:
         """How many times better ours is."""
@@ -47,6 +49,7 @@ class Contestant:
         samples: By the metric's key, one value per round.
         counts: Whether ours is compared with it in the result.
         failure: Why it could not be measured.
+        is_limit: It is the raw limit.
     """
 
     label: str
@@ -54,6 +57,7 @@ class Contestant:
     counts: bool
     samples: dict[str, list[float]] = field(default_factory=dict)
     failure: str | None = None
+    is_limit: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,13 @@ def best_peer_ratio(metric: Metric, contestants: list[Contestant]) -> Ratio | No
     return min(ratios, key=lambda ratio: ratio.median, default=None)
 
 
+def raw_ratio(metric: Metric, contestants: list[Contestant]) -> Ratio | None:
+    """What part of the raw limit ours reaches, if it was measured and the metric has one."""
+    ours = next(it for it in contestants if it.is_ours)
+    limit = next((it for it in contestants if it.is_limit), None)
+    return ratio_to(metric, ours, limit) if limit is not None and metric.of_raw else None
+
+
 @dataclass
 class Result:
     """What a row has given.
@@ -133,13 +144,15 @@ class Result:
         for metric, entry in zip(self.metrics, data["metrics"], strict=True):
             best = best_peer_ratio(metric, self.contestants)
             entry["ratio"] = None if best is None else asdict(best)
+            raw = raw_ratio(metric, self.contestants)
+            entry["raw_ratio"] = None if raw is None else asdict(raw)
         return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Result:
         """A result as it was written."""
         metrics = tuple(
-            Metric(**{name: value for name, value in entry.items() if name != "ratio"})
+            Metric(**{name: value for name, value in entry.items() if "ratio" not in name})
             for entry in data["metrics"]
         )
         contestants = [Contestant(**entry) for entry in data["contestants"]]

@@ -1,4 +1,4 @@
-"""SVG pictures: ratios as bars, growth as lines. Written by hand: no library is needed for it."""
+"""SVG pictures, written by hand: no library is needed for it. Ratios as bars."""
 
 from __future__ import annotations
 
@@ -12,7 +12,21 @@ _BAR_HEIGHT = 18
 _ROW_HEIGHT = 30
 _LABEL_WIDTH = 430
 _PLOT_WIDTH = 420
-_COLOURS = ("#0b6e4f", "#c1440e", "#3b5b92", "#8a6d00", "#7a3e8e", "#555555")
+
+_STYLE = """<style>
+.page { fill: #ffffff } text { fill: #1f2328 } .grid { stroke: #d8dee4 } .ink { stroke: #1f2328 }
+.good { fill: #1a7f5a } .bad { fill: #d0521b }
+.s0 { stroke: #1a7f5a; fill: #1a7f5a } .s1 { stroke: #d0521b; fill: #d0521b }
+.s2 { stroke: #3f6fb5; fill: #3f6fb5 } .s3 { stroke: #8a5fb0; fill: #8a5fb0 }
+.line { fill: none; stroke-width: 2.5 } .name { stroke: none }
+@media (prefers-color-scheme: dark) {
+.page { fill: #0d1117 } text { fill: #e6edf3 } .grid { stroke: #30363d } .ink { stroke: #e6edf3 }
+.good { fill: #3fb68b } .bad { fill: #f0803c }
+.s0 { stroke: #3fb68b; fill: #3fb68b } .s1 { stroke: #f0803c; fill: #f0803c }
+.s2 { stroke: #79a8ec; fill: #79a8ec } .s3 { stroke: #bc93e6; fill: #bc93e6 }
+.line { fill: none } }
+</style>"""
+"""Colours for light and dark pages, chosen by the reader's browser."""
 
 
 def ratios_picture(results: list[Result]) -> str:
@@ -26,12 +40,12 @@ def ratios_picture(results: list[Result]) -> str:
     ]
     highest = max((ratio.greatest for _, _, ratio in bars), default=1.0)
     lowest = min((ratio.least for _, _, ratio in bars), default=1.0)
-    scale = _LogScale(min(0.5, lowest), max(4.0, highest), _LABEL_WIDTH, _PLOT_WIDTH)
+    scale = LogScale(min(0.5, lowest), max(4.0, highest), _LABEL_WIDTH, _PLOT_WIDTH)
     height = 40 + _ROW_HEIGHT * len(bars)
     parts = list(_grid(scale, height))
     for number, (label, metric, ratio) in enumerate(bars):
         parts += _bar(label, metric, ratio, scale, 30 + number * _ROW_HEIGHT)
-    return _svg(_LABEL_WIDTH + _PLOT_WIDTH + 70, height, parts)
+    return svg(_LABEL_WIDTH + _PLOT_WIDTH + 70, height, parts)
 
 
 def _label(result: Result, metric: Metric) -> str:
@@ -39,7 +53,7 @@ def _label(result: Result, metric: Metric) -> str:
     return text if len(text) <= 68 else text[:67] + "…"
 
 
-class _LogScale:
+class LogScale:
     """Maps values to positions."""
 
     def __init__(self, low: float, high: float, start: float, width: float) -> None:
@@ -60,69 +74,42 @@ class _LogScale:
                     yield value
 
 
-def _grid(scale: _LogScale, height: int) -> Iterable[str]:
+def _grid(scale: LogScale, height: int) -> Iterable[str]:
     for value in scale.ticks():
         x = scale.at(value)
-        colour = "#333" if value == 1 else "#ddd"
-        yield f'<line x1="{x:.1f}" y1="20" x2="{x:.1f}" y2="{height - 8}" stroke="{colour}"/>'
+        kind = "ink" if value == 1 else "grid"
+        yield f'<line x1="{x:.1f}" y1="20" x2="{x:.1f}" y2="{height - 8}" class="{kind}"/>'
         yield f'<text x="{x:.1f}" y="14" text-anchor="middle">{value:g}</text>'
 
 
-def _bar(label: str, metric: Metric, ratio: Ratio, scale: _LogScale, y: int) -> Iterable[str]:
+def _bar(label: str, metric: Metric, ratio: Ratio, scale: LogScale, y: int) -> Iterable[str]:
     assert metric.at_least is not None
     one, end = scale.at(1), scale.at(ratio.median)
-    colour = _COLOURS[0] if ratio.median >= metric.at_least else _COLOURS[1]
+    kind = "good" if ratio.median >= metric.at_least else "bad"
     middle = y + _BAR_HEIGHT / 2
     yield f'<text x="{_LABEL_WIDTH - 8}" y="{y + 13}" text-anchor="end">{escape(label)}</text>'
     yield (
         f'<rect x="{min(one, end):.1f}" y="{y}" width="{abs(end - one):.1f}"'
-        f' height="{_BAR_HEIGHT}" fill="{colour}"/>'
+        f' height="{_BAR_HEIGHT}" class="{kind}"/>'
     )
     yield (
         f'<line x1="{scale.at(ratio.least):.1f}" y1="{middle}" x2="{scale.at(ratio.greatest):.1f}"'
-        f' y2="{middle}" stroke="#000"/>'
+        f' y2="{middle}" class="ink"/>'
     )
     goal = scale.at(metric.at_least)
     yield (
         f'<line x1="{goal:.1f}" y1="{y - 2}" x2="{goal:.1f}" y2="{y + _BAR_HEIGHT + 2}"'
-        ' stroke="#000" stroke-width="2" stroke-dasharray="3 2"/>'
+        ' class="ink" stroke-width="2" stroke-dasharray="3 2"/>'
     )
     right = scale.at(scale.high) + 8
     yield f'<text x="{right:.1f}" y="{y + 13}">{ratio.median:.2f}</text>'
 
 
-def curves_picture(
-    title: str, x_unit: str, y_unit: str, lines: dict[str, list[tuple[float, float]]]
-) -> str:
-    """Lines on two logarithmic scales, one per server."""
-    points = [point for line in lines.values() for point in line]
-    horizontal = _LogScale(min(x for x, _ in points), max(x for x, _ in points), 70, 420)
-    vertical = _LogScale(min(y for _, y in points) / 1.2, max(y for _, y in points) * 1.2, 0, 240)
-    parts = [f'<text x="70" y="16" font-weight="bold">{escape(title)}</text>']
-    for value in horizontal.ticks():
-        x = horizontal.at(value)
-        parts.append(f'<line x1="{x:.1f}" y1="30" x2="{x:.1f}" y2="270" stroke="#eee"/>')
-    for x_value in sorted({x for x, _ in points}):
-        x = horizontal.at(x_value)
-        parts.append(f'<text x="{x:.1f}" y="285" text-anchor="middle">{x_value:g}</text>')
-    for value in vertical.ticks():
-        y = 270 - vertical.at(value)
-        parts.append(f'<line x1="70" y1="{y:.1f}" x2="490" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="64" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-    parts.append(f'<text x="280" y="302" text-anchor="middle">{escape(x_unit)}</text>')
-    parts.append(f'<text x="8" y="26">{escape(y_unit)}</text>')
-    for number, (label, line) in enumerate(lines.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        path = " ".join(f"{horizontal.at(x):.1f},{270 - vertical.at(y):.1f}" for x, y in line)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="500" y="{44 + 18 * number}" fill="{colour}">{escape(label)}</text>')
-    return _svg(720, 310, parts)
-
-
-def _svg(width: int, height: int, parts: Iterable[str]) -> str:
+def svg(width: int, height: int, parts: Iterable[str]) -> str:
+    """A whole picture."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
         f' viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
     )
-    background = f'<rect width="{width}" height="{height}" fill="#fff"/>'
-    return "\n".join([head, background, *parts, "</svg>"]) + "\n"
+    background = f'<rect width="{width}" height="{height}" class="page"/>'
+    return "\n".join([head, _STYLE, background, *parts, "</svg>"]) + "\n"

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from .copies import Copies
+
 SYSTEM: Final = "system"
 """The programs of this machine, as opposed to a Debian tree's."""
 
@@ -42,6 +44,7 @@ class Place:
         tree: A Debian tree with newer programs, or None.
         image_bytes: Bytes of a disk in the rows that do not say another size.
         seconds: How long a timed run of a load generator lasts.
+        copies: Of images, for servers that write.
     """
 
     memory: Path
@@ -49,6 +52,7 @@ class Place:
     tree: Path | None
     image_bytes: int
     seconds: float
+    copies: Copies = field(default_factory=Copies)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     def path(self, ending: str) -> Path:
@@ -93,20 +97,26 @@ def resident_bytes(path: Path) -> int:
 
 
 def warm(path: Path) -> None:
-    """Read a file into the page cache, and look that it is there.
+    """Have a file in the page cache: look, read it if it is not all there, and look again.
 
     Raises:
         NotWarm: Some of it is not; there is not enough memory.
     """
+    if is_warm(path):
+        return
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(1 << 20)
         while file.readinto(buffer):
             pass
-    allocated = path.stat().st_blocks * 512
-    wanted = min(path.stat().st_size, allocated)
+    if not is_warm(path):
+        raise NotWarm(f"{path}: only {resident_bytes(path)} bytes are in the page cache")
+
+
+def is_warm(path: Path) -> bool:
+    """Whether what a file has is in the page cache."""
+    wanted = min(path.stat().st_size, path.stat().st_blocks * 512)
     # Holes may be resident too, and file systems allocate in larger units than pages.
-    if resident_bytes(path) < wanted * 0.98:
-        raise NotWarm(f"{path}: {resident_bytes(path)} of {wanted} bytes are in the page cache")
+    return resident_bytes(path) >= wanted * 0.98
 
 
 def make_cold(path: Path) -> None:

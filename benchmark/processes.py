@@ -75,10 +75,11 @@ class Process:
                 return int(line.split()[1]) * 1024
         raise KeyError(name)
 
-    def cpu_seconds(self) -> float:
-        """The processor time that all its threads have used."""
+    def user_and_system_seconds(self) -> tuple[float, float]:
+        """The processor time that all its threads have used, outside and inside the kernel."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        ticks = os.sysconf("SC_CLK_TCK")
+        return int(fields[11]) / ticks, int(fields[12]) / ticks
 
 
 def can_connect(address: Path | int) -> bool:

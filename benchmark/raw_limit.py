@@ -4,7 +4,11 @@ A thread per connection, simple replies, ``sendfile`` straight from the page cac
 no format, no fairness, no limits. What it reaches with a client is what the kernel and the
 client allow; the streaming rows show ours beside it.
 
-``python -m benchmark.raw_limit SOCKET FILE``; SOCKET is a path, or a TCP port of 127.0.0.1.
+Under a third argument, ``writable``, it also writes what it is told to, straight over what is being
+sent: what a guest's writes beside a pull cost at least.
+
+``python -m benchmark.raw_limit SOCKET FILE [writable]``; SOCKET is a path, or a TCP port of
+127.0.0.1. Every export's name is that of the file.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import sys
 import threading
 from typing import Final
 
-_HAS_FLAGS_READ_ONLY_MULTI_CONN: Final = 1 << 0 | 1 << 1 | 1 << 8
+_HAS_FLAGS_MULTI_CONN: Final = 1 << 0 | 1 << 8
+_READ_ONLY: Final = 1 << 1
 _OPTION: Final = struct.Struct(">QII")
 _OPTION_REPLY: Final = struct.Struct(">QIII")
 _REQUEST: Final = struct.Struct(">IHHQQI")
@@ -24,6 +29,7 @@ _REPLY: Final = struct.Struct(">IIQ")
 
 _GO: Final = 7
 _ACK, _INFO, _ERR_UNSUP = 1, 3, (1 << 31) + 1
+_READ, _WRITE = 0, 1
 
 
 def receive(sock: socket.socket, count: int) -> bytes:
@@ -34,7 +40,7 @@ def receive(sock: socket.socket, count: int) -> bytes:
     return data
 
 
-def negotiate(sock: socket.socket, size: int) -> None:
+def negotiate(sock: socket.socket, size: int, flags: int) -> None:
     """Refuse every option but GO."""
     sock.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
     receive(sock, 4)
@@ -45,20 +51,25 @@ def negotiate(sock: socket.socket, size: int) -> None:
         if option == _GO:
             break
         sock.sendall(_OPTION_REPLY.pack(0x3E889045565A9, option, _ERR_UNSUP, 0))
-    info = struct.pack(">HQH", 0, size, _HAS_FLAGS_READ_ONLY_MULTI_CONN)
+    info = struct.pack(">HQH", 0, size, flags)
     sock.sendall(_OPTION_REPLY.pack(0x3E889045565A9, option, _INFO, len(info)) + info)
     sock.sendall(_OPTION_REPLY.pack(0x3E889045565A9, option, _ACK, 0))
 
 
-def serve(sock: socket.socket, file: int, size: int) -> None:
+def serve(sock: socket.socket, file: int, size: int, flags: int) -> None:
     """One connection."""
     try:
-        negotiate(sock, size)
+        negotiate(sock, size, flags)
         while True:
             _, _, command, cookie, offset, length = _REQUEST.unpack(receive(sock, _REQUEST.size))
-            if command:
+            reply = _REPLY.pack(0x67446698, 0, cookie)
+            if command == _WRITE and not flags & _READ_ONLY:
+                os.pwrite(file, receive(sock, length), offset)
+                sock.sendall(reply)
+                continue
+            if command != _READ:
                 return
-            sock.send(_REPLY.pack(0x67446698, 0, cookie), socket.MSG_MORE)
+            sock.send(reply, socket.MSG_MORE)
             end = offset + length
             while offset < end:
                 offset += os.sendfile(sock.fileno(), file, offset, end - offset)
@@ -70,8 +81,9 @@ def serve(sock: socket.socket, file: int, size: int) -> None:
 
 def main() -> None:
     """Serve until a signal ends the process."""
-    address, path = sys.argv[1:]
-    file = os.open(path, os.O_RDONLY)
+    address, path, *more = sys.argv[1:]
+    file = os.open(path, os.O_RDWR if more else os.O_RDONLY)
+    flags = _HAS_FLAGS_MULTI_CONN | (0 if more else _READ_ONLY)
     size = os.fstat(file).st_size
     is_port = address.isdigit()
     listener = socket.socket(socket.AF_INET if is_port else socket.AF_UNIX)
@@ -82,7 +94,7 @@ def main() -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         if is_port:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=serve, args=(sock, file, size), daemon=True).start()
+        threading.Thread(target=serve, args=(sock, file, size, flags), daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -8,20 +8,19 @@ What "best" is was found by trying; ``docs/performance.md`` says what each peer 
 * **nbdkit**: the file plugin with its default of 16 threads per connection. It cannot read
   qcow2 and serves the same disk as raw bytes: shown, but no peer for a qcow2 row.
 * **nbdfleece**: as it comes, ``nbdfleece serve``; over TLS ``nbdfleece nbd``.
+* **the raw limit**: no server, and no peer: what the kernel and the client allow.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,7 @@ class Setup:
         checkpoints: Points in time on the chain: recording bitmaps with QEMU.
         snapshots: Frozen views that stand, exported as ``snap0``, ``snap1``, ...
         bitmaps: Bitmaps of the image that are exported with it.
+        bare: The first disk's raw bytes where the raw limit is shown beside the servers.
     """
 
     disks: dict[str, Path]
@@ -62,6 +62,7 @@ class Setup:
     checkpoints: int = 0
     snapshots: int = 0
     bitmaps: tuple[str, ...] = ()
+    bare: Path | None = None
 
 
 class Running:
@@ -96,10 +97,12 @@ class Server(ABC):
         label: Its name in tables.
         is_ours: Not a peer.
         counts: Whether it is a peer of the qcow2 rows, or only shown beside them.
+        is_limit: Not a server at all, but what none can do better than.
     """
 
     is_ours = False
     counts = True
+    is_limit = False
 
     def __init__(self, place: Place, label: str) -> None:
         self.place = place
@@ -124,13 +127,12 @@ class Server(ABC):
             yield self._enter(setup, address, stack)
 
     def _with_copies(self, setup: Setup, stack: ExitStack) -> Setup:
-        """The setup with copies of its images, which go when the server has gone."""
-        copies = {}
-        for name, path in setup.disks.items():
-            copies[name] = copy = self.place.path(".img")
-            stack.callback(copy.unlink, missing_ok=True)
-            copy_sparse(path, copy)
-        return Setup(**{**setup.__dict__, "disks": copies})
+        """The setup with copies of its images, which are given back when the server has gone."""
+        copies = {
+            name: stack.enter_context(self.place.copies.of(path, self.place))
+            for name, path in setup.disks.items()
+        }
+        return replace(setup, disks=copies)
 
     def _start(
         self, argv: list[str], address: Path | int, setup: Setup, stack: ExitStack
@@ -146,28 +148,6 @@ class Server(ABC):
         with path.open("wb") as file:
             file.truncate(size)
         return path
-
-
-def copy_sparse(source: Path, target: Path) -> None:
-    """Copy an image and keep its holes."""
-    if source.stat().st_blocks * 512 < source.stat().st_size:
-        with source.open("rb") as reader, target.open("wb") as writer:
-            _copy_data(reader, writer, source.stat().st_size)
-    else:
-        shutil.copyfile(source, target)
-
-
-def _copy_data(reader: Any, writer: Any, size: int) -> None:
-    at = 0
-    writer.truncate(size)
-    while at < size:
-        try:
-            at = os.lseek(reader.fileno(), at, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole up to the end
-            return
-        end = os.lseek(reader.fileno(), at, os.SEEK_HOLE)
-        while at < end:
-            at += os.copy_file_range(reader.fileno(), writer.fileno(), end - at, at, at)
 
 
 class Nbdfleece(Server):
@@ -202,7 +182,7 @@ class Nbdfleece(Server):
     def _enter_nbd(self, setup: Setup, address: Path | int, stack: ExitStack) -> Running:
         """Serve an image as it is, with the flags of qemu-nbd."""
         if len(setup.disks) > 1:
-            return self._enter(Setup(**{**setup.__dict__, "writable": True}), address, stack)
+            return self._enter(replace(setup, writable=True), address, stack)
         words = _nbd_words(setup, address)
         return self._start([*_nbdfleece(), "nbd", *words], address, setup, stack)
 
@@ -405,6 +385,34 @@ class Nbdkit(Server):
         return self._start(argv, address, setup, stack)
 
 
+class RawLimit(Server):
+    """A bare sendfile loop over the first disk's raw bytes: see :mod:`.raw_limit`.
+
+    Where the others write and freeze views it only overwrites the raw file that it sends from,
+    which no server may do (rule 1): all its exports are that file.
+    """
+
+    counts = False
+    is_limit = True
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place, "raw limit: sendfile")
+
+    def can(self, setup: Setup) -> bool:
+        return setup.bare is not None
+
+    def _with_copies(self, setup: Setup, stack: ExitStack) -> Setup:
+        assert setup.bare is not None
+        return replace(
+            setup, bare=stack.enter_context(self.place.copies.of(setup.bare, self.place))
+        )
+
+    def _enter(self, setup: Setup, address: Path | int, stack: ExitStack) -> Running:
+        program = str(Path(__file__).with_name("raw_limit.py"))
+        argv = [sys.executable, program, str(address), str(setup.bare)]
+        return self._start(argv + ["writable"] * setup.writable, address, setup, stack)
+
+
 def version(place: Place, system: str, program: str = "qemu-nbd") -> str:
     """A program's version number."""
     argv = place.argv(system, program, "--version")
@@ -424,4 +432,4 @@ def all_servers(place: Place) -> list[Server]:
                 servers.append(QemuStorageDaemon(place, system, aio))
         if place.has(system, "nbdkit"):
             servers.append(Nbdkit(place, system))
-    return servers
+    return [*servers, RawLimit(place)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import ClassVar
 
 from ..images import Images
@@ -39,6 +38,15 @@ class Row(ABC):
     def setup(self) -> Setup:
         """What servers serve."""
 
+    def ready(self, setup: Setup) -> None:
+        """Bring what is served into the page cache, or out of it, before a run."""
+        bare = [] if setup.bare is None else [setup.bare]
+        for path in (*setup.disks.values(), *setup.raw.values(), *bare):
+            warm(path)
+
+    def prepare(self, running: Running) -> None:
+        """What the workload needs of a running server, and is no part of it."""
+
     @abstractmethod
     def measure(self, server: Server, running: Running) -> dict[str, float]:
         """Run the workload once.
@@ -54,18 +62,14 @@ class Row(ABC):
     def sample(self, server: Server) -> dict[str, float]:
         """Start the server, run the workload once, end the server."""
         setup = self.setup()
-        for path in self.warm_files(setup):
-            warm(path)
+        self.ready(setup)
         with server.serve(setup) as running:
-            before = running.process.cpu_seconds()
+            self.prepare(running)
+            before = sum(running.process.user_and_system_seconds())
             values = self.measure(server, running)
-            used = running.process.cpu_seconds() - before
+            used = sum(running.process.user_and_system_seconds()) - before
         values["server-cpu"] = used / values.pop("operations", 1)
         return values
-
-    def warm_files(self, setup: Setup) -> list[Path]:
-        """What has to be in the page cache when a run begins."""
-        return [*setup.disks.values(), *setup.raw.values()]
 
 
 def throughput(bytes_done: int, seconds: float) -> float:

@@ -32,11 +32,13 @@ class IncrementalPull(Row):
     def setup(self) -> Setup:
         return Setup({"vda": self.images.sparse(DISK_BYTES)}, writable=True, checkpoints=1)
 
-    def measure(self, server: Server, running: Running) -> dict[str, float]:
+    def prepare(self, running: Running) -> None:
         fio(
             self.place, running.uri(), "randwrite", bs="64k", size=DISK_BYTES,
             number_ios=DIRTY_GRANULES, iodepth=8,
         )  # fmt: skip
+
+    def measure(self, server: Server, running: Running) -> dict[str, float]:
         with ExitStack() as stack:
             begin_seconds, name, context = begin_backup(server, running, stack)
             pulled = clients.pull_dirty(running.uri(name), context)

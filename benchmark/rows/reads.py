@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from .. import clients
 from ..clients import Fio, fio, percentile_microseconds
 from ..images import Images
 from ..measure import Metric
-from ..place import make_cold, resident_bytes
+from ..place import make_cold, resident_bytes, warm
 from ..servers import Running, Server, Setup, Transport
 from .base import Row, throughput
 
@@ -26,6 +24,8 @@ class _Pull(Row):
             {"vda": images.raw},
             transport=self.transport,
             certificates=certificates,
+            # Over TLS there is no sendfile: the kernel would have to encrypt.
+            bare=None if certificates else images.raw,
         )
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
@@ -43,7 +43,7 @@ class PullUnix(_Pull):
 
     name = "pull-unix"
     title = "full pull, 256 KiB requests, 4 connections"
-    metrics = (Metric("throughput", "MB/s", at_least=2.0, aim=3.0),)
+    metrics = (Metric("throughput", "MB/s", at_least=2.0, aim=3.0, of_raw=0.8),)
 
 
 class PullTcp(_Pull):
@@ -51,7 +51,7 @@ class PullTcp(_Pull):
 
     name = "pull-tcp"
     title = "the same over TCP loopback"
-    metrics = (Metric("throughput", "MB/s", at_least=1.0, aim=1.5),)
+    metrics = (Metric("throughput", "MB/s", at_least=1.0, aim=1.5, of_raw=0.8),)
     transport = Transport.TCP
 
 
@@ -108,7 +108,7 @@ class ReadLatency(RandomReads):
 
 
 class CompressedRead(Row):
-    """nbdcopy reads a compressed image."""
+    """nbdcopy reads a compressed image, of half the usual size."""
 
     def __init__(self, images: Images, kind: str) -> None:
         super().__init__(images)
@@ -121,7 +121,7 @@ class CompressedRead(Row):
         return Setup({"vda": self.images.compressed(self.kind)})
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
-        return {"throughput": throughput(self.images.size, clients.pull(running.uri()))}
+        return {"throughput": throughput(self.images.text_size, clients.pull(running.uri()))}
 
     def check(self, server: Server) -> None:
         with server.serve(self.setup()) as running:
@@ -135,16 +135,17 @@ class ColdRead(Row):
 
     name = "cold-read"
     title = "cold cache full read"
-    metrics = (Metric("throughput", "MB/s", at_least=1.0, aim=1.2),)
+    metrics = (Metric("throughput", "MB/s", at_least=1.0, aim=1.2, of_raw=0.8),)
 
     def setup(self) -> Setup:
-        return Setup({"vda": self.images.cold("a")})
+        return Setup({"vda": self.images.cold("a")}, bare=self.images.cold_raw)
 
-    def warm_files(self, setup: Setup) -> list[Path]:
-        return []
+    def ready(self, setup: Setup) -> None:
+        """What a server reads when it starts may make some of it warm: see measure."""
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
-        path = self.setup().disks["vda"]
+        setup = running.setup
+        path = setup.bare if server.is_limit and setup.bare else setup.disks["vda"]
         make_cold(path)
         seconds = clients.pull(running.uri())
         assert resident_bytes(path) > self.images.size // 2, "it was not read through the cache"
@@ -161,12 +162,9 @@ class NeighbourLatency(Row):
     def setup(self) -> Setup:
         return Setup({"vda": self.images.full, "vdb": self.images.cold("a")})
 
-    def warm_files(self, setup: Setup) -> list[Path]:
-        return [setup.disks["vda"]]
-
-    def sample(self, server: Server) -> dict[str, float]:
-        make_cold(self.setup().disks["vdb"])
-        return super().sample(server)
+    def ready(self, setup: Setup) -> None:
+        warm(setup.disks["vda"])
+        make_cold(setup.disks["vdb"])
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
         reader = Fio(

@@ -12,12 +12,15 @@ from .base import Row, throughput
 QEMU_GRANULE = 65536
 """Bytes that QEMU's copy-before-write copies at least."""
 
+FEWER = 4
+"""Under ten snapshots QEMU takes milliseconds for a write: a fourth of them will do."""
+
 
 class FirstTouch(Row):
     """fio writes 4 KiB at random places while snapshots stand.
 
     One write for each 64 KiB of the disk, wherever they fall: so most of them are the first
-    to their place for QEMU, too, which copies 64 KiB at once.
+    to their place for QEMU, too, which copies 64 KiB at once. Fewer under several snapshots.
     """
 
     def __init__(self, images: Images, snapshots: int) -> None:
@@ -39,7 +42,7 @@ class FirstTouch(Row):
         return {"iops": figures["iops"], "operations": figures["total_ios"]}
 
     def _write(self, running: Running) -> dict[str, float]:
-        count = self.images.size // QEMU_GRANULE
+        count = self.images.size // QEMU_GRANULE // (1 if self.snapshots == 1 else FEWER)
         return fio(self.place, running.uri(), "randwrite", size=self.images.size, number_ios=count)
 
     def check(self, server: Server) -> None:
@@ -56,19 +59,16 @@ class PullWhileWriting(Row):
     name = "pull-fleece"
     title = "full pull of a fleece while a writer runs"
     metrics = (
-        Metric("pull", "MB/s", at_least=1.2, aim=2.0),
+        Metric("pull", "MB/s", at_least=1.2, aim=2.0, of_raw=0.8),
         Metric("writer", "IOPS", at_least=1.2, aim=2.0),
     )
 
     def setup(self) -> Setup:
-        return Setup({"vda": self.images.full}, writable=True, snapshots=1)
+        images = self.images
+        return Setup({"vda": images.full}, writable=True, snapshots=1, bare=images.raw)
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
-        writer = Fio(
-            self.place, running.uri(), "randwrite", iodepth=8, size=self.images.size,
-            norandommap=1, runtime=120, time_based=1,
-        )  # fmt: skip
-        writer.wait_until_running()
+        writer = self._start_writer(running)
         seconds = clients.pull(running.uri("snap0"))
         writer.stop()
         return {
@@ -76,13 +76,19 @@ class PullWhileWriting(Row):
             "writer": writer.finish()["iops"],
         }
 
+    def _start_writer(self, running: Running) -> Fio:
+        writer = Fio(
+            self.place, running.uri(), "randwrite", iodepth=8, size=self.images.size,
+            norandommap=1, runtime=120, time_based=1,
+        )  # fmt: skip
+        writer.wait_until_running()
+        return writer
+
     def check(self, server: Server) -> None:
+        if server.is_limit:
+            return  # it keeps nothing still
         with server.serve(self.setup()) as running:
-            writer = Fio(
-                self.place, running.uri(), "randwrite", iodepth=8, size=self.images.size,
-                norandommap=1, runtime=120, time_based=1,
-            )  # fmt: skip
-            writer.wait_until_running()
+            writer = self._start_writer(running)
             expected = self.images.content_hash(self.images.raw)
             clients.check_content(self.place, running.uri("snap0"), expected)
             writer.stop()

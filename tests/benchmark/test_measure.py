@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.measure import Contestant, Metric, Result, best_peer_ratio, run_rounds
-from benchmark.picture import curves_picture, ratios_picture
+from benchmark.curve_picture import curve_picture
+from benchmark.measure import Contestant, Metric, Result, best_peer_ratio, raw_ratio, run_rounds
+from benchmark.picture import ratios_picture
 from benchmark.report import details, read_json, table, write_json
 
-SPEED = Metric("speed", "MB/s", at_least=2.0, aim=3.0)
+SPEED = Metric("speed", "MB/s", at_least=2.0, aim=3.0, of_raw=0.8)
 TIME = Metric("time", "s", lower_is_better=True, at_least=1.0, aim=2.0)
 
 
 def contestant(label: str, *, ours: bool = False, counts: bool = True, **samples: list[float]):
-    return Contestant(label, ours, counts, samples)
+    return Contestant(label, ours, counts, samples, is_limit=label == "raw")
 
 
 def result_of(*contestants: Contestant) -> Result:
@@ -37,6 +38,15 @@ def test_ratio_compares_within_rounds_and_with_the_best_peer_that_counts() -> No
     ratio = best_peer_ratio(SPEED, example().contestants)
     assert ratio is not None
     assert (ratio.peer, ratio.median, ratio.least, ratio.greatest) == ("fast", 2.0, 1.0, 3.0)
+
+
+def test_part_of_the_raw_limit_is_said_where_a_metric_has_one() -> None:
+    part = raw_ratio(SPEED, example().contestants)
+    assert part is not None
+    assert part.median == pytest.approx(20 / 99)
+    assert raw_ratio(TIME, example().contestants) is None
+    assert raw_ratio(SPEED, example().contestants[:-1]) is None
+    assert "| 0.20 (0.10 … 0.30) of 99 MB/s |" in table([example()])
 
 
 def test_ratio_of_times_is_above_one_where_ours_is_shorter() -> None:
@@ -83,8 +93,8 @@ def test_results_survive_being_written_and_others_rows_stay(tmp_path: Path) -> N
 def test_table_says_what_is_behind_and_shows_what_does_not_count() -> None:
     result = example()
     assert "**2.00** (1.00 … 3.00)" in table([result])
-    assert "raw" not in table([result])
-    assert "raw" in details([result])
+    assert "| raw |" not in table([result])
+    assert "| raw |" in details([result])
     result.contestants[0].samples["speed"] = [1.0, 1.0, 1.0]
     assert "**behind**" in table([result])
 
@@ -93,7 +103,7 @@ def test_table_says_what_is_behind_and_shows_what_does_not_count() -> None:
     "picture",
     [
         ratios_picture([example()]),
-        curves_picture("a <curve>", "x", "y", {"a": [(1, 1), (10, 5)], "b": [(1, 2), (10, 2)]}),
+        curve_picture("a <curve>", "x", "y", {"a": [(1, 1), (10, 5)], "b": [(1, 2), (10, 2)]}),
     ],
 )
 def test_pictures_are_well_formed(picture: str) -> None:
