@@ -15,9 +15,6 @@ slow disk never stalls another client (rule 5):
 A failed ``fdatasync`` is final: the kernel forgets the pages that it could not
 write, so no later success could be believed (rule 4). Every flush after it
 fails alike until the file is opened anew, as in QEMU.
-
-A thread that works on a caller's buffer is waited for even when the caller is
-cancelled: a buffer is never in use after the call has returned.
 """
 
 from __future__ import annotations
@@ -26,10 +23,8 @@ import asyncio
 import errno
 import os
 import stat
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
 from ..errors import ImageError
 from ..extents import Extents
@@ -44,15 +39,13 @@ from .locks import Access, lock_file
 from .node import BlockNode, BlockStatus, block_status_word
 from .read_ahead import ReadAhead, will_need
 from .stable import StablePlace, open_stable
+from .threads import begin_in_thread, finished, in_thread
 
 INLINE_BYTES_MAX: Final = 1 << 20
 """Writes up to this size run in the loop's thread: 1 MiB into the page cache is 0.1 to 0.3 ms."""
 
 STREAM_BYTES_MIN: Final = 64 << 10
 """Cold reads from this size on may begin a stream, of which a thread reads ahead."""
-
-THREADS_MAX: Final = 16
-"""Threads of the pool, for all files: as many operations may wait for disks at one time."""
 
 _ZEROES: Final = bytes(1 << 20)
 """What is written where the file system cannot zero a range by itself."""
@@ -68,40 +61,6 @@ _HOLE: Final = block_status_word(BlockStatus.HOLE | BlockStatus.ZERO, 1)
 
 _UNSUPPORTED: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 """What fallocate(2) answers where it cannot do a mode at all."""
-
-_Result = TypeVar("_Result")
-
-_pool = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="nbdfleece-file")
-
-
-async def in_thread(function: Callable[..., _Result], *args: object) -> _Result:
-    """Run a blocking function in the block layer's thread pool and wait for it.
-
-    A cancelled caller waits all the same: the function may be using its buffers.
-    """
-    return await in_pool(_pool, function, *args)
-
-
-async def in_pool(
-    pool: ThreadPoolExecutor, function: Callable[..., _Result], *args: object
-) -> _Result:
-    """As :func:`in_thread`, in a pool of the caller's."""
-    return await _finished(asyncio.get_running_loop().run_in_executor(pool, function, *args))
-
-
-async def _finished(future: asyncio.Future[_Result]) -> _Result:
-    """Wait for what a thread does, also when cancelled."""
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        while not future.done():
-            try:
-                await asyncio.wait([future])
-            except asyncio.CancelledError:
-                continue
-        if not future.cancelled():
-            future.exception()  # seen, so that asyncio does not report it as lost
-        raise
 
 
 class FileNode(BlockNode):
@@ -185,12 +144,12 @@ class FileNode(BlockNode):
         """How much space the file takes, which is less than its size if it has holes."""
         return os.fstat(self._fd).st_blocks * 512
 
-    def stable_place(self, offset: int, length: int) -> StablePlace | None:
-        """The range itself, if nobody else can write the file and it is in memory."""
+    def stable_places(self, offset: int, length: int) -> list[StablePlace] | None:
+        """The range itself, if it is in the file and nobody else can write that."""
         stable = self._stable
-        if stable is None or not stable.is_at_hand(offset, length):
+        if stable is None or offset + length > stable.size:
             return None
-        return StablePlace(stable, offset)
+        return [StablePlace(stable, offset, length)]
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset`` on; what lies past the end of the file is zeroes."""
@@ -312,7 +271,7 @@ class FileNode(BlockNode):
     def _start_flush(self, waiter: asyncio.Future[None]) -> asyncio.Future[None]:
         """Run fdatasync in a thread; ``waiter``, which is returned, ends with it."""
         writes = self._writes_done
-        running = waiter.get_loop().run_in_executor(_pool, self._datasync)
+        running = begin_in_thread(self._datasync)
         running.add_done_callback(lambda done: self._end_flush(done, waiter, writes))
         return waiter
 
@@ -360,7 +319,7 @@ class FileNode(BlockNode):
             return
         try:
             if self._ahead.asking is not None:
-                await _finished(self._ahead.asking)
+                await finished(self._ahead.asking)
             await self.flush()
         finally:
             os.close(self._fd)
@@ -370,7 +329,7 @@ class FileNode(BlockNode):
 
 def _ask(fd: int, begin: int, end: int) -> asyncio.Future[None]:
     """Have a thread ask the disk for what will be read."""
-    return asyncio.get_running_loop().run_in_executor(_pool, will_need, fd, begin, end)
+    return begin_in_thread(will_need, fd, begin, end)
 
 
 def _read_fully(fd: int, offset: int, view: memoryview) -> None:

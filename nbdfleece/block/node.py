@@ -126,10 +126,10 @@ class BlockNode(ABC):
         """
         return None
 
-    def stable_place(self, offset: int, length: int) -> StablePlace | None:
-        """Where the whole range lies, in one piece, in a file that nobody can overwrite.
+    def stable_places(self, offset: int, length: int) -> list[StablePlace] | None:
+        """Where the whole range lies, piece by piece, in files that nobody can overwrite.
 
-        None if it does not, or if the bytes are not in memory now: then they must be read.
+        None if it does not, or in so many pieces that it had better be read.
         """
         return None
 

@@ -96,9 +96,9 @@ class RawNode(BlockNode):
         """As the node below can."""
         return self.below.read_with_status(self._offset + offset, view)
 
-    def stable_place(self, offset: int, length: int) -> StablePlace | None:
-        """As the node below knows it."""
-        return self.below.stable_place(self._offset + offset, length)
+    def stable_places(self, offset: int, length: int) -> list[StablePlace] | None:
+        """As the node below knows them."""
+        return self.below.stable_places(self._offset + offset, length)
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write into the window; EPERM for another format's header where raw was guessed."""

@@ -6,16 +6,23 @@ read, and that QEMU's locks keep every other program from writing, is *stable*. 
 locks belong to the open file, of which a :class:`StableFile` holds a duplicate: they last
 until the node is closed and no queued reply refers to the file any more.
 
-``sendfile`` has no way to say that it would have to wait for the disk. What is not
-in the page cache is therefore read in the ordinary way, by a thread (rule 5).
+``sendfile`` has no way to say that it would have to wait for the disk. What is not in the
+page cache is therefore brought there by a thread first (rule 5), and copied nowhere.
 """
 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 from .linux import ResidencyMap
+from .threads import in_thread
+
+STABLE_PIECE_BYTES_MIN: Final = 32 << 10
+"""Pieces of a range smaller than this, on average, had better be copied: each is a system call."""
+
+_nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
 class StableFile:
@@ -26,11 +33,11 @@ class StableFile:
         is_in_memory: Its pages are its storage, so none of them is ever cold.
     """
 
-    __slots__ = ("_residency", "_size", "fd")
+    __slots__ = ("_residency", "fd", "size")
 
     def __init__(self, fd: int, *, is_in_memory: bool) -> None:
-        self._size = os.fstat(fd).st_size
-        self._residency = None if is_in_memory else ResidencyMap(fd, self._size)
+        self.size = os.fstat(fd).st_size
+        self._residency = None if is_in_memory else ResidencyMap(fd, self.size)
         self.fd = os.dup(fd)
 
     def __del__(self) -> None:
@@ -38,10 +45,18 @@ class StableFile:
             os.close(self.fd)
 
     def is_at_hand(self, offset: int, length: int) -> bool:
-        """Whether the range is inside the file and can be sent without waiting for the disk."""
-        if offset + length > self._size:
-            return False
+        """Whether a range of the file can be sent without waiting for the disk."""
         return self._residency is None or self._residency.is_resident(offset, length)
+
+    def fetch(self, offset: int, length: int) -> None:
+        """Wait until a range is in the page cache.
+
+        Raises:
+            OSError: It could not be read.
+        """
+        end = offset + length
+        while offset < end and (count := os.sendfile(_nowhere, self.fd, offset, end - offset)):
+            offset += count
 
 
 class StablePlace(NamedTuple):
@@ -50,6 +65,24 @@ class StablePlace(NamedTuple):
     file: StableFile
     offset: int
     """In bytes from the file's beginning."""
+    length: int
+    """In bytes."""
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the bytes can be sent without waiting for the disk."""
+        return self.file.is_at_hand(self.offset, self.length)
+
+
+async def bring_to_hand(places: Sequence[StablePlace]) -> bool:
+    """Have a thread bring what is cold into the page cache; whether all can be sent then."""
+    for place in places:
+        if not place.is_at_hand:
+            try:
+                await in_thread(place.file.fetch, place.offset, place.length)
+            except OSError:  # whoever reads it now will say the same
+                return False
+    return all(place.is_at_hand for place in places)
 
 
 def open_stable(fd: int, *, is_in_memory: bool) -> StableFile | None:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, cast
 
-from ..block.file import FileNode, in_pool
+from ..block.file import FileNode
+from ..block.threads import in_pool
 from .entries import COMPRESSED
 from .libzstd import ZstdError, load
 from .zstd import zstd

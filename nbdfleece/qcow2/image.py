@@ -25,7 +25,7 @@ import numpy as np
 from ..block.file import FileNode
 from ..block.node import BlockNode, BlockStatus
 from ..block.range_lock import RangeLock
-from ..block.stable import StablePlace
+from ..block.stable import STABLE_PIECE_BYTES_MIN, StablePlace
 from ..extents import Extents
 from .backing import (
     BackingPolicy,
@@ -318,24 +318,33 @@ class Qcow2Image(BlockNode):
         table.is_recent = True
         return (entry & OFFSET_MASK) + within
 
-    def stable_place(self, offset: int, length: int) -> StablePlace | None:
-        """Where a range of data clusters lies, if they are adjacent in a file that holds still."""
+    def stable_places(self, offset: int, length: int) -> list[StablePlace] | None:
+        """Where a range of data clusters lies, if that is a file that holds still."""
         if not self.data_file.read_only:
             return None
         cluster = offset >> self._cluster_bits
         table = self._tables.get(cluster >> self._l2_bits)
         first = cluster & self._l2_mask
-        end = first + ((offset & self._cluster_mask) + length - 1 >> self._cluster_bits) + 1
+        within = offset & self._cluster_mask
+        end = first + (within + length - 1 >> self._cluster_bits) + 1
         if table is None or end > self._l2_mask + 1:
             return None
-        entry = table.entries[first]
-        if entry & SPECIAL or not entry & OFFSET_MASK:
+        runs = find_runs(table, first, end, self.cluster_size)
+        if length < len(runs) * STABLE_PIECE_BYTES_MIN:
             return None
-        if end - first > 1 and len(find_runs(table, first, end, self.cluster_size)) > 1:
-            return None
+        places: list[StablePlace] = []
+        for run in runs:
+            if run.kind is not Kind.NORMAL:
+                return None
+            size = min((run.clusters << self._cluster_bits) - within, length)
+            place = self.data_file.stable_places((run.entry & OFFSET_MASK) + within, size)
+            if place is None:
+                return None
+            places += place
+            length -= size
+            within = 0
         table.is_recent = True
-        host = (entry & OFFSET_MASK) + (offset & self._cluster_mask)
-        return self.data_file.stable_place(host, length)
+        return places
 
     async def _read_tables(self, offset: int, view: memoryview) -> None:
         """Read through any number of L2 tables."""

@@ -16,8 +16,9 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from ..block.file import FileNode, in_thread
+from ..block.file import FileNode
 from ..block.linux import fallocate
+from ..block.threads import in_thread
 from ..errors import UsageError
 from .entries import COPIED
 from .header import Header

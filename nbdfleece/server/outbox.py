@@ -199,11 +199,12 @@ class Outbox:
         buffer.view[start:end] = data
         self.commit(buffer, start, end)
 
-    def put_file(self, place: StablePlace, length: int) -> None:
+    def put_file(self, place: StablePlace) -> None:
         """Queue bytes of a file; only where :attr:`sendfile` is set."""
         if not self.is_closed:
-            self.queued_bytes += length
-            self._segments.append(FileSegment(place.file, place.offset, place.offset + length))
+            self.queued_bytes += place.length
+            end = place.offset + place.length
+            self._segments.append(FileSegment(place.file, place.offset, end))
             self._tail = None
 
     def send(self, sender: Sender) -> None:

@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from ..block.node import BlockNode
+from ..block.stable import bring_to_hand
 from ..errors import SnapshotError
 from ..extents import Extents
 from ..nbd.constants import Command, CommandFlag, Error
@@ -420,10 +421,11 @@ class Transmission:
         outbox = self._outbox
         header = self._replies.data(request, offset, length, done=done)
         if length >= ZERO_COPY_BYTES_MIN and outbox.sendfile is not None:
-            place = self._node.stable_place(offset, length)
-            if place is not None:
+            places = self._node.stable_places(offset, length)
+            if places is not None and await bring_to_hand(places):
                 outbox.put(header)
-                outbox.put_file(place, length)
+                for place in places:
+                    outbox.put_file(place)
                 self._turn_left += length - length // COPIES_PER_SENDFILE
                 self.statistics.read_bytes += length
                 return

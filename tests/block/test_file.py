@@ -13,6 +13,7 @@ import pytest
 from nbdfleece.block import file as file_module
 from nbdfleece.block.file import INLINE_BYTES_MAX, FileNode
 from nbdfleece.block.node import BlockStatus, allocation_flags
+from nbdfleece.block.threads import in_thread
 from nbdfleece.errors import ImageError
 
 
@@ -216,7 +217,7 @@ async def test_cancelled_caller_waits_for_the_thread_that_uses_its_buffer() -> N
         gate.wait(60)
         done.set()
 
-    task = asyncio.ensure_future(file_module.in_thread(work))
+    task = asyncio.ensure_future(in_thread(work))
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.sleep(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from nbdfleece.block.file import FileNode
 from nbdfleece.block.raw import RawNode
+from nbdfleece.block.stable import StableFile, StablePlace, bring_to_hand
 from nbdfleece.errors import ImageLockedError
 from nbdfleece.qcow2.create import create_image
 from nbdfleece.qcow2.image import Qcow2Image
@@ -28,7 +30,7 @@ def file(tmp_path: Path) -> Path:
 async def test_file_open_for_writing_is_not_stable(file: Path) -> None:
     """Rule 1: what the guest may overwrite is never sent from where it lies."""
     node = FileNode.open(file, read_only=False)
-    assert node.stable_place(0, MIB) is None
+    assert node.stable_places(0, MIB) is None
     await node.close()
 
 
@@ -38,34 +40,33 @@ async def test_file_that_others_may_write_is_not_stable(
 ) -> None:
     """Rule 1: nor what another program may overwrite."""
     node = FileNode.open(file, read_only=True, **options)
-    assert node.stable_place(0, MIB) is None
+    assert node.stable_places(0, MIB) is None
     await node.close()
 
 
 async def test_stable_place_has_the_bytes(file: Path) -> None:
     node = FileNode.open(file, read_only=True)
     await node.read(0, MIB)
-    place = node.stable_place(5000, 70000)
-    assert place is not None
+    (place,) = node.stable_places(5000, 70000) or []
     assert os.pread(place.file.fd, 70000, place.offset) == file.read_bytes()[5000:75000]
     await node.close()
 
 
 async def test_stable_place_past_the_end_of_the_file_is_none(file: Path) -> None:
     node = FileNode.open(file, read_only=True)
-    assert node.stable_place(MIB - 10, 11) is None
+    assert node.stable_places(MIB - 10, 11) is None
     await node.close()
 
 
 async def test_writers_are_kept_out_while_a_reply_refers_to_the_closed_file(file: Path) -> None:
     """Rule 1: QEMU's locks go with the last reply that is queued, not with the node."""
     node = FileNode.open(file, read_only=True)
-    await node.read(0, MIB)
-    place = node.stable_place(0, MIB)
+    places = node.stable_places(0, MIB)
     await node.close()
     with pytest.raises(ImageLockedError):
         FileNode.open(file, read_only=False)
-    del place
+    assert places
+    del places
     await FileNode.open(file, read_only=False).close()
 
 
@@ -76,22 +77,22 @@ async def test_cold_bytes_are_not_at_hand() -> None:
         path.write_bytes(os.urandom(MIB))
         node = FileNode.open(path, read_only=True)
         os.fsync(node.fileno())
+        places = node.stable_places(0, MIB)
+        assert places
         for _ in range(1000):  # a page that the kernel is busy with stays the first time
             os.posix_fadvise(node.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if node.stable_place(0, MIB) is None:
+            if not places[0].is_at_hand:
                 break
-        assert node.stable_place(0, MIB) is None
-        await node.read(0, MIB)
-        assert node.stable_place(0, MIB) is not None
+        assert not places[0].is_at_hand
+        assert await bring_to_hand(places)
+        assert places[0].is_at_hand
         await node.close()
 
 
 async def test_window_is_stable_where_the_file_is(file: Path) -> None:
     node = RawNode(FileNode.open(file, read_only=True), 4096, CLUSTER)
-    await node.below.read_into(0, memoryview(bytearray(MIB)))
-    place = node.stable_place(100, 1000)
-    assert place is not None
-    assert place.offset == 4196
+    (place,) = node.stable_places(100, 1000) or []
+    assert (place.offset, place.length) == (4196, 1000)
     await node.close()
 
 
@@ -104,9 +105,13 @@ async def make_image(path: Path, *, clusters: list[int]) -> bytes:
         data = os.urandom(CLUSTER)
         content[index * CLUSTER : (index + 1) * CLUSTER] = data
         await image.write(index * CLUSTER, memoryview(data))
-    assert image.stable_place(clusters[0] * CLUSTER, CLUSTER) is None, "rule 1"
+    assert image.stable_places(clusters[0] * CLUSTER, CLUSTER) is None, "rule 1"
     await image.close()
     return bytes(content)
+
+
+def stable_bytes(places: list[StablePlace]) -> bytes:
+    return b"".join(os.pread(place.file.fd, place.length, place.offset) for place in places)
 
 
 async def test_adjacent_clusters_of_an_image_are_one_place(tmp_path: Path) -> None:
@@ -114,10 +119,45 @@ async def test_adjacent_clusters_of_an_image_are_one_place(tmp_path: Path) -> No
     image = await Qcow2Image.open(tmp_path / "i", read_only=True)
     await image.read_into(0, memoryview(bytearray(MIB)))
     begin, length = 2 * CLUSTER + 17, 2 * CLUSTER
-    place = image.stable_place(begin, length)
-    assert place is not None
-    assert os.pread(place.file.fd, length, place.offset) == content[begin : begin + length]
-    assert image.stable_place(8 * CLUSTER, 2 * CLUSTER) is None, "in the other order in the file"
-    assert image.stable_place(4 * CLUSTER, 2 * CLUSTER) is None, "half of it has no cluster"
-    assert image.stable_place(0, CLUSTER) is None
+    places = image.stable_places(begin, length) or []
+    assert len(places) == 1
+    assert stable_bytes(places) == content[begin : begin + length]
+    begin = 8 * CLUSTER + 17  # in the other order in the file
+    places = image.stable_places(begin, CLUSTER) or []
+    assert [place.length for place in places] == [CLUSTER - 17, 17]
+    assert stable_bytes(places) == content[begin : begin + CLUSTER]
+    assert image.stable_places(4 * CLUSTER, 2 * CLUSTER) is None, "half of it has no cluster"
+    assert image.stable_places(0, CLUSTER) is None
     await image.close()
+
+
+async def test_many_small_pieces_are_not_worth_a_system_call_each(tmp_path: Path) -> None:
+    path = tmp_path / "i"
+    await create_image(path, MIB, cluster_size=4096)
+    image = await Qcow2Image.open(path, read_only=False)
+    data = memoryview(os.urandom(MIB))
+    for index in reversed(range(32)):
+        await image.write(index * 4096, data[index * 4096 : (index + 1) * 4096])
+    await image.write(MIB // 2, data[: MIB // 2])
+    await image.close()
+    image = await Qcow2Image.open(path, read_only=True)
+    await image.read_into(0, memoryview(bytearray(MIB)))
+    assert image.stable_places(0, 32 * 4096) is None
+    assert len(image.stable_places(MIB // 2, MIB // 2) or []) == 1
+    await image.close()
+
+
+async def test_bytes_that_cannot_be_read_are_not_brought_to_hand(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fd = os.open(file, os.O_RDONLY)
+    stable = StableFile(fd, is_in_memory=False)
+    os.close(fd)
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: False)
+    assert not await bring_to_hand([StablePlace(stable, 0, MIB)]), "gone again at once"
+    monkeypatch.setattr(StableFile, "fetch", fail)
+    assert not await bring_to_hand([StablePlace(stable, 0, MIB)])
+
+
+def fail(file: StableFile, offset: int, length: int) -> None:
+    raise OSError(errno.EIO, "bad block")

@@ -76,7 +76,7 @@ def test_file_that_has_become_shorter_breaks_the_connection(disk: Path) -> None:
     assert stable is not None
     outbox = Outbox(BufferPool(MIB))
     outbox.sendfile = lambda fd, offset, length: 0
-    outbox.put_file(StablePlace(stable, 0), MIB)
+    outbox.put_file(StablePlace(stable, 0, MIB))
     with pytest.raises(OSError, match="shorter"):
         outbox.send(Sink(step=MIB))
     outbox.close()

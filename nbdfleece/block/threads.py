@@ -1,0 +1,54 @@
+"""The threads of the block layer: where what may wait for a disk is done (rule 5).
+
+A thread that works on a caller's buffer or file is waited for even when the caller is
+cancelled: neither is in use after the call has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+THREADS_MAX: Final = 16
+"""Threads of the pool, for all files: as many operations may wait for disks at one time."""
+
+_Result = TypeVar("_Result")
+
+_pool = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="nbdfleece-file")
+
+
+def begin_in_thread(function: Callable[..., _Result], *args: object) -> asyncio.Future[_Result]:
+    """Have the block layer's thread pool run a blocking function."""
+    return asyncio.get_running_loop().run_in_executor(_pool, function, *args)
+
+
+async def in_thread(function: Callable[..., _Result], *args: object) -> _Result:
+    """Run a blocking function in the block layer's thread pool and wait for it.
+
+    A cancelled caller waits all the same: the function may be using its buffers.
+    """
+    return await finished(begin_in_thread(function, *args))
+
+
+async def in_pool(
+    pool: ThreadPoolExecutor, function: Callable[..., _Result], *args: object
+) -> _Result:
+    """As :func:`in_thread`, in a pool of the caller's."""
+    return await finished(asyncio.get_running_loop().run_in_executor(pool, function, *args))
+
+
+async def finished(future: asyncio.Future[_Result]) -> _Result:
+    """Wait for what a thread does, also when cancelled."""
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        while not future.done():
+            try:
+                await asyncio.wait([future])
+            except asyncio.CancelledError:
+                continue
+        if not future.cancelled():
+            future.exception()  # seen, so that asyncio does not report it as lost
+        raise
