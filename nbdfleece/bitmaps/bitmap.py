@@ -84,6 +84,11 @@ class Bitmap:
         """
         return np.frombuffer(self._bits, dtype=np.uint8)
 
+    def bits_of(self, offset: int, length: int) -> memoryview:
+        """The packed bits of the granules that a range touches, by whole bytes, read-only."""
+        bits = self._shift + 3
+        return self.data[offset >> bits : (offset + length - 1 >> bits) + 1]
+
     def put(self, position: int, data: memoryview) -> None:
         """Store packed bits at a byte's number; what is past the end of the disk is left out."""
         part = np.frombuffer(data, dtype=np.uint8)[: max(0, len(self._bits) - position)]
@@ -236,7 +241,8 @@ class Bitmap:
             together reach ``offset + length`` unless the maximum is hit.
         """
         parts = list(self._scan(offset, length, extents_max))
-        return Extents.concatenate(parts).limited(extents_max)
+        found = parts[0] if len(parts) == 1 else Extents.concatenate(parts)
+        return found.limited(extents_max)
 
     def _runs(
         self, offset: int, length: int, *, extents_max: int | None

@@ -179,10 +179,36 @@ class SimpleReplies(Replies):
 
 
 class ChunkedReplies(Replies):
-    """What structured replies and extended headers have in common: the payloads of chunks."""
+    """What structured replies and extended headers have in common: the payloads of chunks.
+
+    Attributes:
+        word: The type of an extent's length and of its status.
+        extent_bytes: What both take.
+    """
 
     __slots__ = ()
     chunked = True
+    word: str
+    extent_bytes: int
+
+    @abstractmethod
+    def status_head(self, request: Request, context_id: int, count: int, *, done: bool) -> bytes:
+        """What goes before the ``count`` extents of a block status chunk."""
+
+    def pack_extents(self, extents: Extents, view: memoryview) -> None:
+        """Fill ``view``, ``extent_bytes`` per extent, as :meth:`block_status` has them."""
+        table = np.frombuffer(view, dtype=self.word).reshape(-1, 2)
+        table[:, 0] = extents.lengths
+        table[:, 1] = extents.status
+
+    def block_status(
+        self, request: Request, context_id: int, extents: Extents, *, done: bool
+    ) -> bytes:
+        """See :class:`Replies`; the chunk is :meth:`status_head` and what is packed behind it."""
+        count = len(extents.lengths)
+        packed = bytearray(count * self.extent_bytes)
+        self.pack_extents(extents, memoryview(packed))
+        return self.status_head(request, context_id, count, done=done) + packed
 
     def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """See :class:`Replies`."""
@@ -204,9 +230,7 @@ class ChunkedReplies(Replies):
         return self._chunk(request, ReplyType.ERROR_OFFSET, done, payload)
 
     @abstractmethod
-    def _chunk(
-        self, request: Request, kind: ReplyType, done: bool, *payload: bytes | memoryview
-    ) -> bytes:
+    def _chunk(self, request: Request, kind: ReplyType, done: bool, *payload: bytes) -> bytes:
         """A whole chunk; its payload in parts."""
 
 
@@ -218,6 +242,8 @@ class StructuredReplies(ChunkedReplies):
     """
 
     __slots__ = ()
+    word = ">u4"
+    extent_bytes = 8
 
     def data(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """See :class:`Replies`.
@@ -238,21 +264,24 @@ class StructuredReplies(ChunkedReplies):
             return super().success(request)
         return _SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, request[3])
 
-    def block_status(
-        self, request: Request, context_id: int, extents: Extents, *, done: bool
-    ) -> bytes:
-        """See :class:`Replies`.
+    def status_head(self, request: Request, context_id: int, count: int, *, done: bool) -> bytes:
+        """See :class:`ChunkedReplies`.
 
-        Wire (payload):
+        Wire:
+            S: 32 bits, 0x668e33ef, magic
+            S: 16 bits, reply flags
+            S: 16 bits, type
+            S: 64 bits, cookie
+            S: 32 bits, length of payload
             S: 32 bits, metadata context id
             S: n times 32 bits, length; 32 bits, status
         """
-        payload = _STATUS.pack(context_id), _descriptors(extents)
-        return self._chunk(request, ReplyType.BLOCK_STATUS, done, *payload)
+        length = 4 + count * self.extent_bytes
+        kind = ReplyType.BLOCK_STATUS
+        header = _CHUNK.pack(STRUCTURED_REPLY_MAGIC, done, kind, request[3], length)
+        return header + _STATUS.pack(context_id)
 
-    def _chunk(
-        self, request: Request, kind: ReplyType, done: bool, *payload: bytes | memoryview
-    ) -> bytes:
+    def _chunk(self, request: Request, kind: ReplyType, done: bool, *payload: bytes) -> bytes:
         length = sum(map(len, payload))
         header = _CHUNK.pack(STRUCTURED_REPLY_MAGIC, done, kind, request[3], length)
         return b"".join([header, *payload])
@@ -262,6 +291,8 @@ class ExtendedReplies(ChunkedReplies):
     """Chunks with extended headers, for everything; each repeats the request's offset."""
 
     __slots__ = ()
+    word = ">u8"
+    extent_bytes = 16
 
     def data(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """See :class:`Replies`.
@@ -279,23 +310,28 @@ class ExtendedReplies(ChunkedReplies):
             EXTENDED_REPLY_MAGIC, done, _TYPE_DATA, request[3], request[4], length + 8, offset
         )
 
-    def block_status(
-        self, request: Request, context_id: int, extents: Extents, *, done: bool
-    ) -> bytes:
-        """See :class:`Replies`.
+    def status_head(self, request: Request, context_id: int, count: int, *, done: bool) -> bytes:
+        """See :class:`ChunkedReplies`.
 
-        Wire (payload):
+        Wire:
+            S: 32 bits, 0x6e8a278c, magic
+            S: 16 bits, reply flags
+            S: 16 bits, type
+            S: 64 bits, cookie
+            S: 64 bits, offset of the request
+            S: 64 bits, length of payload
             S: 32 bits, metadata context id
             S: 32 bits, number of descriptors
             S: n times 64 bits, length; 64 bits, status
         """
-        count = len(extents.lengths)
-        payload = _EXTENDED_STATUS.pack(context_id, count), _extended_descriptors(extents)
-        return self._chunk(request, ReplyType.BLOCK_STATUS_EXT, done, *payload)
+        length = 8 + count * self.extent_bytes
+        kind = ReplyType.BLOCK_STATUS_EXT
+        header = _EXTENDED_CHUNK.pack(
+            EXTENDED_REPLY_MAGIC, done, kind, request[3], request[4], length
+        )
+        return header + _EXTENDED_STATUS.pack(context_id, count)
 
-    def _chunk(
-        self, request: Request, kind: ReplyType, done: bool, *payload: bytes | memoryview
-    ) -> bytes:
+    def _chunk(self, request: Request, kind: ReplyType, done: bool, *payload: bytes) -> bytes:
         length = sum(map(len, payload))
         header = _EXTENDED_CHUNK.pack(
             EXTENDED_REPLY_MAGIC, done, kind, request[3], request[4], length
@@ -306,18 +342,3 @@ class ExtendedReplies(ChunkedReplies):
 def _error_payload(error: Error, text: str) -> bytes:
     message = encode_error_text(text)
     return _ERROR.pack(error, len(message)) + message
-
-
-def _descriptors(extents: Extents) -> memoryview:
-    """Lengths and status interleaved, 32 bits each, big-endian."""
-    words = extents.lengths << 32
-    words |= extents.status
-    return words.astype(">i8").view(np.uint8).data
-
-
-def _extended_descriptors(extents: Extents) -> memoryview:
-    """Lengths and status interleaved, 64 bits each, big-endian."""
-    table = np.empty((len(extents.lengths), 2), dtype=">u8")
-    table[:, 0] = extents.lengths
-    table[:, 1] = extents.status
-    return table.view(np.uint8).reshape(-1).data

@@ -137,8 +137,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox(host.pool)
         self._phase: Handshake | Transmission = self._new_handshake(None)
-        self._is_reading = False
-        self._is_writing = False
+        self._is_reading = self._is_writing = self._is_overlooked = False
         self._turn: Turn | None = None
         self._tick: asyncio.Handle | Turn | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -247,7 +246,8 @@ class Connection:
     # Receiving.
 
     def _on_readable(self) -> None:
-        if self._turn is not None or not self._can_receive():
+        self._is_overlooked = self._turn is not None  # libuv tells of a broken socket only once
+        if self._is_overlooked or not self._can_receive():
             return  # the rest of the last turn comes first; what TLS still has may be too late
         try:
             count = self._channel.recv_into(self._inbox.space(self._phase.needed))
@@ -291,7 +291,7 @@ class Connection:
             return
         # The usual end of a turn: all that was received is handled, the next bytes may come.
         self._inbox.give_back()
-        if self._channel.has_pending():
+        if self._is_overlooked or self._channel.has_pending():
             self._loop.call_soon(self._on_readable)
 
     def _receive_eof(self) -> None:

@@ -28,11 +28,10 @@ from typing import Any, Final, Protocol
 from ..block.node import BlockNode
 from ..block.stable import bring_to_hand
 from ..errors import SnapshotError
-from ..extents import Extents
 from ..nbd.constants import Command, CommandFlag, Error
 from ..nbd.errors import RequestError, error_from_errno
 from ..nbd.outcomes import Negotiated
-from ..nbd.replies import Replies, fit_extents, replies_for
+from ..nbd.replies import Replies, replies_for
 from ..nbd.requests import Request, RequestRules
 from .buffers import Buffer
 from .catalogue import ServedExport
@@ -42,6 +41,7 @@ from .limits import Limits
 from .outbox import Outbox
 from .pieces import ends_in_zeroes, find_holes, halve
 from .statistics import Statistics
+from .statuses import BlockStatuses
 from .turns import BUSY_REQUESTS, COPIES_PER_SENDFILE, REQUEST_COST, STATUS_TURN_COST
 
 BAD_BLOCKS_MAX: Final = 16
@@ -54,14 +54,8 @@ ZERO_COPY_BYTES_MIN: Final = 32 << 10
 """A READ of at least this size is sent from where it lies, if that holds still (rule 1): below,
 the second system call costs more than the copies."""
 
-STATUS_EXTENTS_MAX: Final = 1 << 19
-"""Extents in one block status reply, all its contexts together: 4 MiB, 8 MiB extended."""
-
 _STATUS_COST: Final = 4 << 20
 """What a block status in flight counts for, in bytes, whatever it will find."""
-
-_CONTEXTS_PER_TURN: Final = 4
-"""Contexts that one block status searches before the others have their turn."""
 
 _NO_PAYLOAD: Final = memoryview(b"")
 _READ: Final = int(Command.READ)
@@ -72,7 +66,6 @@ _FUA: Final = int(CommandFlag.FUA)
 _DF: Final = int(CommandFlag.DF)
 _NO_HOLE: Final = int(CommandFlag.NO_HOLE)
 _FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
-_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 
 Handler = Callable[[Request, memoryview], Coroutine[Any, Any, None]]
 
@@ -137,11 +130,13 @@ class Transmission:
             self._chunk_max = min(self._chunk_max, limits.read_chunk_bytes_max)
         # Room for one more of the largest requests is always left.
         self._pause_bytes = limits.wire.bytes_in_flight_max - self._rules.payload_max
-        self._contexts = {
+        contexts = {
             selected.context_id: context
             for selected in negotiated.contexts
             if (context := self.export.context(selected.name)) is not None
         }
+        extents_max = limits.wire.extents_max
+        self._statuses = BlockStatuses(contexts, extents_max, self.export, self.statistics)
         self._tasks: set[asyncio.Task[None]] = set()
         self._partial: Request | None = None
         self._partial_length = 0
@@ -569,28 +564,18 @@ class Transmission:
 
     async def _block_status(self, request: Request, payload: memoryview) -> None:
         """One chunk per context, DONE on the last; or one error, and nothing after it."""
+        statuses = self._statuses
         try:
             query = self._rules.status_query(request, payload)
-            found: list[Extents] = []
-            for context_id in query.context_ids:
-                if found and len(found) % _CONTEXTS_PER_TURN == 0:
-                    await asyncio.sleep(0)
-                found.append(await self._describe(request, context_id, query.length))
+            found = await statuses.find(request, query)
         except Exception as error:
             self._fail(request, error)
             return
-        last = query.context_ids[-1]
-        for context_id, extents in zip(query.context_ids, found, strict=True):
-            done = context_id == last
-            self._outbox.put(self._replies.block_status(request, context_id, extents, done=done))
-
-    async def _describe(self, request: Request, context_id: int, length: int) -> Extents:
-        extents_max = min(self._limits.wire.extents_max, STATUS_EXTENTS_MAX // len(self._contexts))
-        if request.flags & _REQ_ONE:
-            extents_max = 1
-        context = self._contexts[context_id]
-        extents = await context.extents(request.offset, length, extents_max=extents_max)
-        return fit_extents(extents, request, length, extents_max=extents_max)
+        statuses.put(self._outbox, self._replies, request, found)
+        if statuses.foresee(request, query, found):
+            task = start(statuses.look_ahead(self._replies, self._host.give_way()))
+            if task is not None:
+                self._track(task, 0, None)
 
 
 def _refuse_all(request: Request) -> None:

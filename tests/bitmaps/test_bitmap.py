@@ -207,3 +207,12 @@ def test_put_stores_what_lies_in_the_disk(size: int) -> None:
     assert bitmap.bits_set() == 2 + inside
     bitmap.put(0, memoryview(b"\0"))
     assert bitmap.bits_set() == inside
+
+
+def test_bits_of_a_range_are_the_bytes_of_all_granules_that_it_touches() -> None:
+    bitmap = Bitmap(100 * 512, 512, bytes(range(13)))
+    assert bitmap.bits_of(0, 1) == b"\0"
+    assert bitmap.bits_of(8 * 512 - 1, 2) == b"\0\1"
+    assert bitmap.bits_of(8 * 512, 16 * 512) == b"\1\2"
+    assert bitmap.bits_of(0, bitmap.size) == bitmap.data
+    assert bitmap.bits_of(0, 1).readonly
