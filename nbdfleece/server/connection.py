@@ -4,10 +4,10 @@ No streams, no task (but for what a session must find out): the event loop calls
 :meth:`Connection._on_readable` and :meth:`Connection._on_writable`, and everything happens in
 them, or in the turns that they ask for.
 
-**A turn.** One receive takes what the kernel has, the current phase handles every
-whole message in it, and the replies leave in one send. What is left when the turn
-has used up its share of time is handled when the others who wait have had theirs
-(:mod:`.turns`); so is all that a client sends who has lately used up its share.
+**A turn.** One receive takes what the kernel has, the current phase handles every whole
+message in it (and receives more of a large one), and the replies leave in one send. What is
+left when the turn has used up its share of time is handled when the others who wait have had
+theirs (:mod:`.turns`); so is all that a client sends who has lately used up its share.
 
 **States.** Each has one way in:
 
