@@ -138,11 +138,17 @@ class Epochs:
             self._waiting = None  # what changes from here on is for the next flush
             await self._flush_epochs()
 
+    @property
+    def is_at_ease(self) -> bool:
+        """Whether :meth:`relieve` has nothing to do."""
+        dirty = self._mapping.dirty_bytes
+        return dirty <= DIRTY_BYTES_MAX and self._quarantine.runs_waiting <= FREED_RUNS_MAX
+
     async def relieve(self) -> None:
         """Begin a flush if much is dirty; wait for it if very much is."""
-        dirty = self._mapping.dirty_bytes
-        if dirty <= DIRTY_BYTES_MAX and self._quarantine.runs_waiting <= FREED_RUNS_MAX:
+        if self.is_at_ease:
             return
+        dirty = self._mapping.dirty_bytes
         if self._waiting is None and not self._exclusive.locked():
             self._request().add_done_callback(_report)
         if dirty > 2 * DIRTY_BYTES_MAX:

@@ -454,7 +454,7 @@ class Qcow2Image(BlockNode):
             await self.writer.write(offset, data)
 
     def write_at_once(self, offset: int, data: memoryview) -> bool:
-        """Overwrite a part of one cluster that is ours alone, where it is."""
+        """Overwrite a part of one cluster that is ours alone, where it is, or fill new clusters."""
         cluster = offset >> self._cluster_bits
         table = self._tables.get(cluster >> self._l2_bits)
         within = offset & self._cluster_mask
@@ -470,7 +470,9 @@ class Qcow2Image(BlockNode):
             ):
                 table.is_recent = True
                 return self.data_file.write_at_once(host + within, data)
-        return False
+        if not self.ranges.is_idle or self.read_only:
+            return False
+        return self.writer.write_new_at_once(offset, data)
 
     async def write_packed(self, offset: int, packed: memoryview) -> None:
         """Write one whole guest cluster that was compressed as this image's clusters are.

@@ -73,6 +73,14 @@ class RefcountBlock:
         """Whether the file does not have the block's content."""
         return self.dirty_end > self.dirty_first
 
+    def set_to_one(self, first: int, end: int) -> None:
+        """Set counts ``[first, end)`` to one."""
+        if end - first > _SCALAR_MAX:
+            self.array[first:end] = 1
+            return
+        for position in range(first, end):
+            self.counts[position] = 1
+
     def mark_dirty(self, first: int, end: int) -> None:
         """Counts ``[first, end)`` have changed."""
         if self.is_dirty:
@@ -157,6 +165,28 @@ class Refcounts:
     async def allocate_up_to(self, count: int) -> Allocation:
         """Take the first free clusters, up to ``count``, all fresh or none of them."""
         return await self._allocate(1, count)
+
+    def first_free(self, count: int) -> int | None:
+        """The first free clusters, if that is known without waiting and ``count`` are in a row.
+
+        Returns:
+            Their host offset, for :meth:`take_first`; None where :meth:`allocate_up_to` will do.
+        """
+        index, position = divmod(self._cursor, self._block_counts)
+        block = self.blocks.get(index)
+        end = position + count
+        if block is None or end > self._block_counts or _free_end(block, position, end) < end:
+            return None
+        block.is_recent = True
+        return self._cursor << self._cluster_bits
+
+    def take_first(self, count: int) -> None:
+        """Take what :meth:`first_free` has just found."""
+        self._set_allocated(self._cursor, count)
+
+    def spoil_first(self, count: int) -> None:
+        """Note that what :meth:`first_free` has just found is not taken, but not fresh any more."""
+        self._fresh_from = max(self._fresh_from, self._cursor + count)
 
     async def _allocate(self, minimum: int, maximum: int) -> Allocation:
         while True:
@@ -285,7 +315,7 @@ class Refcounts:
             base = index * self._block_counts
             stop = min(end, base + self._block_counts)
             block = self.blocks[index]
-            block.array[cluster - base : stop - base] = 1
+            block.set_to_one(cluster - base, stop - base)
             block.mark_dirty(cluster - base, stop - base)
             self.dirty.add(index)
             self.urgent.add(index)

@@ -26,6 +26,21 @@ class GuestSpace(ABC):
     async def take(self, guest_offset: int, clusters: int) -> Allocation:
         """Get host clusters for up to ``clusters`` guest clusters from ``guest_offset`` on."""
 
+    def write_new_at_once(self, clusters: int, data: memoryview) -> int | None:
+        """Fill new host clusters in a row, if nothing needs waiting for.
+
+        Args:
+            clusters: How many.
+            data: As much as they hold.
+
+        Returns:
+            Their host offset; None, with nothing changed, if :meth:`take` must be asked.
+
+        Raises:
+            OSError: The data could not be written; no clusters were taken.
+        """
+        return None
+
     @abstractmethod
     async def give_back(self, allocation: Allocation) -> None:
         """Return what was taken and never entered anywhere."""
@@ -102,6 +117,20 @@ class ImageSpace(GuestSpace):
     async def take(self, guest_offset: int, clusters: int) -> Allocation:
         """Allocate the first free clusters."""
         return await self._refcounts.allocate_up_to(clusters)
+
+    def write_new_at_once(self, clusters: int, data: memoryview) -> int | None:
+        """Write to the first free clusters, and take them once that has worked."""
+        host = self._refcounts.first_free(clusters)
+        if host is None or self._metadata.overlaps(host, len(data)):
+            return None
+        try:
+            if not self._file.write_at_once(host, data):
+                return None
+        except BaseException:  # some of it may be there
+            self._refcounts.spoil_first(clusters)
+            raise
+        self._refcounts.take_first(clusters)
+        return host
 
     async def give_back(self, allocation: Allocation) -> None:
         """Free the clusters at once: nothing ever led to them."""

@@ -70,6 +70,38 @@ class Writer:
         self._has_zero_flag = image.layout.version >= 3
         self._making = SingleFlight()
 
+    def write_new_at_once(self, offset: int, data: memoryview) -> bool:
+        """Write whole clusters that have no place yet, if nothing needs waiting for.
+
+        The caller has asked whether the image can be written and any range is held.
+
+        Returns:
+            Whether they are written; if not, nothing has changed.
+
+        Raises:
+            OSError: They could not be written.
+        """
+        l1_index, first = divmod(offset >> self._cluster_bits, self._l2_entries)
+        clusters = len(data) >> self._cluster_bits
+        table = self._mapping.tables.get(l1_index)
+        if (
+            table is None
+            or (offset | len(data)) & self._cluster_size - 1
+            or first + clusters > self._l2_entries
+            or self._subcluster_size
+            or any(table.entries[first : first + clusters])
+            or self._mapping.is_shared(l1_index)
+            or not self._image.epochs.is_at_ease
+        ):
+            return False
+        host = self._space.write_new_at_once(clusters, data)
+        if host is None:
+            return False
+        table.is_recent = True
+        table.set_run(first, clusters, host | COPIED, self._cluster_size)
+        self._mapping.touch(l1_index, table, first, first + clusters)
+        return True
+
     async def write(self, offset: int, data: memoryview) -> None:
         """Write guest data wherever they belong."""
         await self._image.epochs.relieve()

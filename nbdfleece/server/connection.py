@@ -4,10 +4,10 @@ No streams, no task (but for what a session must find out): the event loop calls
 :meth:`Connection._on_readable` and :meth:`Connection._on_writable`, and everything happens in
 them, or in the turns that they ask for.
 
-**A turn.** One receive takes what the kernel has, the current phase handles every
-whole message in it, and the replies leave in one send. What is left when the turn
-has used up its share of time is handled when the others who wait have had theirs
-(:mod:`.turns`); so is all that a client sends who has lately used up its share, and
+**A turn.** One receive takes what the kernel has, the current phase handles every whole
+message in it (and receives more of a large one), and the replies leave in one send. What is
+left when the turn has used up its share of time is handled when the others who wait have had
+theirs (:mod:`.turns`); so is all that a client sends who has lately used up its share, and
 beside others who did, what a client sends who asks for several things at a time.
 
 **States.** Each has one way in:
@@ -135,7 +135,7 @@ class Connection:
         self.session = host.new_session(self)
         self._wait: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._inbox = Inbox(host.pool)
+        self._inbox = Inbox(host.pool, channel)
         self._phase: Handshake | Transmission = self._new_handshake(None)
         self._is_reading = self._is_writing = self._is_overlooked = False
         self._turn: Turn | None = None
@@ -250,7 +250,7 @@ class Connection:
         if self._is_overlooked or not self._can_receive():
             return  # the rest of the last turn comes first; what TLS still has may be too late
         try:
-            count = self._channel.recv_into(self._inbox.space(self._phase.needed))
+            count = self._inbox.receive(self._phase.needed)
         except BlockingIOError:
             self.flush()  # TLS may have something to say
             self._settle()
@@ -261,7 +261,6 @@ class Connection:
         if count == 0:
             self._receive_eof()
             return
-        self._inbox.received(count)
         if self._phase.is_bulk:
             self._turn = self._host.turns.add(self._take_turn)
         elif self._phase.is_busy and not self._host.turns.is_idle:
@@ -277,6 +276,8 @@ class Connection:
         except ProtocolError as error:
             self._begin_closing(f"protocol error: {error}", level=logging.WARNING)
             has_more = False
+        except OSError as error:
+            self._lose(error)
         except Exception:
             # A bug of ours. The socket is still readable: going on would repeat it for ever.
             logger.exception("%s: internal error", self.peer)
@@ -289,7 +290,7 @@ class Connection:
                 self._turn = self._host.turns.add(self._take_turn)
             self._settle()
             return
-        # The usual end of a turn: all that was received is handled, the next bytes may come.
+        # The usual end of a turn: all that was received is handled.
         self._inbox.give_back()
         if self._is_overlooked or self._channel.has_pending():
             self._loop.call_soon(self._on_readable)
@@ -448,7 +449,7 @@ class Connection:
 
     def _begin_tls(self, outcome: StartTls) -> None:
         """Everything received so far is forgotten; the handshake begins anew inside TLS."""
-        self._channel = self._host.start_tls(self._channel)
+        self._channel = self._inbox.source = self._host.start_tls(self._channel)
         self._phase = self._new_handshake(outcome)
 
     def _begin_transmission(self, negotiated: Negotiated) -> None:

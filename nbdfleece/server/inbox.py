@@ -11,8 +11,12 @@ must not be overwritten while a write that waits still uses it:
   goes back to the pool with its last pin.
 
 A client could pin a megabyte with a write of 512 bytes, but no more often than
-once in a megabyte that it sends and no more often than it may have requests in
-flight, which bounds what it can hold.
+once in half a megabyte that it sends and no more often than it may have requests
+in flight, which bounds what it can hold.
+
+Of large messages no more is received at a time than up to the end of one: the next
+one then begins at the front again, so that nothing is moved, and the same few hundred
+KiB are used over and over, which stay in the processor's cache.
 
 A message whose payload is larger than half the buffer has a buffer of its own,
 and the rest of it is received straight into that (:meth:`Inbox.begin_large`).
@@ -26,12 +30,16 @@ from typing import Final
 
 from ..nbd.limits import KIB, MIB
 from .buffers import Buffer, BufferPool
+from .channel import Channel
 
 INBOX_BYTES: Final = 1 * MIB
 """Size of the shared receive buffers."""
 
 IN_PLACE_BYTES_MAX: Final = INBOX_BYTES // 2
 """Messages up to this size are handled in the shared buffer."""
+
+LARGE_BYTES_MIN: Final = 64 * KIB
+"""Messages of at least this size are received one at a time."""
 
 _RECEIVE_BYTES_MIN: Final = 64 * KIB
 """No receive is offered less room than this, lest one message take many system calls."""
@@ -40,12 +48,28 @@ _NOTHING: Final = memoryview(b"")
 
 
 class Inbox:
-    """The received and not yet handled bytes of one connection: ``view[start:end]``."""
+    """The received and not yet handled bytes of one connection: ``view[start:end]``.
 
-    __slots__ = ("_large", "_large_end", "_large_length", "_pool", "buffer", "end", "start", "view")
+    Args:
+        pool: Where buffers come from.
+        source: Where bytes come from; None once the inbox is closed.
+    """
 
-    def __init__(self, pool: BufferPool) -> None:
+    __slots__ = (
+        "_large",
+        "_large_end",
+        "_large_length",
+        "_pool",
+        "buffer",
+        "end",
+        "source",
+        "start",
+        "view",
+    )
+
+    def __init__(self, pool: BufferPool, source: Channel) -> None:
         self._pool = pool
+        self.source: Channel | None = source
         self.buffer: Buffer | None = None
         self.view = _NOTHING
         """The memory of ``buffer``."""
@@ -62,8 +86,8 @@ class Inbox:
         """Where to receive next.
 
         Args:
-            needed: Bytes from ``start`` on that the next message takes, as far as is known;
-                at most :data:`IN_PLACE_BYTES_MAX`.
+            needed: Bytes from ``start`` on that the next message takes, as far as is known or
+                to be expected; at most :data:`IN_PLACE_BYTES_MAX`, if it is not a large one.
         """
         if self._large is not None:
             return self._large.view[self._large_end : self._large_length]
@@ -72,9 +96,13 @@ class Inbox:
             self.buffer = buffer = self._pool.take(INBOX_BYTES)
             self.view = buffer.view
             self.start = self.end = 0
+        elif self.start == self.end and buffer.users == 1:
+            self.start = self.end = 0
         elif INBOX_BYTES - self.start < needed or INBOX_BYTES - self.end < _RECEIVE_BYTES_MIN:
             buffer = self._make_room(buffer)
-        return buffer.view[self.end :]
+        if needed < LARGE_BYTES_MIN:
+            return buffer.view[self.end :]
+        return buffer.view[self.end : max(self.start + needed, self.end + _RECEIVE_BYTES_MIN)]
 
     def _make_room(self, buffer: Buffer) -> Buffer:
         """Move what is left to the front, of another buffer if this one is pinned."""
@@ -87,6 +115,46 @@ class Inbox:
         self.view = target.view
         self.start, self.end = 0, length
         return target
+
+    def receive(self, needed: int) -> int:
+        """Receive what is there, up to the room for it.
+
+        Args:
+            needed: As for :meth:`space`.
+
+        Returns:
+            The number of bytes; 0 at the end.
+
+        Raises:
+            BlockingIOError: Nothing is there now.
+            OSError: The connection is broken.
+        """
+        assert self.source is not None, "received after the end"
+        count = self.source.recv_into(self.space(needed))
+        self.received(count)
+        return count
+
+    def receive_large(self, needed: int) -> int:
+        """Receive what is there of a large message, or where one is likely to be.
+
+        To ask the event loop first would cost more than to find nothing.
+
+        Args:
+            needed: As for :meth:`space`; nothing is received if no large message is meant, or
+                if so much is here.
+
+        Returns:
+            The number of bytes; 0 if there are none now, and at the end.
+
+        Raises:
+            OSError: The connection is broken.
+        """
+        if needed < LARGE_BYTES_MIN or len(self) >= needed or self.source is None:
+            return 0
+        try:
+            return self.receive(needed)
+        except BlockingIOError:
+            return 0
 
     def received(self, count: int) -> None:
         """Note that ``count`` bytes were received into :meth:`space`."""
@@ -138,6 +206,19 @@ class Inbox:
         for buffer in (self.buffer, self._large):
             if buffer is not None:
                 buffer.release()
-        self.buffer = self._large = None
+        self.buffer = self._large = self.source = None
         self.view = _NOTHING
         self.start = self.end = 0
+
+
+def needed_after(header_size: int, length: int) -> int:
+    """Bytes that the next message is likely to take, which is likely to be like the last.
+
+    Args:
+        header_size: Of any message.
+        length: Bytes of the last one's payload.
+    """
+    if length < LARGE_BYTES_MIN:
+        return header_size
+    # What follows a message in a buffer of its own is to be received there, too, most of it.
+    return header_size + (length if length <= IN_PLACE_BYTES_MAX else LARGE_BYTES_MIN)

@@ -36,7 +36,7 @@ from ..nbd.requests import Request, RequestRules
 from .buffers import Buffer
 from .catalogue import ServedExport
 from .eager import start
-from .inbox import IN_PLACE_BYTES_MAX, Inbox
+from .inbox import IN_PLACE_BYTES_MAX, Inbox, needed_after
 from .limits import Limits
 from .outbox import Outbox
 from .pieces import ends_in_zeroes, find_holes, halve
@@ -179,15 +179,21 @@ class Transmission:
 
         Raises:
             ProtocolError: The stream is out of step: drop the connection.
+            OSError: The connection is broken.
         """
         outbox = self._outbox
         before = self.statistics.requests
-        self._turn_left = turn_bytes = self._limits.wake_up_bytes_max
+        self._turn_left = receive_left = turn_bytes = self._limits.wake_up_bytes_max
         flush_bytes = self._limits.flush_bytes
         is_open = self.is_open
         while is_open and self._turn_left > 0:
             length = self._handle_next(inbox)
             if length is None:
+                if receive_left > 0 and (count := inbox.receive_large(self.needed)):
+                    receive_left -= count + REQUEST_COST
+                    continue
+                if self._partial is None:
+                    self.needed = self._header_size  # nothing is known to follow
                 if self._turn_left < turn_bytes:
                     self.is_bulk = False
                     self.is_busy = self.statistics.requests - before >= BUSY_REQUESTS
@@ -201,6 +207,8 @@ class Transmission:
         if not is_open:
             pause = self._limits.describe_pause(outbox.queued_bytes, self.requests_in_flight)
             self._host.log_pause(pause)
+        else:  # first make room for what the client is about to send, then wake it with replies
+            inbox.receive_large(self.needed)
         self.is_bulk = True
         return True
 
@@ -228,27 +236,24 @@ class Transmission:
         """Handle a request that may have a payload, or ends the connection."""
         if request[2] == _DISC:
             self.disconnected = True
+            self.needed = 0
             return None
         length = self._rules.payload_length(request)
         if not length:
             self._begin(request)
-            return self._turn_cost(request)
+            if request[2] == _BLOCK_STATUS:
+                return STATUS_TURN_COST
+            return request[5] if request[2] == _READ else 0
         refusal = self._refusal(request)
         if refusal is not None:
             self._skip_left = length
             self._skipped = request, refusal
             self._skip(inbox)
             return length
-        self._partial, self._partial_length = request, length
+        self._partial, self._partial_length, self.needed = request, length, length
         if length > IN_PLACE_BYTES_MAX:
             inbox.begin_large(length)
         return self._handle_payload(request, inbox)
-
-    def _turn_cost(self, request: Request) -> int:
-        """What a request without payload counts for in its connection's turn, in bytes."""
-        if request[2] == _BLOCK_STATUS:
-            return STATUS_TURN_COST
-        return request[5] if request[2] == _READ else 0
 
     def _handle_payload(self, request: Request, inbox: Inbox) -> int | None:
         """Handle a request that was admitted, with its payload, if all of it is here."""
@@ -258,14 +263,16 @@ class Transmission:
             if large is None:
                 return None
             self._partial = None
+            self.needed = needed_after(self._header_size, length)
             self._begin_with_payload(request, large.view[:length], large)
             large.release()
             return length
         if inbox.end - inbox.start < length:
-            self.needed = length
             return None
         self._partial = None
-        self.needed = self._header_size
+        self.needed = needed_after(self._header_size, length)
+        if request[2] == _WRITE and not request[1] and self._write_at_once(request, inbox):
+            return length
         payload = inbox.peek(length)
         inbox.start += length
         assert inbox.buffer is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from nbdfleece.errors import ImageError
 from nbdfleece.qcow2.create import create_image
 from nbdfleece.qcow2.image import Qcow2Image
+from tests.qcow2.fake_disk import FakeDisk, Fault
 from tests.qcow2.guest import Guest, check, qemu_content, qemu_img, qemu_io
 
 MIB = 1 << 20
@@ -320,3 +322,66 @@ async def test_in_place_write_and_cached_read_do_not_suspend(folder: Path) -> No
         assert buffer == b"y" * length
     await image.flush()
     await image.close()
+
+
+async def test_write_of_new_clusters_does_not_suspend_and_qemu_agrees(folder: Path) -> None:
+    path = folder / "disk.qcow2"
+    await create_image(path, 40 * MIB, cluster_size=4096)  # several tables and refcount blocks
+    image = await Qcow2Image.open(path, read_only=False)
+    content = random.Random(1).randbytes(40 * MIB)
+    at_once = 0
+    for offset in range(0, 40 * MIB, 256 * 1024):
+        data = memoryview(content)[offset : offset + 256 * 1024]
+        if image.write_at_once(offset, data):
+            at_once += 1
+        else:  # the first of a table, or what a refcount block ends in
+            await image.write(offset, data)
+    assert 100 < at_once < 160
+    await image.close()
+    check(path)
+    assert qemu_content(path) == content
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(MIB + 512, 65536), (MIB, 65536 + 512), (0, 131072), (512 * MIB - 65536, 131072)],
+    ids=["unaligned", "partial", "not new", "two tables"],
+)
+async def test_write_that_is_not_of_new_clusters_only_takes_the_long_way(
+    folder: Path, offset: int, length: int
+) -> None:
+    path = folder / "disk.qcow2"
+    await create_image(path, 600 * MIB)
+    image = await Qcow2Image.open(path, read_only=False)
+    for place in (65536, 512 * MIB + MIB):  # the second cluster, and a second table
+        await image.write(place, memoryview(b"old" * 21845 + b"!"))
+    assert not image.write_at_once(offset, memoryview(b"n" * length))
+    await image.write(offset, memoryview(b"n" * length))
+    assert image.write_at_once(2 * MIB, memoryview(b"n" * 65536)), "nothing else is in the way"
+    await image.close()
+    check(path)
+
+
+@pytest.mark.parametrize("is_short", [False, True])
+async def test_write_of_new_clusters_that_fails_takes_none_and_leaves_nothing(
+    folder: Path, is_short: bool
+) -> None:
+    """What a short write has left must not show around a later write into the cluster."""
+    path = folder / "disk.qcow2"
+    await create_image(path, MIB)
+    disk = FakeDisk(path.read_bytes())
+    image = await Qcow2Image.from_file(disk)
+    await image.write(0, memoryview(b"a" * 65536))
+    end = image.refcounts.end
+    disk.faults[disk.operations] = Fault(errno.ENOSPC, is_short=is_short)
+    with pytest.raises(OSError, match="fails once"):
+        image.write_at_once(131072, memoryview(b"b" * 131072))
+    await image.write(131072 + 512, memoryview(b"c" * 512))
+    assert image.refcounts.end <= end + 131072, "the clusters are used now"
+    expected = b"a" * 65536 + bytes(65536 + 512) + b"c" * 512
+    content = bytearray(MIB)
+    await image.read_into(0, memoryview(content))
+    assert content == expected.ljust(MIB, b"\0")
+    await image.close()
+    path.write_bytes(disk.content)
+    check(path)

@@ -44,6 +44,49 @@ async def test_read_returns_the_content(serve: Serve, structured: bool, length: 
     assert await client.read(12345, length) == CONTENT[12345 : 12345 + length]
 
 
+@pytest.mark.parametrize("seed", range(4))
+async def test_stream_of_writes_of_any_size_is_stored(serve: Serve, seed: int) -> None:
+    """Large messages are received one at a time, small ones together: in any order."""
+    rng = random.Random(seed)
+    node = MemoryNode(4 * MIB)
+    client = await serve(node).open(structured=False)
+    lengths = rng.choices([1, 4096, 65_536, 262_144, 524_288, 524_289, MIB], k=40)
+    expected, sent = bytearray(4 * MIB), bytearray()
+    for cookie, length in enumerate(lengths):
+        offset, data = rng.randrange(4 * MIB - length), rng.randbytes(length)
+        expected[offset : offset + length] = data
+        sent += pack_request(Command.WRITE, offset, length, cookie=cookie) + data
+    sending = asyncio.create_task(client.send(bytes(sent)))
+    assert [(await client.reply()).cookie for _ in lengths] == list(range(len(lengths)))
+    await sending
+    assert node.content == expected
+
+
+async def test_connection_that_breaks_inside_a_large_write_is_lost(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = MemoryNode(MIB)
+    served = serve(node)
+    client = await served.open(structured=False)
+    (connection,) = served.server.connections
+    receive, calls = connection._inbox.source.recv_into, 0
+
+    def break_off(view: memoryview) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise ConnectionResetError(errno.ECONNRESET, "broken")
+        return receive(view)
+
+    caplog.set_level("INFO")
+    connection._inbox.source.recv_into = break_off
+    await client.send(pack_request(Command.WRITE, 0, 256 * 1024) + b"x" * 100_000)
+    assert await client.is_at_end()
+    assert "connection lost: [Errno 104] broken" in caplog.text
+    assert "internal error" not in caplog.text
+    assert node.content == bytes(MIB), "a write is whole or not at all"
+
+
 @pytest.mark.parametrize("length", [1, 4096, 70001, 512 * 1024, 512 * 1024 + 1, 3 * MIB])
 async def test_write_is_read_back(serve: Serve, length: int) -> None:
     node = MemoryNode(4 * MIB)
