@@ -260,8 +260,7 @@ class Connection:
             return
         if count == 0:
             self._receive_eof()
-            return
-        if self._phase.is_bulk:
+        elif self._phase.is_bulk:
             self._turn = self._host.turns.add(self._take_turn)
         elif self._phase.is_busy and not self._host.turns.is_idle:
             self._turn = self._host.turns.add_busy(self._take_turn)
@@ -481,8 +480,9 @@ class Connection:
         return self.statistics.requests, self.outbox.sent_bytes
 
     def _has_moved(self) -> bool:
-        """Whether something was received or sent since the timer was set."""
-        return self._progress != self._current_progress()
+        """Whether anything was received or sent since the timer was set, or is being worked at."""
+        is_at_work = self.requests_in_flight > len(self._drain_waiters)  # they wait for the client
+        return is_at_work or self._progress != self._current_progress()
 
     def _end_slow_handshake(self) -> None:
         self._timer = None
@@ -491,7 +491,7 @@ class Connection:
         self._release()
 
     def _end_idle(self) -> None:
-        if self._has_moved() or self.requests_in_flight:
+        if self._has_moved():
             self._set_timer(self._limits.idle_seconds, self._end_idle)
             return
         reason = f"idle for {self._limits.idle_seconds:g} s, the limit"
@@ -499,7 +499,7 @@ class Connection:
         self._settle()
 
     def _end_slow_closing(self) -> None:
-        if self._has_moved() or self.requests_in_flight:
+        if self._has_moved():
             self._set_timer(self._limits.closing_seconds, self._end_slow_closing)
             return
         self.abort(f"the client does not read its replies for {self._limits.closing_seconds:g} s")
