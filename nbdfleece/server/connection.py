@@ -50,7 +50,7 @@ from .catalogue import Catalogue
 from .channel import Channel, SocketChannel
 from .connection_log import ConnectionLog
 from .handshake import Handshake
-from .inbox import Inbox
+from .inbox import BrokenChannelError, Inbox
 from .limits import Limits
 from .outbox import Outbox
 from .sessions import Session
@@ -275,7 +275,7 @@ class Connection:
         except ProtocolError as error:
             self._begin_closing(f"protocol error: {error}", level=logging.WARNING)
             has_more = False
-        except OSError as error:
+        except BrokenChannelError as error:
             self._lose(error)
         except Exception:
             # A bug of ours. The socket is still readable: going on would repeat it for ever.
@@ -556,7 +556,7 @@ class Connection:
             logger.debug("%s: %s", self.peer, error)
             self._release()
 
-    def _lose(self, error: OSError) -> None:
+    def _lose(self, error: OSError | BrokenChannelError) -> None:
         """The channel is broken."""
         logger.info("%s: connection lost: %s", self.peer, error)
         with contextlib.suppress(OSError):  # a TLS alert may still get through
