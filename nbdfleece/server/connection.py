@@ -50,7 +50,7 @@ from .catalogue import Catalogue
 from .channel import Channel, SocketChannel
 from .connection_log import ConnectionLog
 from .handshake import Handshake
-from .inbox import Inbox
+from .inbox import BrokenChannelError, Inbox
 from .limits import Limits
 from .outbox import Outbox
 from .sessions import Session
@@ -260,8 +260,7 @@ class Connection:
             return
         if count == 0:
             self._receive_eof()
-            return
-        if self._phase.is_bulk:
+        elif self._phase.is_bulk:
             self._turn = self._host.turns.add(self._take_turn)
         elif self._phase.is_busy and not self._host.turns.is_idle:
             self._turn = self._host.turns.add_busy(self._take_turn)
@@ -276,7 +275,7 @@ class Connection:
         except ProtocolError as error:
             self._begin_closing(f"protocol error: {error}", level=logging.WARNING)
             has_more = False
-        except OSError as error:
+        except BrokenChannelError as error:
             self._lose(error)
         except Exception:
             # A bug of ours. The socket is still readable: going on would repeat it for ever.
@@ -481,8 +480,9 @@ class Connection:
         return self.statistics.requests, self.outbox.sent_bytes
 
     def _has_moved(self) -> bool:
-        """Whether something was received or sent since the timer was set."""
-        return self._progress != self._current_progress()
+        """Whether anything was received or sent since the timer was set, or is being worked at."""
+        is_at_work = self.requests_in_flight > len(self._drain_waiters)  # they wait for the client
+        return is_at_work or self._progress != self._current_progress()
 
     def _end_slow_handshake(self) -> None:
         self._timer = None
@@ -491,7 +491,7 @@ class Connection:
         self._release()
 
     def _end_idle(self) -> None:
-        if self._has_moved() or self.requests_in_flight:
+        if self._has_moved():
             self._set_timer(self._limits.idle_seconds, self._end_idle)
             return
         reason = f"idle for {self._limits.idle_seconds:g} s, the limit"
@@ -499,7 +499,7 @@ class Connection:
         self._settle()
 
     def _end_slow_closing(self) -> None:
-        if self._has_moved() or self.requests_in_flight:
+        if self._has_moved():
             self._set_timer(self._limits.closing_seconds, self._end_slow_closing)
             return
         self.abort(f"the client does not read its replies for {self._limits.closing_seconds:g} s")
@@ -556,7 +556,7 @@ class Connection:
             logger.debug("%s: %s", self.peer, error)
             self._release()
 
-    def _lose(self, error: OSError) -> None:
+    def _lose(self, error: OSError | BrokenChannelError) -> None:
         """The channel is broken."""
         logger.info("%s: connection lost: %s", self.peer, error)
         with contextlib.suppress(OSError):  # a TLS alert may still get through

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from ..errors import NbdfleeceError
 from ..nbd.limits import KIB, MIB
 from .buffers import Buffer, BufferPool
 from .channel import Channel
@@ -45,6 +46,13 @@ _RECEIVE_BYTES_MIN: Final = 64 * KIB
 """No receive is offered less room than this, lest one message take many system calls."""
 
 _NOTHING: Final = memoryview(b"")
+
+
+class BrokenChannelError(NbdfleeceError):
+    """Receiving failed amid a turn: drop the connection.
+
+    It is no ``OSError``: what else is done there may raise those, and they are failures of ours.
+    """
 
 
 class Inbox:
@@ -147,7 +155,7 @@ class Inbox:
             The number of bytes; 0 if there are none now, and at the end.
 
         Raises:
-            OSError: The connection is broken.
+            BrokenChannelError: The connection is broken.
         """
         if needed < LARGE_BYTES_MIN or len(self) >= needed or self.source is None:
             return 0
@@ -155,6 +163,8 @@ class Inbox:
             return self.receive(needed)
         except BlockingIOError:
             return 0
+        except OSError as error:
+            raise BrokenChannelError(str(error)) from error
 
     def received(self, count: int) -> None:
         """Note that ``count`` bytes were received into :meth:`space`."""

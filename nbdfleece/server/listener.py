@@ -23,9 +23,10 @@ from ..nbd.constants import DEFAULT_PORT
 from ..nbd.uri import NbdUri
 
 BACKLOG: Final = 1024
+"""Connections that wait to be accepted; the kernel cuts it to net.core.somaxconn."""
+
 _PORTS_MAX: Final = 10
 """Ports that are tried: what the kernel chooses at one address may be taken at the next."""
-"""Connections that wait to be accepted; the kernel cuts it to net.core.somaxconn."""
 
 SYSTEMD_FIRST_FD: Final = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""

@@ -10,9 +10,10 @@ from. It is sent only if the request is the one that was foreseen, and if the bi
 bits then; else it is dropped, and all is as if nobody had looked ahead. So nobody must tell us
 that a bitmap has changed. Other contexts cannot be compared: they are asked when the client is.
 
-**What it may cost** (rule 5). A search ahead is a turn like any other; one waits at a time, and
-it is given up if the client asks anything else meanwhile. What is kept is no more than one
-reply, until the next block status of the connection.
+**What it may cost** (rule 5). A search ahead is a turn like any other: of no more contexts than
+a block status searches in one, and of no more of a bitmap than may be kept to compare. One
+waits at a time, and it is given up if the client asks anything else meanwhile. What is kept is
+no more than one reply, until the next block status of the connection.
 """
 
 from __future__ import annotations
@@ -170,6 +171,8 @@ class BlockStatuses:
             if self._pool.idle_bytes:  # the walk is over, or over what was dense
                 self._pool = BufferPool(_IDLE_BYTES_MAX)
             return False
+        if len(found) > _CONTEXTS_PER_TURN:
+            return False
         self._foreseen = Foreseen(offset, length, query.context_ids)
         self._requests = self._statistics.requests
         return not self._is_waiting
@@ -195,10 +198,12 @@ class BlockStatuses:
             offset, length = foreseen.offset, foreseen.length
             if not isinstance(context, DirtyBitmap) or offset + length > context.bitmap.size:
                 continue  # the disk may have grown
-            extents = context.bitmap.extents(offset, length, extents_max=self._extents_max)
-            bits = _bits(context, offset, extents.total())
-            if bits is not None and len(extents.lengths) >= MANY_EXTENTS:
-                yield context_id, (bits, self._pack(replies, extents))
+            reach = min(length, _reach(context, offset))
+            extents = context.bitmap.extents(offset, reach, extents_max=self._extents_max)
+            count, total = len(extents.lengths), extents.total()
+            is_whole = total < reach or reach == length or count == self._extents_max
+            if is_whole and count >= MANY_EXTENTS:
+                yield context_id, (_bits(context, offset, total), self._pack(replies, extents))
 
 
 def _count(found: Extents | Packed) -> int:
@@ -211,9 +216,13 @@ def _length(found: Extents | Packed) -> int:
     return found.length if isinstance(found, Packed) else found.total()
 
 
-def _bits(context: MetadataContext, offset: int, length: int) -> bytes | None:
-    """All that the extents of the range are made from; None if it is too much or not to be had."""
-    if not isinstance(context, DirtyBitmap):
-        return None
-    bits = context.bitmap.bits_of(offset, length)
-    return bytes(bits) if len(bits) <= BITS_BYTES_MAX else None
+def _bits(context: MetadataContext, offset: int, length: int) -> bytes:
+    """All that the extents of the range are made from."""
+    assert isinstance(context, DirtyBitmap), "only what can be compared is found ahead"
+    return bytes(context.bitmap.bits_of(offset, length))
+
+
+def _reach(context: DirtyBitmap, offset: int) -> int:
+    """From the offset on, the bytes of the disk whose bits may be kept."""
+    disk_bytes = 8 * context.bitmap.granularity  # of a byte of the bitmap
+    return (offset // disk_bytes + BITS_BYTES_MAX) * disk_bytes - offset

@@ -179,7 +179,7 @@ class Transmission:
 
         Raises:
             ProtocolError: The stream is out of step: drop the connection.
-            OSError: The connection is broken.
+            BrokenChannelError: The connection is broken.
         """
         outbox = self._outbox
         before = self.statistics.requests

@@ -93,6 +93,20 @@ async def test_long_reads_side_by_side_all_end(serve: Serve) -> None:
     assert set(received.values()) == {MIB}
 
 
+async def test_failure_of_ours_is_not_told_as_a_broken_connection(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unreadable:
+        def refusal(self, export: str, identity: str | None) -> str | None:
+            raise PermissionError("the list of clients")
+
+    served = serve(MemoryNode(MIB), authorization=Unreadable())
+    with pytest.raises(EOFError):
+        await served.open()
+    assert "internal error" in caplog.text
+    assert "the list of clients" in caplog.text
+
+
 async def test_reply_that_waits_is_not_changed_by_a_later_write(serve: Serve) -> None:
     """Rule 1: nothing is sent from memory that can be overwritten while it is in flight."""
     served = serve(MemoryNode(b"old!" * (MIB // 4)))

@@ -12,6 +12,7 @@ from nbdfleece.server.inbox import (
     IN_PLACE_BYTES_MAX,
     INBOX_BYTES,
     LARGE_BYTES_MIN,
+    BrokenChannelError,
     Inbox,
     needed_after,
 )
@@ -133,8 +134,8 @@ def test_receive_large_after_the_end_takes_no_buffer() -> None:
 
 
 def test_receive_large_from_a_broken_connection_says_so() -> None:
-    inbox = Inbox(BufferPool(0), Source(ConnectionResetError()))
-    with pytest.raises(ConnectionResetError):
+    inbox = Inbox(BufferPool(0), Source(ConnectionResetError("reset")))
+    with pytest.raises(BrokenChannelError, match="reset"):
         inbox.receive_large(MESSAGE)
 
 

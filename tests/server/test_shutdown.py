@@ -7,6 +7,8 @@ import socket
 
 import pytest
 
+from nbdfleece.bitmaps.bitmap import Bitmap
+from nbdfleece.export.contexts import DirtyBitmap
 from nbdfleece.nbd.constants import Command, Option, OptionReply
 from nbdfleece.server import connection as connection_module
 from nbdfleece.server import server as server_module
@@ -166,6 +168,24 @@ async def test_closing_ends_although_the_client_reads_nothing(serve: Serve) -> N
     (connection,) = served.server.connections
     connection.finish("test")
     await served.server.wait_idle()
+
+
+@pytest.mark.parametrize("wish", [Command.READ, Command.BLOCK_STATUS])
+async def test_idle_client_is_closed_although_a_request_waits_for_it_to_read(
+    serve: Serve, wish: Command
+) -> None:
+    """The rest of a long reply, and what is found ahead of the next request."""
+    node = MemoryNode(32 * MIB)
+    node.content[:] = b"x" * node.size
+    bitmap = Bitmap(node.size, 512)
+    bitmap.array()[:] = 0xAA
+    export = export_of(node, contexts=(DirtyBitmap("b", bitmap),))
+    limits = Limits(idle_seconds=0.2, closing_seconds=0.2, queued_bytes_max=64 * KIB)
+    served = serve([export], limits=limits)
+    client = await served.open(contexts=["qemu:dirty-bitmap:b"])
+    await client.send(pack_request(wish, 0, 16 * MIB) * 64)
+    async with asyncio.timeout(SECONDS_MAX):
+        await served.server.wait_idle()
 
 
 async def busy_client(served: Served) -> Client:

@@ -20,7 +20,13 @@ from nbdfleece.nbd.requests import EXTENDED_REQUEST, Request, StatusQuery
 from nbdfleece.server.buffers import BufferPool
 from nbdfleece.server.outbox import Outbox
 from nbdfleece.server.statistics import Statistics
-from nbdfleece.server.statuses import BITS_BYTES_MAX, MANY_EXTENTS, BlockStatuses, Packed
+from nbdfleece.server.statuses import (
+    BITS_BYTES_MAX,
+    MANY_EXTENTS,
+    STATUS_EXTENTS_MAX,
+    BlockStatuses,
+    Packed,
+)
 from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import GREETING_BYTES, Client, Serve, export_of, extents_of, pack_request, settled
@@ -297,16 +303,15 @@ async def _now() -> None:
     """A turn that comes at once."""
 
 
-def by_itself(bitmap: Bitmap) -> tuple[BlockStatuses, Statistics, MemoryNode]:
+def by_itself(
+    bitmap: Bitmap, *, contexts: int = 1, extents_max: int = 1 << 17
+) -> tuple[BlockStatuses, Statistics, MemoryNode]:
     node = MemoryNode(0)
     node.size = bitmap.size
     statistics = Statistics()
     export = Export(name="x", node=node)
-    return (
-        BlockStatuses({0: DirtyBitmap("b", bitmap)}, 1 << 17, export, statistics),
-        statistics,
-        node,
-    )
+    named = {number: DirtyBitmap(str(number), bitmap) for number in range(contexts)}
+    return BlockStatuses(named, extents_max, export, statistics), statistics, node
 
 
 def status_request(offset: int, length: int) -> tuple[Request, StatusQuery]:
@@ -359,6 +364,56 @@ async def test_no_more_bits_than_the_limit_are_kept() -> None:
         await statuses.look_ahead(StructuredReplies(), _now())
         ((_, told),) = await statuses.find(*status_request(length, length))
         assert isinstance(told, Packed) is is_kept
+
+
+class MeasuredBitmap(Bitmap):
+    """Notes how much of it is searched, in bytes of the disk."""
+
+    __slots__ = ("searched",)
+
+    def extents(self, offset: int, length: int, *, extents_max: int = 1 << 20) -> Extents:
+        self.searched = length
+        return super().extents(offset, length, extents_max=extents_max)
+
+
+async def test_no_more_is_searched_ahead_than_may_be_kept() -> None:
+    """A map of more extents than fit in a reply, but too long to be compared."""
+    length = 8 * (4 * BITS_BYTES_MAX) * GRANULE
+    bitmap = MeasuredBitmap(2 * length, GRANULE)
+    bitmap.array()[::5] = 0xAA
+    statuses, *_ = by_itself(bitmap)
+    request, query = status_request(0, length)
+    found = await statuses.find(request, query)
+    assert statuses.foresee(request, query, found)
+    await statuses.look_ahead(StructuredReplies(), _now())
+    assert bitmap.searched <= 8 * BITS_BYTES_MAX * GRANULE
+    offset = found[0][1].total()
+    ((_, told),) = await statuses.find(*status_request(offset, length))
+    assert isinstance(told, Extents)
+    assert told.pairs() == bitmap.extents(offset, length, extents_max=1 << 17).pairs()
+
+
+async def test_largest_reply_is_found_ahead() -> None:
+    """Its bits are just as many as may be kept."""
+    length = 8 * BITS_BYTES_MAX * GRANULE
+    bitmap = alternating(3 * length)
+    statuses, *_ = by_itself(bitmap, extents_max=STATUS_EXTENTS_MAX)
+    request, query = status_request(0, 2 * length)
+    assert statuses.foresee(request, query, await statuses.find(request, query))
+    await statuses.look_ahead(ExtendedReplies(), _now())
+    ((_, told),) = await statuses.find(*status_request(length, 2 * length))
+    assert isinstance(told, Packed)
+    assert (told.extent_count, told.length) == (STATUS_EXTENTS_MAX, length)
+
+
+async def test_no_more_contexts_are_searched_ahead_than_in_one_turn() -> None:
+    bitmap = alternating()
+    for count, is_foreseen in ((4, True), (5, False)):
+        statuses, *_ = by_itself(bitmap, contexts=count)
+        request, _ = status_request(0, PART)
+        query = StatusQuery(PART, tuple(range(count)))
+        found = await statuses.find(request, query)
+        assert statuses.foresee(request, query, found) is is_foreseen
 
 
 async def test_nothing_is_foreseen_where_it_is_not_worth_it() -> None:

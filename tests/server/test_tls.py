@@ -30,7 +30,7 @@ from nbdfleece.server.tls import (
 from nbdfleece.testing.memory_node import MemoryNode
 from tests.pki import make_pki
 
-from .harness import Client, Serve, Served, export_of, pack_request
+from .harness import SECONDS_MAX, Client, Serve, Served, export_of, pack_request
 
 MIB = 1 << 20
 HELLO = struct.pack(">I", 3)
@@ -189,6 +189,22 @@ async def test_close_notify_is_sent_after_disconnect(serve: Serve, pki: Path) ->
     await client.request(Command.DISC)
     # A stream that ends without close_notify would raise ssl.SSLEOFError.
     assert await client._until(partial(client.tls.read, 1)) == b""
+
+
+@pytest.mark.parametrize("length", [4096, 128 << 10])
+async def test_close_notify_behind_a_write_is_noticed(serve: Serve, pki: Path, length: int) -> None:
+    """Of a client that then waits for the server's, its socket still open."""
+    node = MemoryNode(MIB)
+    served = serve(node, tls=settings(pki))
+    client = await secure(served, context_for(pki))
+    assert await go(client) == OptionReply.ACK
+    client.tls.write(pack_request(Command.WRITE, 0, length) + b"w" * length)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.tls.unwrap()
+    await Client.send(client, client.outgoing.read())
+    async with asyncio.timeout(SECONDS_MAX):
+        await served.server.wait_idle()
+    assert node.content[:length] == b"w" * length
 
 
 async def test_forced_tls_refuses_everything_before_tls(serve: Serve, pki: Path) -> None:
