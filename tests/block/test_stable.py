@@ -159,5 +159,46 @@ async def test_bytes_that_cannot_be_read_are_not_brought_to_hand(
     assert not await bring_to_hand([StablePlace(stable, 0, MIB)])
 
 
+async def test_file_that_no_page_cache_keeps_is_soon_read_only_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZFS and direct I/O have every byte cold for ever: to fetch it would be to read it twice."""
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: False)
+    node = FileNode.open(file, read_only=True)
+    fetches = 0
+    for _ in range(100):
+        places = node.stable_places(0, MIB)
+        if places is not None:
+            fetches += 1
+            assert not await bring_to_hand(places)
+    assert 1 < fetches < 10
+    await node.close()
+
+
+async def test_file_that_memory_is_short_for_now_and_then_is_still_fetched(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cold, at_once_gone, kept = [False], [False, False], [True, True]
+    answers = iter(((cold + at_once_gone) * 3 + cold + kept) * 10)
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: next(answers))
+    node = FileNode.open(file, read_only=True)
+    for number in range(40):
+        places = node.stable_places(0, MIB)
+        assert places
+        assert await bring_to_hand(places) == (number % 4 == 3)
+    await node.close()
+
+
+async def test_where_nothing_can_be_thrown_away_bytes_are_read(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sandbox without /dev/null."""
+    monkeypatch.setattr(os, "devnull", "/nonexistent")
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: False)
+    node = FileNode.open(file, read_only=True)
+    assert not await bring_to_hand(node.stable_places(0, MIB) or [])
+    await node.close()
+
+
 def fail(file: StableFile, offset: int, length: int) -> None:
     raise OSError(errno.EIO, "bad block")
