@@ -147,7 +147,7 @@ class FileNode(BlockNode):
     def stable_places(self, offset: int, length: int) -> list[StablePlace] | None:
         """The range itself, if it is in the file and nobody else can write that."""
         stable = self._stable
-        if stable is None or not stable.is_cached or offset + length > stable.size:
+        if stable is None or offset + length > stable.size:
             return None
         return [StablePlace(stable, offset, length)]
 

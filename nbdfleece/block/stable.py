@@ -92,13 +92,22 @@ class StablePlace(NamedTuple):
 async def bring_to_hand(places: Sequence[StablePlace]) -> bool:
     """Have a thread bring what is cold into the page cache; whether all can be sent then."""
     cold = [place for place in places if not place.is_at_hand]
-    for place in cold:
-        try:
-            await in_thread(place.file.fetch, place.offset, place.length)
-        except OSError:  # whoever reads it now will say the same
-            return False
-        place.file.note_fetch(is_kept=place.is_at_hand)
-    return not cold or all(place.is_at_hand for place in places)
+    if not cold:
+        return True
+    if not cold[0].file.is_cached:
+        return False
+    try:
+        await in_thread(_fetch, cold)
+    except OSError:  # whoever reads it now will say the same
+        return False
+    is_kept = all(place.is_at_hand for place in places)
+    cold[0].file.note_fetch(is_kept=is_kept)
+    return is_kept
+
+
+def _fetch(places: Sequence[StablePlace]) -> None:
+    for place in places:
+        place.file.fetch(place.offset, place.length)
 
 
 def open_stable(fd: int, *, is_in_memory: bool) -> StableFile | None:

@@ -164,28 +164,30 @@ async def test_file_that_no_page_cache_keeps_is_soon_read_only_once(
 ) -> None:
     """ZFS and direct I/O have every byte cold for ever: to fetch it would be to read it twice."""
     monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: False)
+    fetches: list[int] = []
+    monkeypatch.setattr(StableFile, "fetch", lambda *range_: fetches.append(1))
     node = FileNode.open(file, read_only=True)
-    fetches = 0
+    places = node.stable_places(0, MIB)
+    assert places
     for _ in range(100):
-        places = node.stable_places(0, MIB)
-        if places is not None:
-            fetches += 1
-            assert not await bring_to_hand(places)
-    assert 1 < fetches < 10
+        assert not await bring_to_hand(places)
+    assert 1 < len(fetches) < 10
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: True)
+    assert await bring_to_hand(places), "what is in memory all the same is sent from there"
     await node.close()
 
 
 async def test_file_that_memory_is_short_for_now_and_then_is_still_fetched(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cold, at_once_gone, kept = [False], [False, False], [True, True]
-    answers = iter(((cold + at_once_gone) * 3 + cold + kept) * 10)
+    is_cold, is_gone_again, is_kept = False, False, True
+    answers = iter(([is_cold, is_gone_again] * 3 + [is_cold, is_kept]) * 10)
     monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: next(answers))
     node = FileNode.open(file, read_only=True)
     for number in range(40):
         places = node.stable_places(0, MIB)
         assert places
-        assert await bring_to_hand(places) == (number % 4 == 3)
+        assert await bring_to_hand(places) is (number % 4 == 3)
     await node.close()
 
 
