@@ -59,20 +59,6 @@ class StableFile:
         """Whether a range of the file can be sent without waiting for the disk."""
         return self._residency is None or self._residency.is_resident(offset, length)
 
-    def fetch(self, offset: int, length: int) -> None:
-        """Wait until a range is in the page cache.
-
-        Raises:
-            OSError: It could not be read.
-        """
-        end = offset + length
-        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            while offset < end and (count := os.sendfile(nowhere, self.fd, offset, end - offset)):
-                offset += count
-        finally:
-            os.close(nowhere)
-
 
 class StablePlace(NamedTuple):
     """Where bytes lie."""
@@ -97,7 +83,9 @@ async def bring_to_hand(places: Sequence[StablePlace]) -> bool:
     if not cold[0].file.is_cached:
         return False
     try:
-        await in_thread(_fetch, cold)
+        # The thread gets no places: it would let go of them some time after it has ended, and a
+        # file's locks last as long.
+        await in_thread(_fetch_all, [(place.file.fd, place.offset, place.length) for place in cold])
     except OSError:  # whoever reads it now will say the same
         return False
     is_kept = all(place.is_at_hand for place in places)
@@ -105,9 +93,24 @@ async def bring_to_hand(places: Sequence[StablePlace]) -> bool:
     return is_kept
 
 
-def _fetch(places: Sequence[StablePlace]) -> None:
-    for place in places:
-        place.file.fetch(place.offset, place.length)
+def _fetch_all(ranges: list[tuple[int, int, int]]) -> None:
+    for fd, offset, length in ranges:
+        fetch(fd, offset, length)
+
+
+def fetch(fd: int, offset: int, length: int) -> None:
+    """Wait until a range of a file is in the page cache.
+
+    Raises:
+        OSError: It could not be read.
+    """
+    end = offset + length
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        while offset < end and (count := os.sendfile(nowhere, fd, offset, end - offset)):
+            offset += count
+    finally:
+        os.close(nowhere)
 
 
 def open_stable(fd: int, *, is_in_memory: bool) -> StableFile | None:
