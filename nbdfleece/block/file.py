@@ -7,9 +7,9 @@ slow disk never stalls another client (rule 5):
 * **Reads** ask with ``RWF_NOWAIT`` first. What is cold is fetched by a thread, and what
   follows large cold reads is asked for before they come to it (:mod:`.read_ahead`).
 * **Writes** up to :data:`INLINE_BYTES_MAX` are a ``pwrite`` into the page cache.
-* **Flushes** are ``fdatasync`` in a thread, with group commit: callers that
-  arrive while one runs share the next one. A flush with nothing written since
-  the last one returns at once.
+* **Flushes** are ``fdatasync`` in a thread of a pool of their own, so that they wait for
+  nobody's cold reads, with group commit: callers that arrive while one runs share the
+  next one. A flush with nothing written since the last one returns at once.
 * **fallocate** may wait for write-back of the pages it drops: always a thread.
 
 A failed ``fdatasync`` is final: the kernel forgets the pages that it could not
@@ -39,7 +39,7 @@ from .locks import Access, lock_file
 from .node import BlockNode, BlockStatus, block_status_word
 from .read_ahead import ReadAhead, will_need
 from .stable import StablePlace, open_stable
-from .threads import begin_in_thread, finished, in_thread
+from .threads import begin_flush, begin_in_thread, finished, in_thread
 
 INLINE_BYTES_MAX: Final = 1 << 20
 """Writes up to this size run in the loop's thread: 1 MiB into the page cache is 0.1 to 0.3 ms."""
@@ -271,7 +271,7 @@ class FileNode(BlockNode):
     def _start_flush(self, waiter: asyncio.Future[None]) -> asyncio.Future[None]:
         """Run fdatasync in a thread; ``waiter``, which is returned, ends with it."""
         writes = self._writes_done
-        running = begin_in_thread(self._datasync)
+        running = begin_flush(self._datasync)
         running.add_done_callback(lambda done: self._end_flush(done, waiter, writes))
         return waiter
 

@@ -22,7 +22,8 @@ from .threads import in_thread
 STABLE_PIECE_BYTES_MIN: Final = 32 << 10
 """Pieces of a range smaller than this, on average, had better be copied: each is a system call."""
 
-_nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+_LOST_MAX: Final = 4
+"""Fetches in a row that left nothing in the page cache, after which a file is not fetched."""
 
 
 class StableFile:
@@ -33,30 +34,30 @@ class StableFile:
         is_in_memory: Its pages are its storage, so none of them is ever cold.
     """
 
-    __slots__ = ("_residency", "fd", "size")
+    __slots__ = ("_lost", "_residency", "fd", "size")
 
     def __init__(self, fd: int, *, is_in_memory: bool) -> None:
         self.size = os.fstat(fd).st_size
         self._residency = None if is_in_memory else ResidencyMap(fd, self.size)
+        self._lost = 0
         self.fd = os.dup(fd)
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
             os.close(self.fd)
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether what was fetched has stayed: ZFS, DAX and direct I/O do without a page cache."""
+        return self._lost < _LOST_MAX
+
+    def note_fetch(self, *, is_kept: bool) -> None:
+        """What was fetched just now is in the page cache, or gone already."""
+        self._lost = 0 if is_kept else self._lost + 1
+
     def is_at_hand(self, offset: int, length: int) -> bool:
         """Whether a range of the file can be sent without waiting for the disk."""
         return self._residency is None or self._residency.is_resident(offset, length)
-
-    def fetch(self, offset: int, length: int) -> None:
-        """Wait until a range is in the page cache.
-
-        Raises:
-            OSError: It could not be read.
-        """
-        end = offset + length
-        while offset < end and (count := os.sendfile(_nowhere, self.fd, offset, end - offset)):
-            offset += count
 
 
 class StablePlace(NamedTuple):
@@ -76,13 +77,40 @@ class StablePlace(NamedTuple):
 
 async def bring_to_hand(places: Sequence[StablePlace]) -> bool:
     """Have a thread bring what is cold into the page cache; whether all can be sent then."""
-    for place in places:
-        if not place.is_at_hand:
-            try:
-                await in_thread(place.file.fetch, place.offset, place.length)
-            except OSError:  # whoever reads it now will say the same
-                return False
-    return all(place.is_at_hand for place in places)
+    cold = [place for place in places if not place.is_at_hand]
+    if not cold:
+        return True
+    if not cold[0].file.is_cached:
+        return False
+    try:
+        # The thread gets no places: it would let go of them some time after it has ended, and a
+        # file's locks last as long.
+        await in_thread(_fetch_all, [(place.file.fd, place.offset, place.length) for place in cold])
+    except OSError:  # whoever reads it now will say the same
+        return False
+    is_kept = all(place.is_at_hand for place in places)
+    cold[0].file.note_fetch(is_kept=is_kept)
+    return is_kept
+
+
+def _fetch_all(ranges: list[tuple[int, int, int]]) -> None:
+    for fd, offset, length in ranges:
+        fetch(fd, offset, length)
+
+
+def fetch(fd: int, offset: int, length: int) -> None:
+    """Wait until a range of a file is in the page cache.
+
+    Raises:
+        OSError: It could not be read.
+    """
+    end = offset + length
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        while offset < end and (count := os.sendfile(nowhere, fd, offset, end - offset)):
+            offset += count
+    finally:
+        os.close(nowhere)
 
 
 def open_stable(fd: int, *, is_in_memory: bool) -> StableFile | None:

@@ -12,16 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 THREADS_MAX: Final = 16
-"""Threads of the pool, for all files: as many operations may wait for disks at one time."""
+"""Threads of each pool, for all files: as many operations may wait for disks at one time."""
 
 _Result = TypeVar("_Result")
 
 _pool = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="nbdfleece-file")
+_flush_pool = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="nbdfleece-flush")
 
 
 def begin_in_thread(function: Callable[..., _Result], *args: object) -> asyncio.Future[_Result]:
     """Have the block layer's thread pool run a blocking function."""
     return asyncio.get_running_loop().run_in_executor(_pool, function, *args)
+
+
+def begin_flush(function: Callable[[], _Result]) -> asyncio.Future[_Result]:
+    """As :func:`begin_in_thread`, but not behind the cold reads of those who stream (rule 5)."""
+    return asyncio.get_running_loop().run_in_executor(_flush_pool, function)
 
 
 async def in_thread(function: Callable[..., _Result], *args: object) -> _Result:

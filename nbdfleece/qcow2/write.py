@@ -86,6 +86,7 @@ class Writer:
         table = self._mapping.tables.get(l1_index)
         if (
             table is None
+            or not clusters
             or (offset | len(data)) & self._cluster_size - 1
             or first + clusters > self._l2_entries
             or self._subcluster_size

@@ -13,7 +13,7 @@ import pytest
 from nbdfleece.block import file as file_module
 from nbdfleece.block.file import INLINE_BYTES_MAX, FileNode
 from nbdfleece.block.node import BlockStatus, allocation_flags
-from nbdfleece.block.threads import in_thread
+from nbdfleece.block.threads import THREADS_MAX, in_thread
 from nbdfleece.errors import ImageError
 
 
@@ -207,6 +207,23 @@ async def test_flush_that_failed_fails_for_all_its_callers_and_ever_after(
         await node.flush()
     with pytest.raises(OSError, match="disk on fire"):
         await node.close()
+
+
+async def test_flush_does_not_wait_for_the_cold_reads_of_others(tmp_path: Path) -> None:
+    """Rule 5: those who stream may have hundreds of reads that wait for a disk."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(512))
+    node = FileNode.open(path, read_only=False)
+    gate = threading.Event()
+    reads = [asyncio.ensure_future(in_thread(gate.wait, 120)) for _ in range(2 * THREADS_MAX)]
+    await asyncio.sleep(0)
+    await node.write(0, memoryview(b"x" * 512))
+    try:
+        await asyncio.wait_for(node.flush(), 60)
+    finally:
+        gate.set()
+        await asyncio.gather(*reads)
+    await node.close()
 
 
 async def test_cancelled_caller_waits_for_the_thread_that_uses_its_buffer() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
+from nbdfleece.block import stable as stable_module
 from nbdfleece.block.file import FileNode
 from nbdfleece.block.raw import RawNode
 from nbdfleece.block.stable import StableFile, StablePlace, bring_to_hand
@@ -155,9 +158,80 @@ async def test_bytes_that_cannot_be_read_are_not_brought_to_hand(
     os.close(fd)
     monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: False)
     assert not await bring_to_hand([StablePlace(stable, 0, MIB)]), "gone again at once"
-    monkeypatch.setattr(StableFile, "fetch", fail)
+    monkeypatch.setattr(stable_module, "fetch", fail)
     assert not await bring_to_hand([StablePlace(stable, 0, MIB)])
 
 
-def fail(file: StableFile, offset: int, length: int) -> None:
+async def test_file_that_no_page_cache_keeps_is_soon_read_only_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZFS and direct I/O have every byte cold for ever: to fetch it would be to read it twice."""
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: False)
+    fetches: list[int] = []
+    monkeypatch.setattr(stable_module, "fetch", lambda *range_: fetches.append(1))
+    node = FileNode.open(file, read_only=True)
+    places = node.stable_places(0, MIB)
+    assert places
+    for _ in range(100):
+        assert not await bring_to_hand(places)
+    assert 1 < len(fetches) < 10
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: True)
+    assert await bring_to_hand(places), "what is in memory all the same is sent from there"
+    await node.close()
+
+
+async def test_file_that_memory_is_short_for_now_and_then_is_still_fetched(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_cold, is_gone_again, is_kept = False, False, True
+    answers = iter(([is_cold, is_gone_again] * 3 + [is_cold, is_kept]) * 10)
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: next(answers))
+    node = FileNode.open(file, read_only=True)
+    for number in range(40):
+        places = node.stable_places(0, MIB)
+        assert places
+        assert await bring_to_hand(places) is (number % 4 == 3)
+    await node.close()
+
+
+async def test_file_that_a_thread_fetches_stays_open_when_the_node_is_closed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def slow(fd: int, offset: int, length: int) -> None:
+        begun.set()
+        assert may_go_on.wait(60)
+        seen.append(os.path.samestat(os.fstat(fd), file.stat()))
+
+    monkeypatch.setattr(stable_module, "fetch", slow)
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: False)
+    node = FileNode.open(file, read_only=True)
+    fetching = asyncio.create_task(bring_to_hand(node.stable_places(0, MIB) or []))
+    assert await asyncio.to_thread(begun.wait, 60)
+    await node.close()
+    fetching.cancel()  # its client has left
+    await asyncio.sleep(0)
+    assert not fetching.done()
+    may_go_on.set()
+    await asyncio.wait([fetching], timeout=60)
+    assert fetching.cancelled()
+    assert seen == [True]
+    del fetching
+    await FileNode.open(file, read_only=False).close()  # nobody has the locks any more
+
+
+async def test_where_nothing_can_be_thrown_away_bytes_are_read(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sandbox without /dev/null."""
+    monkeypatch.setattr(os, "devnull", "/nonexistent")
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: False)
+    node = FileNode.open(file, read_only=True)
+    assert not await bring_to_hand(node.stable_places(0, MIB) or [])
+    await node.close()
+
+
+def fail(fd: int, offset: int, length: int) -> None:
     raise OSError(errno.EIO, "bad block")

@@ -2,7 +2,7 @@
 
 Each round has an image, a guest and a disk of its own, all made from the seed and the round's
 number, so that a failure can be had again by ``--seed S --first ROUND``. In some rounds the
-disk suspends at random, so that guests and flushes overlap; in some it fails once.
+disk fails once. Where guests and flushes overlap is :mod:`tests.qcow2.test_crash`'s part.
 """
 
 from __future__ import annotations

@@ -163,6 +163,51 @@ async def test_power_cut_while_flush_and_writes_overlap_leaves_what_was_flushed(
     await image.close()
 
 
+async def fill(image: Qcow2Image, guest: Guest, offset: int) -> bool:
+    """Write a whole cluster; whether that was done at once."""
+    data = guest.rng.randbytes(guest.cluster_size)
+    guest._change(offset, data)
+    if image.write_at_once(offset, memoryview(data)):
+        return True
+    await image.write(offset, memoryview(data))
+    return False
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4096])
+async def test_power_cut_amid_flushes_while_new_clusters_are_filled_at_once(
+    folder: Path, cluster_size: int
+) -> None:
+    """What takes one step of the loop falls between any two steps of a flush."""
+    start, content = await fresh_image(folder, "empty", cluster_size)
+    rng = random.Random(cluster_size)
+    disk = FakeDisk(start, rng=rng)
+    image = await Qcow2Image.from_file(disk)
+    guest = Guest(image, cluster_size, rng)
+    guest.content[:] = content
+    guest.track()
+    at_once = cuts = 0
+    places = rng.sample(range(0, len(content), cluster_size), 128)
+    while places:
+        await guest.write(places.pop(), cluster_size)
+        flushed = [len(states) for states in guest.history]
+        flush = asyncio.ensure_future(image.flush())
+        await asyncio.sleep(0)
+        while places and not flush.done():
+            at_once += await fill(image, guest, places.pop())
+            await asyncio.sleep(0)
+            if rng.random() < 0.2:
+                await examine(folder, disk, guest, rng)
+                cuts += 1
+        await flush
+        pairs = zip(guest.history, flushed, strict=True)
+        guest.history = [states[count - 1 :] for states, count in pairs]
+        await examine(folder, disk, guest, rng)
+    assert at_once > 40
+    assert cuts > 5
+    await guest.check_all()
+    await image.close()
+
+
 async def test_power_cut_while_long_runs_of_clusters_are_allocated_leaks_at_most(
     folder: Path,
 ) -> None:

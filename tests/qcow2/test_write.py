@@ -362,6 +362,17 @@ async def test_write_that_is_not_of_new_clusters_only_takes_the_long_way(
     check(path)
 
 
+async def test_write_of_nothing_changes_nothing(folder: Path) -> None:
+    path = folder / "disk.qcow2"
+    await create_image(path, MIB)
+    image = await Qcow2Image.open(path, read_only=False)
+    await image.write(0, memoryview(b"a" * 512))
+    await image.write(65536, memoryview(b""))
+    assert image.file.size == path.stat().st_size
+    await image.close()
+    check(path)
+
+
 @pytest.mark.parametrize("is_short", [False, True])
 async def test_write_of_new_clusters_that_fails_takes_none_and_leaves_nothing(
     folder: Path, is_short: bool
