@@ -35,7 +35,7 @@ COMMANDS = {
 
 def main() -> None:
     """Run what the command line says."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_intermixed_args()
     # However it is ended, servers and folders do not stay behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmark import clients
+from benchmark.__main__ import main
 from benchmark.images import Images
 from benchmark.rows.base import Row
 from benchmark.rows.reads import PullTcp, PullUnix
@@ -125,3 +126,11 @@ def test_version_knows_the_source(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("2")
     assert ours(tmp_path) != first
     assert first.startswith("0.1.0+")
+
+
+def test_rows_may_stand_behind_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", "list", "--rounds", "2", "pull-unix"])
+    main()
+    assert "pull-unix" in capsys.readouterr().out
