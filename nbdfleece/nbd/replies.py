@@ -229,9 +229,13 @@ class ChunkedReplies(Replies):
         payload = _error_payload(error, text) + _OFFSET.pack(offset)
         return self._chunk(request, ReplyType.ERROR_OFFSET, done, payload)
 
+    def _chunk(self, request: Request, kind: ReplyType, done: bool, payload: bytes = b"") -> bytes:
+        """A whole chunk."""
+        return self._header(request, kind, done, len(payload)) + payload
+
     @abstractmethod
-    def _chunk(self, request: Request, kind: ReplyType, done: bool, *payload: bytes) -> bytes:
-        """A whole chunk; its payload in parts."""
+    def _header(self, request: Request, kind: ReplyType, done: bool, length: int) -> bytes:
+        """The header of a chunk with a payload of ``length`` bytes."""
 
 
 class StructuredReplies(ChunkedReplies):
@@ -277,14 +281,11 @@ class StructuredReplies(ChunkedReplies):
             S: n times 32 bits, length; 32 bits, status
         """
         length = 4 + count * self.extent_bytes
-        kind = ReplyType.BLOCK_STATUS
-        header = _CHUNK.pack(STRUCTURED_REPLY_MAGIC, done, kind, request[3], length)
+        header = self._header(request, ReplyType.BLOCK_STATUS, done, length)
         return header + _STATUS.pack(context_id)
 
-    def _chunk(self, request: Request, kind: ReplyType, done: bool, *payload: bytes) -> bytes:
-        length = sum(map(len, payload))
-        header = _CHUNK.pack(STRUCTURED_REPLY_MAGIC, done, kind, request[3], length)
-        return b"".join([header, *payload])
+    def _header(self, request: Request, kind: ReplyType, done: bool, length: int) -> bytes:
+        return _CHUNK.pack(STRUCTURED_REPLY_MAGIC, done, kind, request[3], length)
 
 
 class ExtendedReplies(ChunkedReplies):
@@ -325,18 +326,13 @@ class ExtendedReplies(ChunkedReplies):
             S: n times 64 bits, length; 64 bits, status
         """
         length = 8 + count * self.extent_bytes
-        kind = ReplyType.BLOCK_STATUS_EXT
-        header = _EXTENDED_CHUNK.pack(
-            EXTENDED_REPLY_MAGIC, done, kind, request[3], request[4], length
-        )
+        header = self._header(request, ReplyType.BLOCK_STATUS_EXT, done, length)
         return header + _EXTENDED_STATUS.pack(context_id, count)
 
-    def _chunk(self, request: Request, kind: ReplyType, done: bool, *payload: bytes) -> bytes:
-        length = sum(map(len, payload))
-        header = _EXTENDED_CHUNK.pack(
+    def _header(self, request: Request, kind: ReplyType, done: bool, length: int) -> bytes:
+        return _EXTENDED_CHUNK.pack(
             EXTENDED_REPLY_MAGIC, done, kind, request[3], request[4], length
         )
-        return b"".join([header, *payload])
 
 
 def _error_payload(error: Error, text: str) -> bytes:
