@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from ..block.threads import finished
 from .calls import Client
 from .errors import CallbackError, ScriptError
 from .gate import Gate, Threads
@@ -53,15 +54,7 @@ class DiskNode(PluginNode):
         call = self._gate.begin(self._client, job)
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
-        try:
-            return await asyncio.shield(call)
-        except asyncio.CancelledError:
-            while not call.done():
-                try:
-                    await asyncio.wait([call])
-                except asyncio.CancelledError:
-                    continue
-            raise
+        return await finished(call)
 
     def give_up(self) -> None:
         """Let the calls that have not returned fail: the server ends."""
