@@ -34,15 +34,7 @@ class Channel(Protocol):
     """Who the client has proven to be."""
 
     def recv_into(self, view: memoryview, /) -> int:
-        """Receive what is there, up to ``len(view)`` bytes.
-
-        Returns:
-            The number of bytes; 0 at the end.
-
-        Raises:
-            BlockingIOError: Nothing is there now.
-            OSError: The connection is broken.
-        """
+        """Receive what is there; see :meth:`inbox.Receiver.recv_into`."""
 
     def sendmsg(self, views: list[memoryview], /) -> int:
         """Send what can be sent without waiting; see :meth:`outbox.Sender.sendmsg`."""

@@ -26,12 +26,11 @@ Between wake-ups a connection with nothing left over holds no buffer.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
 from ..errors import NbdfleeceError
 from ..nbd.limits import KIB, MIB
 from .buffers import Buffer, BufferPool
-from .channel import Channel
 
 INBOX_BYTES: Final = 1 * MIB
 """Size of the shared receive buffers."""
@@ -46,6 +45,21 @@ _RECEIVE_BYTES_MIN: Final = 64 * KIB
 """No receive is offered less room than this, lest one message take many system calls."""
 
 _NOTHING: Final = memoryview(b"")
+
+
+class Receiver(Protocol):
+    """Where bytes come from."""
+
+    def recv_into(self, view: memoryview, /) -> int:
+        """Receive what is there, up to ``len(view)`` bytes.
+
+        Returns:
+            The number of bytes; 0 at the end.
+
+        Raises:
+            BlockingIOError: Nothing is there now.
+            OSError: The connection is broken.
+        """
 
 
 class BrokenChannelError(NbdfleeceError):
@@ -75,9 +89,9 @@ class Inbox:
         "view",
     )
 
-    def __init__(self, pool: BufferPool, source: Channel) -> None:
+    def __init__(self, pool: BufferPool, source: Receiver) -> None:
         self._pool = pool
-        self.source: Channel | None = source
+        self.source: Receiver | None = source
         self.buffer: Buffer | None = None
         self.view = _NOTHING
         """The memory of ``buffer``."""

@@ -7,7 +7,6 @@ import random
 import pytest
 
 from nbdfleece.server.buffers import BufferPool
-from nbdfleece.server.channel import PlainChannel
 from nbdfleece.server.inbox import (
     IN_PLACE_BYTES_MAX,
     INBOX_BYTES,
@@ -21,11 +20,8 @@ KIB = 1 << 10
 MESSAGE = 28 + 256 * KIB
 
 
-class Source(PlainChannel):
+class Source:
     """Has so many bytes to receive, or an error."""
-
-    reader_fd = writer_fd = -1
-    peer = "source"
 
     def __init__(self, *left: int | OSError) -> None:
         self.left = list(left)
@@ -40,18 +36,6 @@ class Source(PlainChannel):
         if first > count:
             self.left.insert(0, first - count)
         return count
-
-    def sendmsg(self, views: list[memoryview], /) -> int:
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        raise NotImplementedError
-
-    def discard(self) -> bool:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
 
 
 def test_stream_of_messages_survives_every_cut_and_pin() -> None:
