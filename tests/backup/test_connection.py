@@ -36,11 +36,11 @@ BLOCK = 65536
 class Clock:
     """The event loop's clock, which can be put on: nobody needs to wait for a time limit."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch) -> None:
         self._loop = loop
         self._hours = 0
         self.time = loop.time
-        loop.time = lambda: self.time() + 3600 * self._hours  # type: ignore[method-assign]
+        monkeypatch.setattr(loop, "time", lambda: self.time() + 3600 * self._hours)
 
     def put_on(self) -> None:
         """An hour goes by."""
@@ -57,8 +57,8 @@ class Clock:
 
 
 @pytest.fixture
-async def clock() -> Clock:
-    return Clock(asyncio.get_running_loop())
+async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(asyncio.get_running_loop(), monkeypatch)
 
 
 @pytest.fixture
