@@ -1,5 +1,7 @@
 """Exports that clients of QEMU's commands add and remove, with bitmaps of their choice.
 
+Those of images that the server was started with for reading only are such exports, too.
+
 While a bitmap is exported it is busy: it cannot be removed, cleared, merged into or switched.
 A recording one goes on recording, so only a writable export may show one by its mere name.
 """
