@@ -7,7 +7,8 @@ What "best" is was found by trying; ``docs/performance.md`` says what each peer 
   in an I/O thread of its own from version 10 on; several connections; ``discard=unmap``.
 * **nbdkit**: the file plugin with its default of 16 threads per connection. It cannot read
   qcow2 and serves the same disk as raw bytes: shown, but no peer for a qcow2 row.
-* **nbdfleece**: as it comes, ``nbdfleece serve``; over TLS ``nbdfleece nbd``.
+* **nbdfleece**: as it comes, ``nbdfleece nbd -r`` where nobody writes to one disk,
+  ``nbdfleece serve`` else; with ``--read-only`` where nobody writes to several.
 * **the raw limit**: no server, and no peer: what the kernel and the client allow.
 """
 
@@ -163,14 +164,16 @@ class Nbdfleece(Server):
         return True
 
     def _enter(self, setup: Setup, address: Path | int, stack: ExitStack) -> Running:
-        if setup.bitmaps or not setup.writable:
-            return self._enter_nbd(setup, address, stack)
+        if len(setup.disks) == 1 and (setup.bitmaps or not setup.writable):
+            words = _nbd_words(setup, address)
+            return self._start([*_nbdfleece(), "nbd", *words], address, setup, stack)
         control = self.place.path(".c")
         listen = f"unix:{address}" if isinstance(address, Path) else f"tcp:127.0.0.1:{address}"
         argv = [*_nbdfleece(), "serve", "--listen", listen, "--control", str(control)]
         argv += ["--scratch-dir", str(self.place.memory), *self._options]
         for name, path in setup.disks.items():
-            argv += ["--disk", f"{name}={path}"]
+            argv += ["--disk" if setup.writable else "--read-only", f"{name}={path}"]
+            argv += [word for bitmap in setup.bitmaps for word in ("--bitmap", f"{name}={bitmap}")]
         running = self._start(argv, address, setup, stack)
         running.control = stack.enter_context(Qmp(control))
         for number in range(setup.checkpoints):
@@ -178,13 +181,6 @@ class Nbdfleece(Server):
         for number in range(setup.snapshots):
             add_snapshot(running, number)
         return running
-
-    def _enter_nbd(self, setup: Setup, address: Path | int, stack: ExitStack) -> Running:
-        """Serve an image as it is, with the flags of qemu-nbd."""
-        if len(setup.disks) > 1:
-            return self._enter(replace(setup, writable=True), address, stack)
-        words = _nbd_words(setup, address)
-        return self._start([*_nbdfleece(), "nbd", *words], address, setup, stack)
 
 
 def add_snapshot(running: Running, number: int) -> None:

@@ -61,6 +61,8 @@ class DaemonOptions:
         policies: What becomes of discards and zeroes, by the disk's name; those that are not
             named have discards done and zeroes written.
         nodes: What has the bytes of those disks whose images have bitmaps only.
+        images: Images that are only shown, by their exports' names.
+        bitmaps: Dirty bitmaps that are shown with them, by the same names.
         listen: Where NBD clients are accepted; export names in it are of no matter.
         control: Path of the control socket; None for none.
         scratch: How snapshots are kept.
@@ -78,6 +80,8 @@ class DaemonOptions:
     disks: Mapping[str, Path]
     policies: Mapping[str, GuestPolicy] = field(default_factory=dict)
     nodes: Mapping[str, BlockNode] = field(default_factory=dict)
+    images: Mapping[str, Path] = field(default_factory=dict)
+    bitmaps: Mapping[str, Sequence[str]] = field(default_factory=dict)
     listen: Sequence[NbdUri] = ()
     control: Path | None = None
     scratch: ScratchOptions = field(default_factory=ScratchOptions)
@@ -279,6 +283,8 @@ class Daemon:
             policy = self.options.policies.get(name, DEFAULT_POLICY)
             await self.engine.open_disk(name, path, policy, data=self.options.nodes.get(name))
         await self.engine.recover()
+        for name, path in self.options.images.items():
+            await self.node_exports.add_image(name, path, self.options.bitmaps.get(name, ()))
         for more in self.options.more_exports:
             for export in await self._more.enter_async_context(more):
                 self.exports.add(export)

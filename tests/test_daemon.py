@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from nbdfleece.daemon import Daemon, DaemonOptions
 from nbdfleece.engine.disk import ScratchOptions
 from nbdfleece.errors import StateError
 from nbdfleece.nbd.uri import NbdUri
+from nbdfleece.server.channel import SocketChannel
 from nbdfleece.server.loop import LoopChoice, run
 
 
@@ -31,6 +33,34 @@ def options(tmp_path: Path) -> DaemonOptions:
         control=tmp_path / "control.sock",
         scratch=ScratchOptions(directory=tmp_path),
     )
+
+
+async def test_read_only_images_are_sent_without_a_copy(
+    options: DaemonOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 1: "Zero-copy is allowed only from bytes that cannot be overwritten while in flight"."""
+    content = random.Random(1).randbytes(8 << 20)
+    (tmp_path / "raw").write_bytes(content)
+    image, sent = tmp_path / "t.qcow2", 0
+    for path in (image, options.disks["vda"]):
+        words = ("qemu-img", "convert", "-f", "raw", "-O", "qcow2", tmp_path / "raw", path)
+        subprocess.run(words, check=True)
+    sendfile = SocketChannel.sendfile
+
+    def counted(channel: SocketChannel, fd: int, offset: int, length: int) -> int:
+        nonlocal sent
+        count = sendfile(channel, fd, offset, length)
+        sent += count
+        return count
+
+    monkeypatch.setattr(SocketChannel, "sendfile", counted)
+    async with Daemon(replace(options, images={"t": image})) as daemon:
+        for name, is_still in (("vda", False), ("t", True)):
+            uri = daemon.export_uris(name)[0]
+            copying = await asyncio.create_subprocess_exec("nbdcopy", uri, tmp_path / name)
+            assert await copying.wait() == 0
+            assert (tmp_path / name).read_bytes() == content
+            assert bool(sent) is is_still
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])

@@ -13,6 +13,9 @@ File names in it are relative to its own folder. Whatever is wrong is told with 
     file = "/images/vdb.qcow2"
     detect-zeroes = "unmap"
 
+    [read-only]
+    template = "/images/template.qcow2"
+
     [scratch]
     directory = "/var/tmp"
     quota = "10G"
@@ -28,7 +31,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -39,6 +42,7 @@ from ..errors import UsageError
 from .addresses import NO_CONTROL, parse_listen
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
+from .read_only_options import parse_images
 from .sizes import parse_size
 
 Scalar = bool | int | float | str
@@ -57,6 +61,13 @@ class DiskConfig(_Part):
     file: str
     discard: Literal["unmap", "ignore"] | None = None
     detect_zeroes: Literal["off", "on", "unmap"] | None = None
+
+
+class ImageConfig(_Part):
+    """A read-only image of which more is said than its file."""
+
+    file: str
+    bitmaps: list[str] = []
 
 
 class ScratchConfig(_Part):
@@ -83,6 +94,7 @@ class ServerConfig(_Part):
     """The whole file."""
 
     disks: dict[str, str | DiskConfig] = {}
+    read_only: dict[str, str | ImageConfig] = {}
     backups: list[str] = []
     listen: list[str] = []
     control: str | None = None
@@ -158,6 +170,7 @@ class _Checked:
             self._check(["listen", str(index)], parse_listen, address)
         found: dict[str, Any] = {
             **self._disks(config.disks),
+            **self._images(config.read_only, config.disks),
             "backups": [self._file(backup) for backup in config.backups],
             "listen": config.listen,
             "control": config.control
@@ -194,6 +207,27 @@ class _Checked:
             "discard": [f"{name}={disk.discard}" for name, disk in each.items() if disk.discard],
             "detect_zeroes": [
                 f"{name}={disk.detect_zeroes}" for name, disk in each.items() if disk.detect_zeroes
+            ],
+        }
+
+    def _images(
+        self, images: dict[str, str | ImageConfig], disks: Container[str]
+    ) -> dict[str, list[str]]:
+        each = {
+            name: image if isinstance(image, ImageConfig) else ImageConfig(file=image)
+            for name, image in images.items()
+        }
+        return {
+            "images": [
+                self._check(
+                    ["read-only", name],
+                    lambda word: parse_images([word], disks),
+                    f"{name}={self._file(image.file)}",
+                )
+                for name, image in each.items()
+            ],
+            "bitmaps": [
+                f"{name}={bitmap}" for name, image in each.items() for bitmap in image.bitmaps
             ],
         }
 

@@ -52,20 +52,25 @@ def disk_options(command: _F) -> _F:
 
 
 def parse_disks(words: Iterable[str]) -> dict[str, Path]:
+    """What ``--disk`` says: images by the disk's name; errors as of :func:`parse_files`."""
+    return parse_files("--disk", words)
+
+
+def parse_files(option: str, words: Iterable[str]) -> dict[str, Path]:
     """Read ``NAME=FILE``.
 
     Raises:
         UsageError: One is not of that form, or a name is given twice.
     """
-    disks: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for word in words:
         name, equals, path = word.partition("=")
         if not (name and equals and path):
-            raise UsageError(f"--disk is NAME=FILE, '{word}' is not")
-        if name in disks:
-            raise UsageError(f"--disk names '{name}' twice")
-        disks[name] = Path(path)
-    return disks
+            raise UsageError(f"{option} is NAME=FILE, '{word}' is not")
+        if name in files:
+            raise UsageError(f"{option} names '{name}' twice")
+        files[name] = Path(path)
+    return files
 
 
 def parse_policies(

@@ -30,6 +30,7 @@ from .disk_options import disk_options, parse_disks, parse_policies
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
 from .listen_options import keep_stderr_from_client, listen_options, parse_socket_file
+from .read_only_options import parse_bitmaps, parse_images, read_only_options
 from .sizes import parse_size
 from .tls_options import build_authorization, build_tls, tls_options
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.command()
 @config_option
 @disk_options
+@read_only_options
 @click.option(
     "--backup",
     "backups",
@@ -162,8 +164,8 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
     from ..daemon import DaemonOptions
     from ..engine.disk import ScratchOptions
 
-    if not (values["disks"] or values["backups"]):
-        raise UsageError("there is nothing to serve: say --disk or --backup")
+    if not (values["disks"] or values["images"] or values["backups"]):
+        raise UsageError("there is nothing to serve: say --disk, --read-only or --backup")
     if values["stdio"] and (values["as_json"] or values["print_uri"]):
         raise UsageError("--stdio: stdout is the client's; leave --json and --print-uri out")
     is_activated = os.environ.get("LISTEN_PID") == str(os.getpid())
@@ -172,9 +174,12 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
         listen = [default_listen()]
         make_runtime_directory()
     disks = parse_disks(values["disks"])
+    images = parse_images(values["images"], disks)
     return DaemonOptions(
         disks=disks,
         policies=parse_policies(disks, values["discard"], values["detect_zeroes"]),
+        images=images,
+        bitmaps=parse_bitmaps(values["bitmaps"], images),
         listen=listen,
         control=choose_control(values["control"]),
         limits=parse_limits(values["limits"]),

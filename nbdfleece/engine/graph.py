@@ -18,8 +18,9 @@ driver                 what it is here
 =====================  ====================================================================
 
 A new disk is one like those that the server was started with, but it is not exported, and it is
-closed when its node is removed. Read-only, it is no disk but only shown, with its bitmaps. As
-long as it is the target of copy-before-write it counts as no disk either.
+closed when its node is removed. As long as it is the target of copy-before-write it counts as no
+disk. Read-only, it is no disk either but only shown, with its bitmaps; so are the images that the
+server was started with for reading only, each of which is a node of its name.
 
 Old data goes to the scratch of the disk, which all its snapshots share, and never to the
 scratch images: these are only names.
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,6 +166,16 @@ class Graph:
         self._check_new(node.name)
         self._nodes[node.name] = node
 
+    @contextmanager
+    def _adding(self, node: GraphNode) -> Iterator[None]:
+        """Add a node and open what it shows; if that fails, it is gone again."""
+        self._add(node)
+        try:
+            yield
+        except BaseException:
+            del self._nodes[node.name]
+            raise
+
     def _check_new(self, name: str) -> None:
         check_name(name, "node")
         if name in self._nodes or self._engines_node(name) is not None:
@@ -256,12 +268,19 @@ class Graph:
         if under.read_only and not read_only:
             raise StateError("Block node is read-only")
         node = GraphNode(name=name, driver=driver, filename=under.filename, children=(under.name,))
-        self._nodes[name] = node
-        try:
+        with self._adding(node):
             await self._open(node, policy, read_only=read_only)
-        except BaseException:
-            del self._nodes[name]
-            raise
+
+    async def add_image(self, name: str, path: Path) -> ReadOnlyImage:
+        """Add a qcow2 image that is only shown, with no node for its file.
+
+        Raises:
+            StateError: The name is taken.
+            OSError, ImageError: The image cannot be opened.
+        """
+        node = GraphNode(name=name, driver="qcow2", filename=str(path))
+        with self._adding(node):
+            return await _show(node)
 
     async def _open(self, node: GraphNode, policy: GuestPolicy, *, read_only: bool) -> None:
         path = Path(node.filename)
@@ -272,8 +291,7 @@ class Graph:
         elif node.driver == "raw":
             node.opened = node.view = FileNode.open(path, read_only=True)
         else:
-            shown = await ReadOnlyImage.open(node.name, path)
-            node.opened, node.view, node.bitmaps = shown.image, shown.image, (shown,)
+            await _show(node)
 
     async def _open_disk(self, name: str, path: Path, policy: GuestPolicy, *, is_raw: bool) -> Disk:
         """Open a disk, and settle what a crash left open on it.
@@ -473,3 +491,10 @@ class Graph:
                     del self._nodes[name]
                 else:
                     await self.remove(name)
+
+
+async def _show(node: GraphNode) -> ReadOnlyImage:
+    """Open a node's qcow2 image for reading only."""
+    shown = await ReadOnlyImage.open(node.name, Path(node.filename))
+    node.opened, node.view, node.bitmaps = shown.image, shown.image, (shown,)
+    return shown

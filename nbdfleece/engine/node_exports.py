@@ -1,5 +1,7 @@
 """Exports that clients of QEMU's commands add and remove, with bitmaps of their choice.
 
+Those of images that the server was started with for reading only are such exports, too.
+
 While a bitmap is exported it is busy: it cannot be removed, cleared, merged into or switched.
 A recording one goes on recording, so only a writable export may show one by its mere name.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..bitmaps.bitmap import Bitmap
@@ -71,6 +74,7 @@ class NodeExport:
         node: What it shows.
         export: How NBD clients see it.
         held: The bitmaps that it keeps busy.
+        is_of_start: The server was started with it.
         is_ending: Its clients are being disconnected.
     """
 
@@ -78,6 +82,7 @@ class NodeExport:
     node: GraphNode
     export: Export
     held: list[tuple[BitmapNode, str]] = field(default_factory=list)
+    is_of_start: bool = False
     is_ending: bool = False
 
 
@@ -158,6 +163,29 @@ class NodeExports:
         except BaseException:
             self._forget(added)
             raise
+
+    async def add_image(self, name: str, path: Path, bitmaps: Sequence[str]) -> None:
+        """Show a qcow2 image for reading only, as node and export of one name, from the start on.
+
+        Raises:
+            StateError: The name is taken, or a bitmap is not there, inconsistent or damaged; the
+                node stays.
+            OSError, ImageError: The image cannot be opened.
+        """
+        shown = await self._graph.add_image(name, path)
+        try:
+            for bitmap in bitmaps:
+                shown.check_undamaged(bitmap)
+            await self.add(
+                name,
+                name,
+                description=f"read-only image {name}",
+                bitmaps=bitmaps,
+                allocation_depth=True,
+            )
+        except StateError as error:
+            raise StateError(f"{path}: {error}") from error
+        self._exports[name].is_of_start = True
 
     def _check_name(self, name: str) -> None:
         if self._table.has(name):
@@ -244,6 +272,12 @@ class NodeExports:
     def are_on(self, node_name: str) -> bool:
         """Whether a node is exported."""
         return any(each.node.name == node_name for each in self)
+
+    async def remove_added(self) -> None:
+        """Remove all exports but those that the server was started with."""
+        for each in self:
+            if not (each.is_of_start or each.is_ending):
+                await self.remove(each.id, hard=True)
 
     async def close(self, view: BlockNode | None = None) -> None:
         """Remove all exports, or those that show one view."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from ..bitmaps.bitmap import Bitmap
-from ..errors import StateError
+from ..errors import ImageLockedError, StateError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
 from .chain import Chain
@@ -106,12 +106,27 @@ class ReadOnlyImage(StillNode):
             OSError, ImageError: It cannot be opened.
             StateError: Its chain's record cannot be understood.
         """
-        image = await Qcow2Image.open(path, read_only=True)
+        try:
+            image = await Qcow2Image.open(path, read_only=True)
+        except ImageLockedError as error:
+            raise ImageLockedError(
+                error.path, "being written by another program: stop it before serving the image"
+            ) from error
         try:
             return cls(name, image, await BitmapStore.load(image))
         except BaseException:
             await image.close()
             raise
+
+    def check_undamaged(self, name: str) -> None:
+        """Refuse a bitmap that is not there because of damage.
+
+        Raises:
+            StateError: It is one.
+        """
+        for damaged in self._store.damaged:
+            if name not in self.state.bitmaps and damaged.name in (name, None):
+                raise StateError(f"Bitmap '{name}' is damaged: {damaged.reason}")
 
     async def bits(self, name: str) -> Bitmap:
         """The bits of a bitmap, read from the image if they are not in memory."""

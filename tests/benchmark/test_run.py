@@ -120,6 +120,15 @@ def test_fragmented_image_is_sound_and_has_that_many_pieces(images: Images) -> N
         assert clients.pull(running.uri()) > 0
 
 
+def test_disks_that_nobody_writes_are_only_read(images: Images) -> None:
+    """Like the peers' they are opened for reading; one file for two disks could not be written."""
+    setup = Setup({"vda": images.full, "vdb": images.full})
+    with Nbdfleece(images.place).serve(setup) as running:
+        exports = running.qmp.execute("query-nbd-exports")
+        assert [each["read-only"] for each in exports] == [True, True]
+        assert clients.pull(running.uri("vdb")) > 0
+
+
 def test_version_knows_the_source(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("1")
     first = ours(tmp_path)

@@ -109,6 +109,6 @@ def test_point_is_an_increment_for_the_client(
 
 def test_nothing_to_serve_is_a_mistake(tmp_path: Path, run: Run) -> None:
     nothing = run("serve", "--control", "none")
-    assert (nothing.status, "--disk or --backup" in nothing.complaint) == (2, True)
+    assert (nothing.status, "--disk, --read-only or --backup" in nothing.complaint) == (2, True)
     missing = run("serve", "--backup", tmp_path / "none", "--control", "none")
     assert (missing.status, "no such backup directory" in missing.complaint) == (1, True)

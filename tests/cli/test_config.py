@@ -26,6 +26,13 @@ file = "b.qcow2"
 discard = "ignore"
 detect-zeroes = "on"
 
+[read-only]
+t = "t.qcow2"
+
+[read-only.u]
+file = "u.qcow2"
+bitmaps = ["b"]
+
 [scratch]
 directory = "."
 quota = "1M"
@@ -60,6 +67,8 @@ def test_whole_file_becomes_the_options_of_serve(tmp_path: Path) -> None:
         "disks": [f"vda={tmp_path}/a.qcow2", f"vdb={tmp_path}/b.qcow2"],
         "discard": ["vdb=ignore"],
         "detect_zeroes": ["vdb=on"],
+        "images": [f"t={tmp_path}/t.qcow2", f"u={tmp_path}/u.qcow2"],
+        "bitmaps": ["u=b"],
         "scratch_dir": str(tmp_path),
         "scratch_quota": "1M",
         "scratch_granularity": "8192",
@@ -86,6 +95,8 @@ def test_whole_file_becomes_the_options_of_serve(tmp_path: Path) -> None:
         ("[tls]\nmode = 'maybe'\n", ":2: tls.mode: Invalid enum value 'maybe'"),
         ("[disks]\nvda = 3\n", ":1: disks: Expected `str | object`"),
         ("[disks.vda]\nfile = 'a'\ndiscard = 'x'\n", ":1: disks.discard: Invalid enum value 'x'"),
+        ("[disks]\na = 'x'\n[read-only]\na = 'y'\n", ":4: 'a' is a name of --disk and of --read"),
+        ("[read-only.a]\nfile = 'a'\nbitmap = 'x'\n", ":1: there is no 'bitmap' here"),
         ("[disks.vda]\ndiscard = 'unmap'\n", ":1: disks: Object missing required field `file`"),
     ],
 )

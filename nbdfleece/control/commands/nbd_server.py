@@ -88,7 +88,7 @@ class NbdServerStop(Command):
     async def run(self, server: Controlled) -> None:
         """Carry it out."""
         server.stop_listening()
-        await server.node_exports.close()
+        await server.node_exports.remove_added()
 
 
 class BlockExportAdd(Command):

@@ -1,0 +1,304 @@
+"""``--read-only`` and ``--bitmap`` of serve: images that are only shown, beside disks or alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdfleece.cli.read_only_options import parse_bitmaps, parse_images
+from nbdfleece.control.client import ControlClient
+from nbdfleece.control.errors import QmpError
+from nbdfleece.errors import UsageError
+from tests.backup.conftest import tmp_path as in_memory
+from tests.backup.programs import content_of, qemu_io, qemu_nbd
+from tests.backup.programs import run as execute
+
+from .conftest import SIZE, Run, Server, Start, make_image
+
+tmp_path = in_memory
+MIB = 1 << 20
+GRANULE = 65536
+LISTEN = ("--listen", "unix:n")
+READ_CONTEXTS = ["base:allocation", "qemu:allocation-depth"]
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A template with data over a backing file, and two bitmaps of QEMU's."""
+    base = make_image(tmp_path / "base.qcow2")
+    qemu_io(base, "write -q -P 1 0 3M")
+    path = tmp_path / "template.qcow2"
+    words = ("-b", base, "-F", "qcow2", path)
+    execute("qemu-img", "create", "-q", "-f", "qcow2", *words)
+    execute("qemu-img", "bitmap", "--add", path, "early")
+    qemu_io(path, "write -q -P 2 1M 64k")
+    execute("qemu-img", "bitmap", "--add", path, "late")
+    qemu_io(path, "write -q -P 3 8M 128k", "write -q -z 2M 64k")
+    return path
+
+
+def uri(folder: Path, export: str) -> str:
+    return f"nbd+unix:///{export}?socket={folder}/n"
+
+
+def exports(folder: Path) -> dict[str, dict[str, Any]]:
+    """What nbdinfo lists, by name."""
+    listed = json.loads(execute("nbdinfo", "--list", "--json", uri(folder, "")))
+    return {each["export-name"]: each for each in listed["exports"]}
+
+
+def dirty(folder: Path, export: str, bitmap: str) -> list[tuple[int, int]]:
+    context = f"--map=qemu:dirty-bitmap:{bitmap}"
+    found = json.loads(execute("nbdinfo", context, "--json", uri(folder, export)))
+    return [(each["offset"], each["length"]) for each in found if each["type"]]
+
+
+def test_foreign_clients_read_several_images_beside_a_disk(
+    tmp_path: Path, image: Path, start: Start
+) -> None:
+    """Content and maps are those of qemu-nbd -r, and nobody can write."""
+    disk, before = make_image(tmp_path / "disk.qcow2"), image.read_bytes()
+    words = ("--read-only", f"t={image}", "--read-only", f"base={tmp_path}/base.qcow2")
+    start("--disk", f"vda={disk}", *words, *LISTEN)
+    found = exports(tmp_path)
+    assert {name: each["is_read_only"] for name, each in found.items()} == {
+        "vda": False,
+        "t": True,
+        "base": True,
+    }
+    assert found["t"]["contexts"] == READ_CONTEXTS
+    assert found["t"]["can_multi_conn"]
+    assert [found["t"][what] for what in ("can_trim", "can_zero")] == [False, False]
+    contents = {"t": content_of(image), "base": content_of(tmp_path / "base.qcow2")}
+    for name, content in contents.items():
+        execute("nbdcopy", uri(tmp_path, name), tmp_path / "copied")
+        assert (tmp_path / "copied").read_bytes() == content
+        execute("qemu-img", "convert", "-O", "raw", uri(tmp_path, name), tmp_path / "converted")
+        assert (tmp_path / "converted").read_bytes() == content
+    with qemu_nbd(image, "-r", "-A") as theirs:
+        for context in READ_CONTEXTS:
+            maps = {
+                execute("nbdinfo", f"--map={context}", it) for it in (theirs, uri(tmp_path, "t"))
+            }
+            assert len(maps) == 1
+    write = subprocess.run(
+        ["qemu-io", "-f", "raw", "-c", "write 0 512", uri(tmp_path, "t")],
+        capture_output=True,
+        text=True,
+    )
+    assert "Permission denied" in write.stderr
+    assert image.read_bytes() == before
+
+
+def test_named_bitmaps_are_shown_and_no_others(tmp_path: Path, image: Path, start: Start) -> None:
+    """A recording bitmap, too: nothing is written to the image, so it holds still (rule 2)."""
+    other = ("--read-only", f"u={image}", "--bitmap", "u=early", "--bitmap", "u=late")
+    start("--read-only", f"t={image}", "--bitmap", "t=late", *other, *LISTEN)
+    contexts = {name: each["contexts"][2:] for name, each in exports(tmp_path).items()}
+    late, early = (f"qemu:dirty-bitmap:{name}" for name in ("late", "early"))
+    assert contexts == {"t": [late], "u": [early, late]}
+    assert dirty(tmp_path, "t", "late") == [(2 * MIB, GRANULE), (8 * MIB, 2 * GRANULE)]
+    assert dirty(tmp_path, "u", "late") == dirty(tmp_path, "t", "late")
+    assert dirty(tmp_path, "u", "early")[0] == (MIB, GRANULE)
+
+
+def test_two_servers_and_qemu_read_one_image_and_no_writer_comes_in(
+    tmp_path: Path, image: Path, start: Start, run: Run
+) -> None:
+    """Rule 7: the locks are QEMU's."""
+    server = start("--read-only", f"t={image}", *LISTEN)
+    other = start("--read-only", f"t={image}", "--listen", "unix:m", "--control", "none")
+    with qemu_nbd(image, "-r") as theirs:
+        for it in (theirs, uri(tmp_path, "t"), f"nbd+unix:///t?socket={tmp_path}/m"):
+            assert "identical" in execute("qemu-img", "compare", "-F", "raw", image, it)
+    writer = ("--disk", f"vda={image}", "--listen", "unix:w", "--control", "none")
+    refused = run("serve", *writer)
+    assert (refused.status, "in use by another program" in refused.complaint) == (1, True)
+    server.end()
+    assert other.end().status == 0
+    assert start(*writer).end().status == 0
+
+
+def test_image_that_is_being_written_is_refused(
+    tmp_path: Path, image: Path, start: Start, run: Run
+) -> None:
+    second = ("--listen", "unix:m", "--control", "none")
+    with qemu_nbd(image):
+        refused = run("serve", "--read-only", f"t={image}", *second)
+    told = f"{image}: being written by another program: stop it before serving the image"
+    assert (refused.status, refused.complaint) == (1, told)
+    both = run("serve", "--disk", f"vda={image}", "--read-only", f"t={image}", *second)
+    assert (both.status, both.complaint) == (1, told)
+
+
+def test_inconsistent_bitmap_is_refused_by_name(
+    tmp_path: Path, image: Path, start: Start, run: Run
+) -> None:
+    """Rule 2: what cannot be proven complete is never exported as if it were good."""
+    start("--disk", f"vda={image}", *LISTEN).end(signal.SIGKILL)
+    refused = run("serve", "--read-only", f"t={image}", "--bitmap", "t=late", *LISTEN)
+    told = f"{image}: Bitmap 'late' is inconsistent and cannot be used; remove it"
+    assert (refused.status, refused.complaint) == (1, told)
+    start("--read-only", f"t={image}", *LISTEN)
+    assert exports(tmp_path)["t"]["contexts"] == READ_CONTEXTS
+
+
+def test_damaged_or_missing_bitmap_is_refused_by_name(image: Path, run: Run) -> None:
+    data = bytearray(image.read_bytes())
+    for match in re.finditer(rb"late\0", data):  # older directories are there, too
+        data[match.start() - 24 + 16] = 9
+    image.write_bytes(data)
+    for bitmap, told in (
+        ("late", "Bitmap 'late' is damaged: is of the unknown type 9"),
+        ("none", "Bitmap 'none' is not found"),
+    ):
+        refused = run("serve", "--read-only", f"t={image}", "--bitmap", f"t={bitmap}", *LISTEN)
+        assert (refused.status, refused.complaint) == (1, f"{image}: {told}")
+
+
+def test_missing_and_raw_images_are_refused_as_for_disks(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "raw").write_bytes(random.Random(1).randbytes(MIB))
+    for file, told in (("none", "No such file or directory"), ("raw", "not a qcow2 image")):
+        for option in ("--disk", "--read-only"):
+            refused = run("serve", option, f"t={file}", *LISTEN)
+            assert (refused.status, refused.complaint) == (1, f"{file}: {told}")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--read-only", "t"], "--read-only is NAME=FILE, 't' is not"),
+        (["--read-only", "t=a", "--read-only", "t=b"], "--read-only names 't' twice"),
+        (
+            ["--disk", "t=a", "--read-only", "t=b"],
+            "'t' is a name of --disk and of --read-only: choose another",
+        ),
+        (["--read-only", "t=a", "--bitmap", "b"], "--bitmap is NAME=BITMAP, 'b' is not"),
+        (
+            ["--disk", "vda=a", "--bitmap", "vda=b"],
+            "--bitmap: there is no image 'vda' of --read-only",
+        ),
+        (
+            ["--read-only", "t=a", "--bitmap", "t=b", "--bitmap", "t=b"],
+            "--bitmap names 'b' of 't' twice",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_status_2(run: Run, words: list[str], complaint: str) -> None:
+    refused = run("serve", *words)
+    assert (refused.status, refused.complaint) == (2, complaint)
+
+
+def test_names_of_bitmaps_may_have_the_sign() -> None:
+    assert parse_bitmaps(["t=a=b", "t=c"], ["t", "u"]) == {"t": ["a=b", "c"], "u": []}
+    with pytest.raises(UsageError, match="'u'"):
+        parse_images(["t=a", "u=b"], {"u": Path("c")})
+
+
+# -- beside commands ------------------------------------------------------------------
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Path:
+    return tmp_path / "c"
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, image: Path, control: Path, start: Start) -> Server:
+    """A server of a disk and a read-only image with a bitmap."""
+    disk = make_image(tmp_path / "disk.qcow2")
+    words = ("--disk", f"vda={disk}", "--read-only", f"t={image}", "--bitmap", "t=late")
+    return start(*words, *LISTEN, "--control", control)
+
+
+def test_image_is_a_node_and_an_export_and_no_disk(
+    tmp_path: Path, image: Path, control: Path, mixed: Server, run: Run
+) -> None:
+    with ControlClient(control) as client:
+        assert [disk["name"] for disk in client.execute("query-disks")] == ["vda"]
+        nodes = {each["node-name"]: each for each in client.execute("query-named-block-nodes")}
+        shown = nodes["t"]
+        assert (shown["ro"], shown["drv"], shown["file"]) == (True, "qcow2", str(image))
+        busy = {each["name"]: each["busy"] for each in shown["dirty-bitmaps"]}
+        assert busy == {"early": False, "late": True}
+        exported = {each["id"]: each["node-name"] for each in client.execute("query-block-exports")}
+        assert exported == {"vda": "vda", "t": "t"}
+        (found,) = (it for it in client.execute("query-nbd-exports") if it["name"] == "t")
+    assert (found["read-only"], found["size"], found["uris"]) == (True, SIZE, [uri(tmp_path, "t")])
+    assert "read-only" in run("info", "--control", control).output
+
+
+@pytest.mark.parametrize(
+    "words", [("snapshot", "create"), ("backup", "begin"), ("checkpoint", "create")]
+)
+def test_commands_on_disks_refuse_an_image(
+    control: Path, mixed: Server, run: Run, words: tuple[str, ...]
+) -> None:
+    refused = run(*words, "new", "--disk", "t", "--control", control)
+    assert (refused.status, refused.complaint) == (1, "there is no disk 't'")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "complaint"),
+    [
+        (
+            "block-dirty-bitmap-add",
+            {"name": "b", "persistent": True},
+            "node 't' has no image for a persistent bitmap",
+        ),
+        ("block-dirty-bitmap-remove", {"name": "early"}, "node 't' is read-only"),
+        ("block-dirty-bitmap-clear", {"name": "early"}, "node 't' is read-only"),
+    ],
+)
+def test_bitmaps_of_an_image_do_not_change(
+    image: Path,
+    control: Path,
+    mixed: Server,
+    command: str,
+    arguments: dict[str, Any],
+    complaint: str,
+) -> None:
+    before = image.read_bytes()
+    with ControlClient(control) as client, pytest.raises(QmpError) as caught:
+        client.execute(command, {"node": "t", **arguments})
+    assert str(caught.value) == complaint
+    assert image.read_bytes() == before
+
+
+def test_backup_of_all_disks_leaves_images_out(control: Path, mixed: Server, run: Run) -> None:
+    begun = run("backup", "begin", "b", "--checkpoint", "c", "--control", control, "--json").json
+    assert [part["disk"] for part in begun["disks"]] == ["vda"]
+
+
+def test_nbd_server_stop_leaves_the_image_and_its_removal_frees_the_file(
+    tmp_path: Path, image: Path, control: Path, mixed: Server
+) -> None:
+    """An image can be put in the place of another while the server runs."""
+    more = {"type": "unix", "data": {"path": str(tmp_path / "more")}}
+    with ControlClient(control) as client:
+        client.execute("nbd-server-start", {"addr": more})
+        client.execute("nbd-server-add", {"device": "t", "name": "again"})
+        client.execute("nbd-server-stop")
+        assert [each["name"] for each in client.execute("query-nbd-exports")] == ["vda", "t"]
+        client.execute("block-export-del", {"id": "t"})
+        client.execute("blockdev-del", {"node-name": "t"})
+    qemu_io(image, "write -q -P 9 0 64k")
+
+
+def test_config_file_names_images_and_their_bitmaps(
+    tmp_path: Path, image: Path, start: Start, run: Run
+) -> None:
+    lines = ["[read-only]", 'base = "base.qcow2"', "[read-only.t]", 'file = "template.qcow2"']
+    lines += ['bitmaps = ["late"]']
+    (tmp_path / "server.toml").write_text("\n".join(lines))
+    start("--config", tmp_path / "server.toml", *LISTEN)
+    found = exports(tmp_path)
+    assert {name: each["is_read_only"] for name, each in found.items()} == {"base": True, "t": True}
+    assert found["t"]["contexts"][2:] == ["qemu:dirty-bitmap:late"]
