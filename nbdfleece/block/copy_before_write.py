@@ -59,7 +59,7 @@ from .granule_codes import (
     with_displaced,
 )
 from .granule_map import Codes, page_end
-from .granule_reads import read_granules
+from .granule_reads import read_granules, read_granules_at_once
 from .layer import Layer
 from .node import BlockNode
 from .range_lock import RangeLock
@@ -434,6 +434,23 @@ class CopyBeforeWrite:
             for index, code in enumerate(codes):
                 if code != noted[index]:
                     await self._read_codes([code], first + index, offset, view)
+
+    def read_at_once(self, layer: Layer, offset: int, view: memoryview) -> bool:
+        """As :meth:`read_into`, if that needs no waiting; no code can change meanwhile.
+
+        Returns:
+            Whether ``view`` is filled; if not it holds anything, and :meth:`read_into` will do.
+        """
+        first = offset >> self._shift
+        end = (offset + len(view) - 1 >> self._shift) + 1
+        self._check_access(layer, offset, len(view))
+        codes = self._where(layer, first, end)
+        if not any(codes):
+            return self._source.read_at_once(offset, view)
+        scratch = self._scratch
+        return scratch is not None and read_granules_at_once(
+            self._source, scratch, codes, self._shift, offset, view
+        )
 
     async def _read_codes(
         self, codes: list[int], first: int, offset: int, view: memoryview

@@ -192,6 +192,8 @@ class FileNode(BlockNode):
 
     def read_at_once(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` with bytes that are in memory."""
+        if self._ahead.streams:
+            self._ahead.follow(offset, offset + len(view))
         if self._has_nowait:
             try:
                 return os.preadv(self._fd, [view], offset, os.RWF_NOWAIT) == len(view)

@@ -18,6 +18,23 @@ _WHOLE_SHARE: Final = 4
 """The base is read in one piece if one of so many granules lies there, at least."""
 
 
+def read_granules_at_once(
+    base: BlockNode, scratch: Scratch, codes: list[int], shift: int, offset: int, view: memoryview
+) -> bool:
+    """As :func:`read_granules`, if the base is read in one piece and nothing need be waited for.
+
+    Returns:
+        Whether the view is filled; if not it holds anything, and :func:`read_granules` will do.
+
+    Raises:
+        OSError: The base could not be read.
+    """
+    if not _is_read_whole(codes) or FORGOTTEN in codes or not base.read_at_once(offset, view):
+        return False
+    copied, _ = _place_displaced(codes, shift, offset, view)
+    return scratch.read_pieces_at_once(copied)
+
+
 async def read_granules(
     base: BlockNode, scratch: Scratch, codes: list[int], shift: int, offset: int, view: memoryview
 ) -> None:
@@ -39,10 +56,30 @@ async def read_granules(
     """
     if FORGOTTEN in codes:
         raise OSError(errno.EACCES, "the range was released and has been overwritten")
+    is_whole = _is_read_whole(codes) and await _read_whole(base, offset, view)
+    copied, untouched = _place_displaced(codes, shift, offset, view)
+    if not is_whole:
+        for begin, part in untouched:
+            await base.read_into(offset + begin, part)
+    await scratch.read_pieces(copied)
+
+
+def _is_read_whole(codes: list[int]) -> bool:
+    return codes.count(UNTOUCHED) * _WHOLE_SHARE >= len(codes)
+
+
+def _place_displaced(
+    codes: list[int], shift: int, offset: int, view: memoryview
+) -> tuple[list[tuple[int, int, memoryview]], list[tuple[int, memoryview]]]:
+    """Zero what reads as zeroes.
+
+    Returns:
+        What is to be read from the scratch, for :meth:`Scratch.read_pieces`, and what from the
+        base: ``(bytes from offset on, part of the view)``.
+    """
     lead = offset & (1 << shift) - 1
-    untouched = codes.count(UNTOUCHED)
-    is_whole = untouched * _WHOLE_SHARE >= len(codes) and await _read_whole(base, offset, view)
     copied = []
+    untouched = []
     for code, start, stop in _runs(codes):
         begin = max(0, (start << shift) - lead)
         part = view[begin : (stop << shift) - lead]
@@ -50,9 +87,9 @@ async def read_granules(
             copied.append((code - COPIED, begin + lead - (start << shift), part))
         elif code != UNTOUCHED:
             part[:] = bytes(len(part))
-        elif not is_whole:
-            await base.read_into(offset + begin, part)
-    await scratch.read_pieces(copied)
+        else:
+            untouched.append((begin, part))
+    return copied, untouched
 
 
 async def _read_whole(base: BlockNode, offset: int, view: memoryview) -> bool:

@@ -73,13 +73,19 @@ class GuestNode(BlockNode):
             await self._image.write(offset, data)
 
     def write_at_once(self, offset: int, data: memoryview) -> bool:
-        """Write as the guest where only bits must be marked: no snapshot, no log, no drain."""
-        if self._gate.is_closed or self._copies.has_layers:
+        """Write as the guest, unless the gate is closed, or a log or a snapshot must be waited for.
+
+        What was copied and marked does no harm if the disk itself cannot be written at once.
+        """
+        if self._gate.is_closed:
             return False
         length = len(data)
         for log in self.logs:
             if not log.covers(offset, length):
                 return False
+        copies = self._copies
+        if copies.has_layers and not copies.protect_at_once(offset, length):
+            return False
         for bitmap in self.recording:
             bitmap.set_range(offset, length)
         return self._image.write_at_once(offset, data)

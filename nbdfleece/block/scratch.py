@@ -125,6 +125,13 @@ class Scratch:
         finally:
             self._end_use()
 
+    def read_pieces_at_once(self, pieces: Iterable[tuple[int, int, memoryview]]) -> bool:
+        """As :meth:`read_pieces`, if that needs no waiting; whether all views are filled."""
+        for granule, skip, view in pieces:
+            if self._file.read_cached(granule * self._granularity + skip, view) < len(view):
+                return False
+        return True
+
     def _end_use(self) -> None:
         """A read or write has ended; :meth:`close` waits for the last one."""
         self._busy -= 1

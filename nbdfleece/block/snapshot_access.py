@@ -52,6 +52,13 @@ class SnapshotAccess(BlockNode):
         if self._release_after_read:
             self._copies.release(self._layer, offset, len(view))
 
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` with the bytes as they were, if these are at hand.
+
+        Not if they are released then: what was read at once may be read again.
+        """
+        return not self._release_after_read and self._copies.read_at_once(self._layer, offset, view)
+
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20
     ) -> Extents:

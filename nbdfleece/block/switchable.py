@@ -24,6 +24,10 @@ class SwitchableView(BlockNode):
         """Read the present source."""
         await self.source.read_into(offset, view)
 
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """Read the present source."""
+        return self.source.read_at_once(offset, view)
+
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20
     ) -> Extents:

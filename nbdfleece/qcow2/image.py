@@ -298,23 +298,33 @@ class Qcow2Image(BlockNode):
             reads.count -= 1
 
     def read_at_once(self, offset: int, view: memoryview) -> bool:
-        """Read from one data cluster whose L2 table is in memory."""
+        """Read from data clusters that lie one behind the other and whose L2 table is in memory."""
         host = self._host_offset(offset, len(view))
         return host is not None and self.data_file.read_at_once(host, view)
 
     def _host_offset(self, offset: int, length: int) -> int | None:
-        """Where a range inside one data cluster lies; None if it is none, or if that is not known.
+        """Where a range lies in one piece; None if it does not, or if that is not known.
 
         The L2 table must be in memory.
         """
         cluster = offset >> self._cluster_bits
         table = self._tables.get(cluster >> self._l2_bits)
-        within = offset & self._cluster_mask
-        if table is None or within + length > self.cluster_size:
+        if table is None:
             return None
-        entry = table.entries[cluster & self._l2_mask]
+        index = cluster & self._l2_mask
+        entry = table.entries[index]
         if entry & SPECIAL or not entry & OFFSET_MASK:
             return None
+        within = offset & self._cluster_mask
+        more = within + length - 1 >> self._cluster_bits
+        if more:
+            if index + more > self._l2_mask:
+                return None
+            expected = entry
+            for following in table.entries[index + 1 : index + 1 + more]:
+                expected += self.cluster_size
+                if following != expected:
+                    return None
         table.is_recent = True
         return (entry & OFFSET_MASK) + within
 
@@ -322,6 +332,9 @@ class Qcow2Image(BlockNode):
         """Where a range of data clusters lies, if that is a file that holds still."""
         if not self.data_file.read_only:
             return None
+        host = self._host_offset(offset, length)
+        if host is not None:
+            return self.data_file.stable_places(host, length)
         cluster = offset >> self._cluster_bits
         table = self._tables.get(cluster >> self._l2_bits)
         first = cluster & self._l2_mask

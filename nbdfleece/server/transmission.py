@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from ..block.node import BlockNode
-from ..block.stable import bring_to_hand
 from ..errors import SnapshotError
 from ..nbd.constants import Command, CommandFlag, Error
 from ..nbd.errors import RequestError, error_from_errno
@@ -39,20 +38,10 @@ from .eager import start
 from .inbox import IN_PLACE_BYTES_MAX, Inbox, needed_after
 from .limits import Limits
 from .outbox import Outbox
-from .pieces import ends_in_zeroes, find_holes, halve
+from .reads import Reads
 from .statistics import Statistics
 from .statuses import BlockStatuses
 from .turns import BUSY_REQUESTS, COPIES_PER_SENDFILE, REQUEST_COST, STATUS_TURN_COST
-
-BAD_BLOCKS_MAX: Final = 16
-"""A READ that meets errors is given up after so many bad blocks: each may cost a disk seconds."""
-
-SPARSE_BYTES_MIN: Final = 32 << 10
-"""Parts of a READ that are smaller are never sent as holes: to ask where they are costs more."""
-
-ZERO_COPY_BYTES_MIN: Final = 32 << 10
-"""A READ of at least this size is sent from where it lies, if that holds still (rule 1): below,
-the second system call costs more than the copies."""
 
 _STATUS_COST: Final = 4 << 20
 """What a block status in flight counts for, in bytes, whatever it will find."""
@@ -63,7 +52,6 @@ _WRITE: Final = int(Command.WRITE)
 _DISC: Final = int(Command.DISC)
 _BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
 _FUA: Final = int(CommandFlag.FUA)
-_DF: Final = int(CommandFlag.DF)
 _NO_HOLE: Final = int(CommandFlag.NO_HOLE)
 _FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
 
@@ -122,12 +110,12 @@ class Transmission:
         self._outbox = host.outbox
         self._node: BlockNode = self.export.node
         self._rules = RequestRules(negotiated, limits.wire)
-        self._replies: Replies = replies_for(negotiated)
+        self._replies = self._new_replies(negotiated)
         self._extended = negotiated.extended_headers
-        self._as_asked = self._node.reads_as_asked
-        self._chunk_max = self._rules.chunk_max
-        if not self._as_asked:
-            self._chunk_max = min(self._chunk_max, limits.read_chunk_bytes_max)
+        chunk_max = self._rules.chunk_max
+        if not self._node.reads_as_asked:
+            chunk_max = min(chunk_max, limits.read_chunk_bytes_max)
+        self._reads = Reads(self._node, self._replies, self._outbox, chunk_max, self)
         # Room for one more of the largest requests is always left.
         self._pause_bytes = limits.wire.bytes_in_flight_max - self._rules.payload_max
         contexts = {
@@ -157,6 +145,10 @@ class Transmission:
             Command.WRITE: self._write,
             Command.BLOCK_STATUS: self._block_status,
         }
+
+    def _new_replies(self, negotiated: Negotiated) -> Replies:
+        """The form of the replies."""
+        return replies_for(negotiated)
 
     # Framing.
 
@@ -309,7 +301,7 @@ class Transmission:
         except RequestError as error:
             self._refuse(request, error)
             return
-        if request[2] == _READ and request[5] < SPARSE_BYTES_MIN and self._read_at_once(request):
+        if request[2] == _READ and self._read_at_once(request):
             return
         task = start(self._handlers[request[2]](request, _NO_PAYLOAD))
         if task is not None:
@@ -357,21 +349,22 @@ class Transmission:
 
     # Answers.
 
-    def _succeed(self, request: Request) -> None:
+    def succeed(self, request: Request) -> None:
+        """Answer that a request is done."""
         self._outbox.put(self._replies.success(request))
 
     def _refuse(self, request: Request, error: RequestError) -> None:
         self.statistics.errors += 1
         self._outbox.put(self._replies.error(request, error.error, error.text))
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def fail(self, request: Request, error: Exception) -> None:
         """Answer a request that could not be carried out."""
         if isinstance(error, RequestError):
             self._refuse(request, error)
         else:
-            self._refuse(request, self._explain(request, error))
+            self._refuse(request, self.explain(request, error))
 
-    def _explain(self, request: Request, error: Exception) -> RequestError:
+    def explain(self, request: Request, error: Exception) -> RequestError:
         """What the client is told of an error; the original goes to the log."""
         what = f"{Command(request.command).name} at {request.offset}, length {request.length}"
         code = error_from_errno(getattr(error, "errno", None), request.flags)
@@ -383,138 +376,31 @@ class Transmission:
             return RequestError(Error.EIO, f"{what}: {error}")
         return RequestError(Error.EIO, f"{what}: internal error of the server")
 
-    # READ.
+    # The commands.
 
     async def _read(self, request: Request, payload: memoryview) -> None:
-        length = request[5]
-        single = not self._replies.chunked or request[1] & _DF
-        if single or length <= self._chunk_max:
-            try:
-                await self._send_data(request, request[4], length, True)
-                return
-            except Exception as error:
-                if single or self._as_asked or not isinstance(error, OSError):
-                    self._fail(request, error)
-                    return
-        await self._read_in_chunks(request)
+        await self._reads.answer(request)
 
     def _read_at_once(self, request: Request) -> bool:
-        """Answer a small READ whose data are at hand; whether it was one."""
-        offset, length = request[4], request[5]
-        outbox = self._outbox
-        header = self._replies.data(request, offset, length, done=True)
-        buffer, begin = outbox.reserve(len(header) + length)
-        data = begin + len(header)
-        end = data + length
-        try:
-            is_read = self._node.read_at_once(offset, buffer.view[data:end])
-        except OSError:  # told when it is read again
-            is_read = False
-        if not is_read:
-            outbox.discard(buffer)
-            return False
-        buffer.view[begin:data] = header
-        outbox.commit(buffer, begin, end)
-        self.statistics.read_bytes += length
-        return True
+        """Answer a READ whose data are at hand; whether it was one."""
+        return self._reads.answer_at_once(request)
 
-    async def _send_data(self, request: Request, offset: int, length: int, done: bool) -> None:
-        """Read into a place in the outbox and queue it as one chunk, or as a simple reply."""
-        outbox = self._outbox
-        header = self._replies.data(request, offset, length, done=done)
-        if length >= ZERO_COPY_BYTES_MIN and outbox.sendfile is not None:
-            places = self._node.stable_places(offset, length)
-            if places is not None and await bring_to_hand(places):
-                outbox.put(header)
-                for place in places:
-                    outbox.put_file(place)
-                self._turn_left += length - length // COPIES_PER_SENDFILE
-                self.statistics.read_bytes += length
-                return
-        buffer, begin = outbox.reserve(len(header) + length)
-        data = begin + len(header)
-        end = data + length
-        try:
-            await self._node.read_into(offset, buffer.view[data:end])
-        except BaseException:
-            outbox.discard(buffer)
-            raise
-        self.statistics.read_bytes += length
-        if length >= SPARSE_BYTES_MIN and self._may_be_sparse(request, buffer.view[data:end]):
-            try:
-                await self._send_sparse(request, offset, buffer.view[data:end], done)
-            finally:
-                outbox.discard(buffer)
-            return
-        buffer.view[begin:data] = header
-        outbox.commit(buffer, begin, end)
+    def note_sendfile(self, length: int) -> None:
+        """Bytes that are sent without a copy take less of the turn."""
+        self._turn_left += length - length // COPIES_PER_SENDFILE
 
-    def _may_be_sparse(self, request: Request, data: memoryview) -> bool:
-        """Whether to ask the node for holes: cheap, and seldom wrong."""
-        if self._as_asked or request[1] & _DF or not self._replies.chunked:
-            return False
-        return ends_in_zeroes(data)
-
-    async def _send_sparse(
-        self, request: Request, offset: int, data: memoryview, done: bool
-    ) -> None:
-        """Queue data that was read as chunks of data and of holes."""
-        position = 0
-        for length, is_zero in await find_holes(self._node, offset, len(data)):
-            end = position + length
-            place, last = offset + position, done and end == len(data)
-            if is_zero:
-                self._outbox.put(self._replies.hole(request, place, length, done=last))
-            else:
-                header = self._replies.data(request, place, length, done=last)
-                self._outbox.put(header + data[position:end])
-            position = end
-
-    async def _read_in_chunks(self, request: Request) -> None:
-        """Answer a READ that is large, or a part of which cannot be read.
-
-        What is good is sent as data. What is bad is halved until it is no larger than the
-        export's preferred block size, and then told as an error with its offset.
-        """
-        parts = [(request.offset, request.offset + request.length)]
-        bad_blocks = 0
-        while parts and bad_blocks < BAD_BLOCKS_MAX and not self._outbox.is_closed:
-            begin, end = parts.pop()
-            if end - begin > self._chunk_max:
-                parts.append((begin + self._chunk_max, end))
-                end = begin + self._chunk_max
-            done = not parts and not bad_blocks
-            try:
-                await self._send_data(request, begin, end - begin, done)
-            except OSError as error:
-                block_size = end if self._as_asked else self._node.preferred_block_size
-                halves = halve(begin, end, block_size)
-                if not halves:
-                    bad_blocks += 1
-                    self._tell_bad_block(request, begin, error)
-                parts += halves
-            except Exception as error:
-                self._fail(request, error)
-                return
-            await self._host.give_way()
-        if bad_blocks:
-            self._succeed(request)
-
-    def _tell_bad_block(self, request: Request, offset: int, error: OSError) -> None:
-        told = self._explain(request, error)
-        self._outbox.put(self._replies.error_at(request, told.error, told.text, offset, done=False))
-        self.statistics.errors += 1
-
-    # The other commands.
+    async def give_way(self) -> None:
+        """Let other connections have their turn and the client read."""
+        await self._host.give_way()
 
     async def _perform(self, request: Request, payload: memoryview) -> None:
         """Carry out a command that is answered with success or an error."""
         try:
             await self._operations[request[2]](request, payload)
         except Exception as error:
-            self._fail(request, error)
+            self.fail(request, error)
         else:
-            self._succeed(request)
+            self.succeed(request)
 
     async def _write(self, request: Request, payload: memoryview) -> None:
         """As :meth:`_perform`, in one coroutine: most requests of a busy disk are writes.
@@ -527,10 +413,10 @@ class Transmission:
             else:
                 await self._node.write(request[4], payload)
         except Exception as error:
-            self._fail(request, error)
+            self.fail(request, error)
         else:
             self.statistics.written_bytes += len(payload)
-            self._succeed(request)
+            self.succeed(request)
 
     def _write_at_once(self, request: Request, inbox: Inbox) -> bool:
         """Carry out a WRITE that is here whole and need not wait; whether it was one."""
@@ -545,10 +431,10 @@ class Transmission:
         except RequestError:  # told when the payload is thrown away
             return False
         except Exception as error:
-            self._fail(request, error)
+            self.fail(request, error)
         else:
             self.statistics.written_bytes += end - begin
-            self._succeed(request)
+            self.succeed(request)
         inbox.start = end
         return True
 
@@ -576,7 +462,7 @@ class Transmission:
             query = self._rules.status_query(request, payload)
             found = await statuses.find(request, query)
         except Exception as error:
-            self._fail(request, error)
+            self.fail(request, error)
             return
         statuses.put(self._outbox, self._replies, request, found)
         if statuses.foresee(request, query, found):

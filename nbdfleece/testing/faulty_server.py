@@ -114,11 +114,14 @@ class FaultyTransmission(Transmission):
         super().__init__(negotiated, host, limits)
         self._connection = host
         self._server = host.server
-        self._replies = self._faulty = FaultyReplies(self._replies, negotiated)
         self._handlers = {
             command: partial(self._handle_faulty, handler)
             for command, handler in self._handlers.items()
         }
+
+    def _new_replies(self, negotiated: Negotiated) -> Replies:
+        self._faulty = FaultyReplies(super()._new_replies(negotiated), negotiated)
+        return self._faulty
 
     def _read_at_once(self, request: Request) -> bool:
         """No request passes the faults by."""

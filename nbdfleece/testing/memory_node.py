@@ -18,7 +18,7 @@ class MemoryNode(BlockNode):
 
     ``pause`` is called before each operation with its name; what it returns, if not
     None, is awaited: a test decides there who goes on when. ``fail`` is called likewise
-    and may raise. ``is_at_hand`` says whether a small read needs no waiting now.
+    and may raise. ``is_at_hand`` says whether what is asked needs no waiting now.
     """
 
     read_only = False
@@ -56,6 +56,14 @@ class MemoryNode(BlockNode):
             raise OSError(errno.EINVAL, "past the end")
         view[:] = self.content[offset : offset + len(view)]
 
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """Copy out, if that is at hand."""
+        if not self.is_at_hand():
+            return False
+        self.fail("read", offset)
+        view[:] = self.content[offset : offset + len(view)]
+        return True
+
     def read_with_status(self, offset: int, view: memoryview) -> int | None:
         """Copy out a part of one block, if that is at hand."""
         if not self.is_at_hand() or offset // self.block != (offset + len(view) - 1) // self.block:
@@ -71,6 +79,15 @@ class MemoryNode(BlockNode):
         await self._enter("write", offset)
         self.content[offset : offset + len(data)] = data
         self._unhole(offset, len(data))
+
+    def write_at_once(self, offset: int, data: memoryview) -> bool:
+        """Copy in, if that needs no waiting."""
+        if not self.is_at_hand():
+            return False
+        self.fail("write", offset)
+        self.content[offset : offset + len(data)] = data
+        self._unhole(offset, len(data))
+        return True
 
     async def write_zeroes(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False

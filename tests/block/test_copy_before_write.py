@@ -100,6 +100,9 @@ async def test_snapshots_and_guest_at_random_stay_exact(tmp_path: Path, seed: in
         for _ in range(4):
             offset, length = some_range()
             assert await read(snapshot, offset, length) == frozen[offset : offset + length]
+            buffer = bytearray(length)
+            if snapshot.read_at_once(offset, memoryview(buffer)):
+                assert buffer == frozen[offset : offset + length]
             extents = await snapshot.block_status(offset, length)
             assert extents.total() == length
             at = offset
@@ -112,8 +115,12 @@ async def test_snapshots_and_guest_at_random_stay_exact(tmp_path: Path, seed: in
         for _ in range(5):
             offset, length = some_range()
             kind = chance.random()
-            if kind < 0.7:
+            if kind < 0.5:
                 await write(guest, offset, chance.randbytes(length))
+            elif kind < 0.7:
+                data = memoryview(chance.randbytes(min(length, 3000)))
+                if not guest.write_at_once(offset, data):
+                    await guest.write(offset, data)
             elif kind < 0.85:
                 await guest.trim(offset, length)
             else:
@@ -316,6 +323,33 @@ async def test_release_after_read_frees_what_was_read(tmp_path: Path) -> None:
     with pytest.raises(PermissionError):
         await read(snapshot, 0, 1)
     await snapshot.close()
+
+
+async def test_range_that_is_released_after_read_is_not_read_at_once(tmp_path: Path) -> None:
+    """What was read at once may be read again."""
+    setup = set_up(tmp_path, b"x" * CLUSTER)
+    setup.disk.is_at_hand = lambda: True
+    buffer = memoryview(bytearray(CLUSTER))
+    snapshot = setup.snapshot(read_once=True)
+    assert not snapshot.read_at_once(0, buffer)
+    assert await read(snapshot, 0, CLUSTER) == b"x" * CLUSTER
+    await snapshot.close()
+
+
+async def test_read_at_once_refuses_what_a_read_refuses(tmp_path: Path) -> None:
+    """Rule 1: what is not kept, broken or gone is not shown."""
+    setup = set_up(tmp_path, b"x" * (2 * CLUSTER))
+    setup.disk.is_at_hand = lambda: True
+    buffer = memoryview(bytearray(CLUSTER))
+    access = Bitmap(2 * CLUSTER, CLUSTER)
+    access.set_range(0, CLUSTER)
+    snapshot = setup.snapshot(access)
+    assert snapshot.read_at_once(0, buffer)
+    with pytest.raises(PermissionError):
+        snapshot.read_at_once(CLUSTER, buffer)
+    await snapshot.close()
+    with pytest.raises(SnapshotError):
+        snapshot.read_at_once(0, buffer)
 
 
 # What breaks: rule 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.block.granule_codes import COPIED, FORGOTTEN, UNTOUCHED, ZERO_DATA
-from nbdfleece.block.granule_reads import read_granules
+from nbdfleece.block.granule_reads import read_granules, read_granules_at_once
 from nbdfleece.block.scratch import Scratch
 from nbdfleece.testing.memory_node import MemoryNode
 
@@ -57,6 +58,8 @@ async def test_any_range_of_any_granules_is_what_was_put_there(tmp_path: Path, s
 
     if chance.random() < 0.5:
         base.fail = fail
+    is_at_hand = chance.random() < 0.8
+    base.is_at_hand = lambda: is_at_hand
     for _ in range(50):
         offset = chance.randrange(COUNT * GRANULE)
         length = chance.randint(1, COUNT * GRANULE - offset)
@@ -65,6 +68,30 @@ async def test_any_range_of_any_granules_is_what_was_put_there(tmp_path: Path, s
         view = memoryview(bytearray(b"?" * length))
         await read_granules(base, scratch, codes[first:end], SHIFT, offset, view)
         assert view == shown[offset : offset + length]
+
+        again = memoryview(bytearray(b"?" * length))
+        with contextlib.suppress(OSError):
+            if read_granules_at_once(base, scratch, codes[first:end], SHIFT, offset, again):
+                assert again == view
+    await scratch.close()
+
+
+async def test_range_that_lies_mostly_in_the_base_is_read_at_once(tmp_path: Path) -> None:
+    scratch = Scratch(tmp_path, GRANULE)
+    copy = COPIED + scratch.append(memoryview(b"c" * GRANULE))
+    base = MemoryNode(b"b" * (8 * GRANULE))
+    base.is_at_hand = lambda: True
+    view = memoryview(bytearray(2 * GRANULE))
+    for codes, expected in (
+        ([UNTOUCHED, UNTOUCHED], b"b" * (2 * GRANULE)),
+        ([UNTOUCHED, copy], b"b" * GRANULE + b"c" * GRANULE),
+        ([ZERO_DATA, UNTOUCHED], bytes(GRANULE) + b"b" * GRANULE),
+    ):
+        assert read_granules_at_once(base, scratch, codes, SHIFT, GRANULE, view)
+        assert view == expected
+    assert not read_granules_at_once(base, scratch, [copy, ZERO_DATA], SHIFT, GRANULE, view)
+    base.is_at_hand = lambda: False
+    assert not read_granules_at_once(base, scratch, [UNTOUCHED, copy], SHIFT, GRANULE, view)
     await scratch.close()
 
 
@@ -77,6 +104,10 @@ async def test_forgotten_granule_returns_eacces(tmp_path: Path) -> None:
             base, scratch, [UNTOUCHED, FORGOTTEN], SHIFT, 0, memoryview(bytearray(2 * GRANULE))
         )
     assert caught.value.errno == errno.EACCES
+    base.is_at_hand = lambda: True
+    assert not read_granules_at_once(
+        base, scratch, [UNTOUCHED, FORGOTTEN], SHIFT, 0, memoryview(bytearray(2 * GRANULE))
+    )
     await scratch.close()
 
 

@@ -10,6 +10,7 @@ import pytest
 from nbdfleece.bitmaps.bitmap import Bitmap
 from nbdfleece.block.copy_before_write import CopyBeforeWrite
 from nbdfleece.block.guest import GuestNode
+from nbdfleece.block.snapshot_access import SnapshotAccess
 from nbdfleece.testing.memory_node import MemoryNode
 
 SIZE = 1 << 20
@@ -132,6 +133,31 @@ async def test_bit_is_set_before_the_disk_is_written_at_once(tmp_path: Path) -> 
     buffer = bytearray(4)
     assert guest.read_at_once(60_000, memoryview(buffer))
     assert buffer == b"xxxx"
+
+
+async def test_write_at_once_keeps_a_snapshot_still(tmp_path: Path) -> None:
+    """Rules 1 and 2: the old content is safe and the bit set before the disk changes."""
+    disk = MemoryNode(b"old!" * 16384)
+    disk.is_at_hand = lambda: True
+    copies = CopyBeforeWrite(disk, tmp_path)
+    guest = GuestNode(disk, copies)
+    bitmap = Bitmap(disk.size, 65536)
+    guest.recording = (bitmap,)
+    snapshot = SnapshotAccess(copies, copies.add_layer(), disk.size, 4096)
+    seen = memoryview(bytearray(8192))
+
+    def look(operation: str, offset: int) -> None:
+        if operation == "write":
+            disk.fail = lambda operation, offset: None
+            assert bitmap.is_set(offset)
+            disk.content[4096:8192] = b"new!" * 1024
+            assert snapshot.read_at_once(4096, seen)
+
+    disk.fail = look
+    assert guest.write_at_once(5000, memoryview(b"new!"))
+    assert bytes(seen) == b"old!" * 2048
+    assert not guest.write_at_once(4000, memoryview(b"n" * 4096)), "two granules may have to wait"
+    await snapshot.close()
 
 
 @pytest.mark.parametrize("hindrance", ["snapshot", "log", "drain"])

@@ -105,6 +105,21 @@ async def check_reads_at_once(image: Qcow2Image, rng: random.Random) -> None:
         assert (bytes(length) if known & BlockStatus.ZERO else found) == expected
 
 
+async def test_clusters_one_behind_the_other_are_read_at_once(folder: Path) -> None:
+    path = folder / "disk.qcow2"
+    await create_image(path, 4 * MIB)
+    image = await Qcow2Image.open(path, read_only=False)
+    content = random.Random(1).randbytes(4 * MIB)
+    await image.write(0, memoryview(content)[: 2 * MIB])
+    await image.write(3 * MIB, memoryview(content)[3 * MIB :])
+    await image.write(2 * MIB, memoryview(content)[2 * MIB : 3 * MIB])
+    buffer = bytearray(300_000)
+    for offset, is_one_piece in ((5, True), (2 * MIB - 100_000, False), (3 * MIB, True)):
+        assert image.read_at_once(offset, memoryview(buffer)) == is_one_piece
+        assert not is_one_piece or buffer == content[offset : offset + 300_000]
+    await image.close()
+
+
 @pytest.mark.parametrize("cluster_size", [512, 4096, 65536, 2 * MIB])
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 @pytest.mark.parametrize("preallocation", ["off", "metadata"])

@@ -14,7 +14,7 @@ from nbdfleece.extents import Extents
 from nbdfleece.nbd.constants import Command, CommandFlag, Error, ReplyType
 from nbdfleece.nbd.limits import Limits as WireLimits
 from nbdfleece.server.limits import Limits
-from nbdfleece.server.transmission import BAD_BLOCKS_MAX
+from nbdfleece.server.reads import BAD_BLOCKS_MAX
 from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import Chunk, Client, Serve, export_of, extents_of, pack_request, settled
