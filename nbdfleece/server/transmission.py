@@ -579,7 +579,10 @@ class Transmission:
             self._fail(request, error)
             return
         statuses.put(self._outbox, self._replies, request, found)
-        if statuses.foresee(request, query, found):
+        if not statuses.foresee(request, query, found):
+            return
+        self._host.flush()  # the client has something to digest: to prepare the rest can wait
+        if not self._outbox.is_closed:
             task = start(statuses.look_ahead(self._replies, self._host.give_way()))
             if task is not None:
                 self._track(task, 0, None)

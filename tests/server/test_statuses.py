@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 import pytest
 
@@ -29,7 +29,16 @@ from nbdfleece.server.statuses import (
 )
 from nbdfleece.testing.memory_node import MemoryNode
 
-from .harness import GREETING_BYTES, Client, Serve, export_of, extents_of, pack_request, settled
+from .harness import (
+    GREETING_BYTES,
+    Client,
+    Serve,
+    export_of,
+    extents_of,
+    pack_request,
+    settled,
+    until,
+)
 
 GRANULE: Final = 512
 SIZE: Final = 4 * (MANY_EXTENTS + 1000) * GRANULE + 4096
@@ -234,6 +243,41 @@ async def test_client_may_leave_at_any_time(serve: Serve) -> None:
     async with asyncio.timeout(60):
         while served.server.connections:
             await asyncio.sleep(0)
+
+
+async def test_reply_has_left_when_the_search_ahead_is_prepared(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client digests it meanwhile."""
+    export, _ = walked(alternating())
+    served = serve([export])
+    client = await served.open(contexts=[NAME])
+    (connection,) = served.server.connections
+    queued_bytes = []
+    look_ahead = BlockStatuses.look_ahead
+
+    def looked(statuses: BlockStatuses, *arguments: Any) -> Coroutine[Any, Any, None]:
+        queued_bytes.append(connection.outbox.queued_bytes)
+        return look_ahead(statuses, *arguments)
+
+    monkeypatch.setattr(BlockStatuses, "look_ahead", looked)
+    for offset in (0, PART):
+        await ask(client, offset)
+    assert queued_bytes == [0, 0]
+
+
+async def test_nothing_is_searched_ahead_for_a_client_that_has_left(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export, context = walked(alternating())
+    served = serve([export])
+    client = await served.open(contexts=[NAME])
+    searches = []
+    monkeypatch.setattr(BlockStatuses, "look_ahead", lambda *_: searches.append(settled(1)))
+    await client.request(Command.BLOCK_STATUS, 0, PART)
+    client.close()
+    await until(lambda: not served.server.connections)
+    assert (context.asked, searches) == ([0], [])
 
 
 async def test_effect_length_and_ids_of_a_payload_decide(serve: Serve) -> None:
