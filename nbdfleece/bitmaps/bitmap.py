@@ -27,6 +27,9 @@ GRANULARITY_MAX: Final = 1 << 31
 _SCAN_BYTES: Final = 1 << 16
 """Bitmap bytes examined at once when runs are sought: 512 Ki bits, 0.5 MiB when unpacked."""
 
+_DENSE_BYTES_MIN: Final = 1 << 12
+"""Of those that are not all equal no fewer are unpacked at once, however few runs are sought."""
+
 _PAGE: Final = mmap.PAGESIZE
 
 _ONES_BELOW: Final = tuple((1 << bit) - 1 for bit in range(9))
@@ -264,8 +267,11 @@ class Bitmap:
         found = 0
         while first_byte < byte_end and (extents_max is None or found <= extents_max):
             stop = min(first_byte + _SCAN_BYTES, byte_end)
-            begin, limit = max(offset, first_byte << bits), min(end, stop << bits)
             part = _uniform(array, first_byte, stop)
+            if part is None and extents_max is not None:  # no more than may be full of extents
+                enough = (extents_max - found) // 8 + 2
+                stop = min(stop, first_byte + max(enough, _DENSE_BYTES_MIN))
+            begin, limit = max(offset, first_byte << bits), min(end, stop << bits)
             if part is None:
                 extents = self._alternating(begin, limit)
             else:

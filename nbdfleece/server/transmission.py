@@ -124,7 +124,9 @@ class Transmission:
             if (context := self.export.context(selected.name)) is not None
         }
         extents_max = limits.wire.extents_max
-        self._statuses = BlockStatuses(contexts, extents_max, self.export, self.statistics)
+        self._statuses = BlockStatuses(
+            contexts, extents_max, self.export, self.statistics, self._replies, host.give_way
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._partial: Request | None = None
         self._partial_length = 0
@@ -464,9 +466,12 @@ class Transmission:
         except Exception as error:
             self.fail(request, error)
             return
-        statuses.put(self._outbox, self._replies, request, found)
-        if statuses.foresee(request, query, found):
-            task = start(statuses.look_ahead(self._replies, self._host.give_way()))
+        statuses.put(self._outbox, request, found)
+        if not statuses.foresee(request, query, found):
+            return
+        self._host.flush()  # the client has something to digest: to prepare the rest can wait
+        if not self._outbox.is_closed:
+            task = start(statuses.look_ahead())
             if task is not None:
                 self._track(task, 0, None)
 

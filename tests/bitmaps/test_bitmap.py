@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from nbdfleece.bitmaps import bitmap as bitmap_module
 from nbdfleece.bitmaps.bitmap import Bitmap
+from nbdfleece.extents import Extents
 
 sizes = st.integers(1, 3_000_000)
 granularities = st.sampled_from([512, 1024, 4096, 65536])
@@ -175,6 +176,31 @@ def test_extents_stop_at_the_maximum() -> None:
     for granule in range(0, 1000, 2):
         bitmap.set_range(granule * 512, 1)
     assert bitmap.extents(0, bitmap.size, extents_max=3).pairs() == [(512, 1), (512, 0), (512, 1)]
+
+
+class WatchedBitmap(Bitmap):
+    """Notes how many granules are unpacked at once."""
+
+    __slots__ = ("unpacked",)
+
+    def _alternating(self, offset: int, end: int) -> Extents:
+        self.unpacked.append(-(-end // self.granularity) - offset // self.granularity)
+        return super()._alternating(offset, end)
+
+
+@pytest.mark.parametrize("extents_max", [1, 2, 4095, 32768, 131072, 524287, 600_000, 1 << 20])
+@pytest.mark.parametrize("pattern", [0xAA, 0x01, 0x10])
+def test_no_more_is_unpacked_than_may_be_full_of_extents(extents_max: int, pattern: int) -> None:
+    """What is found beyond the maximum is thrown away; memory for it has to be cleared (rule 5)."""
+    bitmap = WatchedBitmap(512 * (1 << 20), 512)
+    bitmap.array()[:: 2 if pattern == 0x10 else 1] = pattern
+    bitmap.unpacked = []
+    offset = 512 * 5 + 7
+    whole = bitmap.extents(offset, bitmap.size - offset, extents_max=1 << 20)
+    bitmap.unpacked = []
+    found = bitmap.extents(offset, bitmap.size - offset, extents_max=extents_max)
+    assert found.pairs() == whole.pairs()[:extents_max]
+    assert max(bitmap.unpacked) <= max(extents_max + 24, 8 * 4096)
 
 
 @pytest.mark.parametrize("size", [1 << 40, (1 << 40) - 12345, 40 << 30])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
 
 import pytest
 
@@ -15,7 +15,7 @@ from nbdfleece.export.contexts import BaseAllocation, DirtyBitmap
 from nbdfleece.export.export import Export
 from nbdfleece.extents import Extents
 from nbdfleece.nbd.constants import Command, CommandFlag, Option
-from nbdfleece.nbd.replies import ExtendedReplies, SimpleReplies, StructuredReplies
+from nbdfleece.nbd.replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 from nbdfleece.nbd.requests import EXTENDED_REQUEST, Request, StatusQuery
 from nbdfleece.server.buffers import BufferPool
 from nbdfleece.server.outbox import Outbox
@@ -29,7 +29,16 @@ from nbdfleece.server.statuses import (
 )
 from nbdfleece.testing.memory_node import MemoryNode
 
-from .harness import GREETING_BYTES, Client, Serve, export_of, extents_of, pack_request, settled
+from .harness import (
+    GREETING_BYTES,
+    Client,
+    Serve,
+    export_of,
+    extents_of,
+    pack_request,
+    settled,
+    until,
+)
 
 GRANULE: Final = 512
 SIZE: Final = 4 * (MANY_EXTENTS + 1000) * GRANULE + 4096
@@ -236,6 +245,41 @@ async def test_client_may_leave_at_any_time(serve: Serve) -> None:
             await asyncio.sleep(0)
 
 
+async def test_reply_has_left_when_the_search_ahead_is_prepared(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client digests it meanwhile."""
+    export, _ = walked(alternating())
+    served = serve([export])
+    client = await served.open(contexts=[NAME])
+    (connection,) = served.server.connections
+    queued_bytes = []
+    look_ahead = BlockStatuses.look_ahead
+
+    def looked(statuses: BlockStatuses) -> Coroutine[Any, Any, None]:
+        queued_bytes.append(connection.outbox.queued_bytes)
+        return look_ahead(statuses)
+
+    monkeypatch.setattr(BlockStatuses, "look_ahead", looked)
+    for offset in (0, PART):
+        await ask(client, offset)
+    assert queued_bytes == [0, 0]
+
+
+async def test_nothing_is_searched_ahead_for_a_client_that_has_left(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export, context = walked(alternating())
+    served = serve([export])
+    client = await served.open(contexts=[NAME])
+    searches = []
+    monkeypatch.setattr(BlockStatuses, "look_ahead", lambda *_: searches.append(settled(1)))
+    await client.request(Command.BLOCK_STATUS, 0, PART)
+    client.close()
+    await until(lambda: not served.server.connections)
+    assert (context.asked, searches) == ([0], [])
+
+
 async def test_effect_length_and_ids_of_a_payload_decide(serve: Serve) -> None:
     """With extended headers a request names its length and its contexts in a payload."""
     bitmap, other = alternating(), alternating(pattern=0x55)
@@ -299,19 +343,40 @@ async def test_random_walks_under_random_changes_are_true(serve: Serve, seed: in
 # By itself.
 
 
+class MeasuredBitmap(Bitmap):
+    """Notes how much of it each search is of, in bytes of the disk."""
+
+    __slots__ = ("searched",)
+
+    def __init__(self, size: int = SIZE, granularity: int = GRANULE) -> None:
+        super().__init__(size, granularity)
+        self.array()[:] = 0xAA
+        self._clear_tail()
+        self.searched: list[int] = []
+
+    def extents(self, offset: int, length: int, *, extents_max: int = 1 << 20) -> Extents:
+        self.searched.append(length)
+        return super().extents(offset, length, extents_max=extents_max)
+
+
 async def _now() -> None:
     """A turn that comes at once."""
 
 
 def by_itself(
-    bitmap: Bitmap, *, contexts: int = 1, extents_max: int = 1 << 17
+    *bitmaps: Bitmap,
+    extents_max: int = 1 << 17,
+    replies: Replies | None = None,
+    give_way: Callable[[], Awaitable[None]] = _now,
 ) -> tuple[BlockStatuses, Statistics, MemoryNode]:
     node = MemoryNode(0)
-    node.size = bitmap.size
+    node.size = bitmaps[0].size
     statistics = Statistics()
     export = Export(name="x", node=node)
-    named = {number: DirtyBitmap(str(number), bitmap) for number in range(contexts)}
-    return BlockStatuses(named, extents_max, export, statistics), statistics, node
+    named = {number: DirtyBitmap(str(number), bitmap) for number, bitmap in enumerate(bitmaps)}
+    replies = replies or StructuredReplies()
+    statuses = BlockStatuses(named, extents_max, export, statistics, replies, give_way)
+    return statuses, statistics, node
 
 
 def status_request(offset: int, length: int) -> tuple[Request, StatusQuery]:
@@ -323,11 +388,11 @@ async def test_packed_reply_is_the_same_bytes(
     replies: StructuredReplies | ExtendedReplies,
 ) -> None:
     bitmap = alternating()
-    statuses, *_ = by_itself(bitmap)
+    statuses, *_ = by_itself(bitmap, replies=replies)
     request, query = status_request(0, PART)
     found = await statuses.find(request, query)
     outbox = Outbox(BufferPool(0))
-    statuses.put(outbox, replies, request, found)
+    statuses.put(outbox, request, found)
     sent = bytearray()
 
     class Taker:
@@ -340,13 +405,14 @@ async def test_packed_reply_is_the_same_bytes(
 
 
 async def test_search_is_given_up_if_the_client_asks_meanwhile() -> None:
-    statuses, statistics, _ = by_itself(alternating())
+    bitmap = MeasuredBitmap()
+    statuses, statistics, _ = by_itself(bitmap)
     request, query = status_request(0, PART)
     found = await statuses.find(request, query)
     assert statuses.foresee(request, query, found)
     statistics.requests += 1
-    await statuses.look_ahead(StructuredReplies(), _now())
-    assert not isinstance((await statuses.find(*status_request(PART, PART)))[0][1], Packed)
+    await statuses.look_ahead()
+    assert bitmap.searched == [PART]
 
 
 async def test_no_more_bits_than_the_limit_are_kept() -> None:
@@ -354,54 +420,50 @@ async def test_no_more_bits_than_the_limit_are_kept() -> None:
     size = 4 * 8 * (BITS_BYTES_MAX + 1) * GRANULE
     for extra, is_kept in ((0, True), (1, False)):
         length = 8 * (BITS_BYTES_MAX + extra) * GRANULE
-        bitmap = Bitmap(size, GRANULE)
+        bitmap = MeasuredBitmap(size)
+        bitmap.clear_all()
         bitmap.array()[: MANY_EXTENTS // 8 * 2] = 0xAA
         bitmap.array()[length >> 12 : (length >> 12) + MANY_EXTENTS // 8 * 2] = 0xAA
         statuses, *_ = by_itself(bitmap)
         request, query = status_request(0, length)
         found = await statuses.find(request, query)
         assert statuses.foresee(request, query, found)
-        await statuses.look_ahead(StructuredReplies(), _now())
-        ((_, told),) = await statuses.find(*status_request(length, length))
-        assert isinstance(told, Packed) is is_kept
-
-
-class MeasuredBitmap(Bitmap):
-    """Notes how much of it is searched, in bytes of the disk."""
-
-    __slots__ = ("searched",)
-
-    def extents(self, offset: int, length: int, *, extents_max: int = 1 << 20) -> Extents:
-        self.searched = length
-        return super().extents(offset, length, extents_max=extents_max)
+        await statuses.look_ahead()
+        await statuses.find(*status_request(length, length))
+        assert len(bitmap.searched) == (2 if is_kept else 3)
 
 
 async def test_no_more_is_searched_ahead_than_may_be_kept() -> None:
     """A map of more extents than fit in a reply, but too long to be compared."""
     length = 8 * (4 * BITS_BYTES_MAX) * GRANULE
-    bitmap = MeasuredBitmap(2 * length, GRANULE)
+    bitmap = MeasuredBitmap(2 * length)
+    bitmap.clear_all()
     bitmap.array()[::5] = 0xAA
     statuses, *_ = by_itself(bitmap)
     request, query = status_request(0, length)
     found = await statuses.find(request, query)
     assert statuses.foresee(request, query, found)
-    await statuses.look_ahead(StructuredReplies(), _now())
-    assert bitmap.searched <= 8 * BITS_BYTES_MAX * GRANULE
-    offset = found[0][1].total()
-    ((_, told),) = await statuses.find(*status_request(offset, length))
-    assert isinstance(told, Extents)
-    assert told.pairs() == bitmap.extents(offset, length, extents_max=1 << 17).pairs()
+    await statuses.look_ahead()
+    assert bitmap.searched[1] <= 8 * BITS_BYTES_MAX * GRANULE
+    ((_, first),) = found
+    assert isinstance(first, Packed)
+    ((_, told),) = await statuses.find(*status_request(first.length, length))
+    assert bitmap.searched[2:] == [length], "what was found is no whole reply"
+    assert isinstance(told, Packed)
+    truth = bitmap.extents(first.length, length, extents_max=1 << 17)
+    assert (told.extent_count, told.length) == (1 << 17, truth.total())
 
 
 async def test_largest_reply_is_found_ahead() -> None:
     """Its bits are just as many as may be kept."""
     length = 8 * BITS_BYTES_MAX * GRANULE
-    bitmap = alternating(3 * length)
-    statuses, *_ = by_itself(bitmap, extents_max=STATUS_EXTENTS_MAX)
+    bitmap = MeasuredBitmap(3 * length)
+    statuses, *_ = by_itself(bitmap, extents_max=STATUS_EXTENTS_MAX, replies=ExtendedReplies())
     request, query = status_request(0, 2 * length)
     assert statuses.foresee(request, query, await statuses.find(request, query))
-    await statuses.look_ahead(ExtendedReplies(), _now())
+    await statuses.look_ahead()
     ((_, told),) = await statuses.find(*status_request(length, 2 * length))
+    assert len(bitmap.searched) == 2
     assert isinstance(told, Packed)
     assert (told.extent_count, told.length) == (STATUS_EXTENTS_MAX, length)
 
@@ -409,11 +471,84 @@ async def test_largest_reply_is_found_ahead() -> None:
 async def test_no_more_contexts_are_searched_ahead_than_in_one_turn() -> None:
     bitmap = alternating()
     for count, is_foreseen in ((4, True), (5, False)):
-        statuses, *_ = by_itself(bitmap, contexts=count)
+        statuses, *_ = by_itself(*[bitmap] * count)
         request, _ = status_request(0, PART)
         query = StatusQuery(PART, tuple(range(count)))
         found = await statuses.find(request, query)
         assert statuses.foresee(request, query, found) is is_foreseen
+
+
+@pytest.mark.parametrize(
+    ("extents", "turns"),
+    [(1 << 16, [0, 1, 2, 3]), (1 << 12, [0, 0, 0, 0]), (1 << 15, [0, 0, 1, 1])],
+)
+async def test_contexts_of_many_extents_have_a_turn_each(extents: int, turns: list[int]) -> None:
+    """Rule 5: to find and pack all of them would keep the others waiting for milliseconds."""
+    turn = 0
+
+    async def give_way() -> None:
+        nonlocal turn
+        turn += 1
+
+    class Timed(MeasuredBitmap):
+        def extents(self, offset: int, length: int, *, extents_max: int = 1 << 20) -> Extents:
+            self.searched.append(turn)
+            return Bitmap.extents(self, offset, length, extents_max=extents_max)
+
+    length = extents * GRANULE
+    bitmap = Timed(2 * length)
+    statuses, *_ = by_itself(*[bitmap] * 4, give_way=give_way)
+    query = StatusQuery(length, (0, 1, 2, 3))
+    request, _ = status_request(0, length)
+    found = await statuses.find(request, query)
+    assert bitmap.searched == turns
+    first, bitmap.searched = turn + 1, []
+    assert statuses.foresee(request, query, found)
+    await statuses.look_ahead()
+    assert bitmap.searched == [first, first + 1, first + 2, first + 3]
+    await statuses.find(status_request(length, length)[0], query)
+    assert len(bitmap.searched) == 4, "all was found ahead"
+
+
+async def test_bitmap_that_changes_amid_a_request_is_told_as_it_is_in_its_turn() -> None:
+    """What was found ahead is compared when it is taken, not when the request comes (rule 2)."""
+    length = (1 << 16) * GRANULE
+    first, second = MeasuredBitmap(2 * length), MeasuredBitmap(2 * length)
+
+    async def give_way() -> None:
+        if len(first.searched) == 3:  # anew, for the second request
+            second.set_range(length + length // 2, 4 * GRANULE)
+
+    statuses, *_ = by_itself(first, second, give_way=give_way)
+    query = StatusQuery(length, (0, 1))
+    request, _ = status_request(0, length)
+    assert statuses.foresee(request, query, await statuses.find(request, query))
+    await statuses.look_ahead()
+    first.set_range(length, 1)
+    found = await statuses.find(status_request(length, length)[0], query)
+    counts = [each.extent_count for _, each in found if isinstance(each, Packed)]
+    assert counts[1] == len(second.extents(length, length).lengths) < counts[0]
+
+
+async def test_request_amid_a_search_ahead_has_what_was_found_until_then() -> None:
+    bitmap = MeasuredBitmap()
+    asked: list[int] = []
+
+    async def give_way() -> None:
+        asked.append(statistics.requests)
+        if len(asked) == 3:
+            statistics.requests += 1
+
+    statuses, statistics, _ = by_itself(*[bitmap] * 4, give_way=give_way)
+    query = StatusQuery(PART, (0, 1, 2, 3))
+    request, _ = status_request(0, PART)
+    assert statuses.foresee(request, query, await statuses.find(request, query))
+    await statuses.look_ahead()
+    assert len(bitmap.searched) == 4 + 2, "of four contexts two were searched ahead"
+    found = await statuses.find(status_request(PART, PART)[0], query)
+    assert len(bitmap.searched) == 4 + 2 + 2
+    assert {each.extent_count for _, each in found if isinstance(each, Packed)} == {5096}
+    assert statuses.foresee(request, query, found)
 
 
 async def test_nothing_is_foreseen_where_it_is_not_worth_it() -> None:
@@ -425,10 +560,10 @@ async def test_nothing_is_foreseen_where_it_is_not_worth_it() -> None:
 
 
 async def test_simple_replies_have_no_status_to_look_ahead_for() -> None:
-    statuses, *_ = by_itself(alternating())
+    statuses, *_ = by_itself(alternating(), replies=SimpleReplies())
     request, query = status_request(0, PART)
     statuses.foresee(request, query, await statuses.find(request, query))
-    await statuses.look_ahead(SimpleReplies(), _now())
+    await statuses.look_ahead()
     assert not isinstance((await statuses.find(*status_request(PART, PART)))[0][1], Packed)
 
 
@@ -441,8 +576,8 @@ async def test_disk_that_was_resized_is_no_failure(size: int) -> None:
     found = await statuses.find(request, query)
     node.size = size
     statuses.foresee(request, query, found)
-    await statuses.look_ahead(StructuredReplies(), _now())
+    await statuses.look_ahead()
     request, query = status_request(PART, 2 * PART)
     found = await statuses.find(request, query)
     statuses.foresee(request, query, found)
-    await statuses.look_ahead(StructuredReplies(), _now())
+    await statuses.look_ahead()
