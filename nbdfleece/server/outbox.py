@@ -178,6 +178,12 @@ class Outbox:
         if self.is_closed:
             self._give_back()
 
+    def take_back(self, buffer: Buffer, start: int) -> None:
+        """Give the place up that was reserved last: the next one begins where it did."""
+        self.discard(buffer)
+        if buffer is self._arena:
+            self._fill = start
+
     def put(self, data: bytes | bytearray | memoryview) -> None:
         """Queue a copy of bytes that were built elsewhere."""
         start = self._fill

@@ -14,7 +14,6 @@ from typing import Final, Protocol
 
 from ..block.node import BlockNode
 from ..block.stable import StablePlace, bring_to_hand
-from ..errors import SnapshotError
 from ..nbd.constants import CommandFlag
 from ..nbd.errors import RequestError
 from ..nbd.replies import Replies
@@ -98,10 +97,10 @@ class Reads:
         view = buffer.view[data:end]
         try:
             is_read = self._node.read_at_once(offset, view)
-        except (OSError, SnapshotError):  # told when it is read again
+        except Exception:  # told when it is read again
             is_read = False
         if not is_read or (length >= SPARSE_BYTES_MIN and self._may_be_sparse(request, view)):
-            outbox.discard(buffer)
+            outbox.take_back(buffer, begin)
             return False
         buffer.view[begin:data] = header
         outbox.commit(buffer, begin, end)

@@ -63,6 +63,25 @@ def test_replies_leave_in_the_order_of_their_commits_whatever_the_socket_takes()
     assert pool.taken_bytes == 0
 
 
+def test_place_that_is_taken_back_is_the_next_one() -> None:
+    """What is tried and must be waited for takes no more room than what is waited for."""
+    pool = BufferPool(8 << 20)
+    outbox = Outbox(pool)
+    outbox.put(b"first ")
+    for length in (16, ARENA_BYTES - 6):
+        buffer, start = outbox.reserve(length)
+        assert start == 6
+        outbox.take_back(buffer, start)
+    buffer, start = outbox.reserve(ARENA_BYTES + 1)
+    outbox.take_back(buffer, start)
+    assert pool.taken_bytes == ARENA_BYTES
+    outbox.put(b"second")
+    sink = Sink(step=1 << 30)
+    outbox.send(sink)
+    assert sink.data == b"first second"
+    assert pool.taken_bytes == 0
+
+
 def test_closed_outbox_swallows_late_replies() -> None:
     pool = BufferPool(0)
     outbox = Outbox(pool)

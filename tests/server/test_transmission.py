@@ -14,10 +14,20 @@ from nbdfleece.extents import Extents
 from nbdfleece.nbd.constants import Command, CommandFlag, Error, ReplyType
 from nbdfleece.nbd.limits import Limits as WireLimits
 from nbdfleece.server.limits import Limits
+from nbdfleece.server.outbox import ARENA_BYTES
 from nbdfleece.server.reads import BAD_BLOCKS_MAX
 from nbdfleece.testing.memory_node import MemoryNode
 
-from .harness import Chunk, Client, Serve, export_of, extents_of, pack_request, settled
+from .harness import (
+    Chunk,
+    Client,
+    Serve,
+    export_of,
+    extents_of,
+    pack_request,
+    settled,
+    until,
+)
 
 MIB = 1 << 20
 CONTENT = random.Random(1).randbytes(4 * MIB)
@@ -290,6 +300,44 @@ async def test_bug_below_is_an_io_error_and_the_connection_goes_on(
     assert (await client.perform(Command.FLUSH)).error == Error.EIO
     assert "surprise" in caplog.text
     assert await client.read(0, 512) == CONTENT[:512]
+
+
+async def test_bug_in_a_read_at_once_is_an_io_error_and_the_connection_goes_on(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = MemoryNode(CONTENT)
+    node.is_at_hand = lambda: True
+
+    def fail(operation: str, offset: int) -> None:
+        if offset == 4096:
+            raise KeyError("surprise")
+
+    node.fail = fail
+    served = serve(node)
+    client = await served.open()
+    for length in (512, 64 * 1024):
+        assert (await client.perform(Command.READ, 4096, length)).error == Error.EIO
+    assert "surprise" in caplog.text
+    assert await client.read(0, 512) == CONTENT[:512]
+    assert served.server.pool.taken_bytes <= 2 * ARENA_BYTES
+
+
+async def test_reads_that_wait_hold_no_more_than_what_they_read(serve: Serve) -> None:
+    """Rule 5: "make memory grow without bound"; what was tried at once before takes no place."""
+    node = MemoryNode(CONTENT)
+    held = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: held
+    served = serve(node)
+    client = await served.open()
+    lengths = [250_000] * 12
+    for cookie, length in enumerate(lengths):
+        await client.request(Command.READ, cookie, length)
+    (connection,) = served.server.connections
+    await until(lambda: connection.requests_in_flight == len(lengths))
+    assert served.server.pool.taken_bytes <= 4 * ARENA_BYTES
+    held.set_result(None)
+    for _ in lengths:
+        assert not (await client.reply()).error
 
 
 async def test_read_around_a_bad_sector_gives_the_rest(serve: Serve) -> None:
