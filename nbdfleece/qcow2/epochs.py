@@ -168,8 +168,9 @@ class Epochs:
     async def settle(self) -> None:
         """Flush until the file has everything, the decrements after the freeing too."""
         await self.flush()
-        if self._refcounts.dirty:
-            async with self._exclusive:
+        async with self._exclusive:
+            await self._release()  # what had readers until after the last flush
+            if self._refcounts.dirty:
                 await self._flush_epochs()
 
     async def _flush_data(self) -> None:

@@ -163,3 +163,33 @@ async def test_flush_without_dirty_metadata_is_one_flush_of_the_file(folder: Pat
     await image.flush()
     assert len(disk.log.flushes) == before + 1
     await image.close()
+
+
+async def test_cluster_whose_last_reader_ends_after_the_last_flush_is_freed_all_the_same(
+    folder: Path,
+) -> None:
+    """A clean end leaks nothing."""
+    path = folder / "disk.qcow2"
+    await create_image(path, MIB)
+    disk = FakeDisk(path.read_bytes())
+    image = await Qcow2Image.from_file(disk)
+    await image.write(0, memoryview(b"old" * 20_000))
+    await image.flush()
+    gate = asyncio.Event()
+    read_into = disk.read_into
+
+    async def slow_read(offset: int, view: memoryview) -> None:
+        await gate.wait()
+        await read_into(offset, view)
+
+    disk.read_into = slow_read  # type: ignore[method-assign]  # a cold read, for as long as we like
+    reading = asyncio.ensure_future(image.read_into(0, memoryview(bytearray(60_000))))
+    await asyncio.sleep(0)
+    disk.read_into = read_into  # type: ignore[method-assign]
+    await image.trim(0, 65536)
+    await image.flush()
+    gate.set()
+    await reading
+    await image.close()
+    path.write_bytes(disk.content)
+    check(path)
