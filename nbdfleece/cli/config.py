@@ -33,7 +33,7 @@ import re
 import tomllib
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import click
 import msgspec
@@ -42,10 +42,11 @@ from ..errors import UsageError
 from .addresses import NO_CONTROL, parse_listen
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
-from .read_only_options import parse_images
+from .read_only_options import parse_bitmaps, parse_images
 from .sizes import parse_size
 
 Scalar = bool | int | float | str
+_Said = TypeVar("_Said")
 
 _AT_PATH: Final = re.compile(r"(?P<text>.*?)(?: - at `(?:key in )?\$(?P<path>[^`]*)`)?", re.DOTALL)
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>.*)`")
@@ -227,9 +228,14 @@ class _Checked:
                 for name, image in each.items()
             ],
             "bitmaps": [
-                f"{name}={bitmap}" for name, image in each.items() for bitmap in image.bitmaps
+                word for name, image in each.items() for word in self._bitmaps(name, image.bitmaps)
             ],
         }
+
+    def _bitmaps(self, name: str, bitmaps: Sequence[str]) -> list[str]:
+        words = [f"{name}={bitmap}" for bitmap in bitmaps]
+        keys = ["read-only", name, "bitmaps"]
+        return self._check(keys, lambda words: parse_bitmaps(words, [name]), words)
 
     def _file(self, name: str | None) -> str | None:
         return None if name is None else str(self._path.parent / name)
@@ -246,18 +252,18 @@ class _Checked:
         word = ("off", "on")[value] if isinstance(value, bool) else value
         return self._check(["exports", pattern, key], parse_export_rule, f"{pattern}:{key}={word}")
 
-    def _check(self, keys: Sequence[str], parse: Callable[[str], object], word: str) -> str:
-        """A word that an option takes.
+    def _check(self, keys: Sequence[str], parse: Callable[[_Said], object], said: _Said) -> _Said:
+        """A word, or words, that an option takes.
 
         Raises:
             UsageError: It does not.
         """
         try:
-            parse(word)
+            parse(said)
         except (UsageError, click.UsageError) as error:
             line = line_of(self._text, keys)
             raise UsageError(f"{self._path}:{line}: {error}") from None
-        return word
+        return said
 
 
 def _use_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:

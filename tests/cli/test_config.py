@@ -97,6 +97,11 @@ def test_whole_file_becomes_the_options_of_serve(tmp_path: Path) -> None:
         ("[disks.vda]\nfile = 'a'\ndiscard = 'x'\n", ":1: disks.discard: Invalid enum value 'x'"),
         ("[disks]\na = 'x'\n[read-only]\na = 'y'\n", ":4: 'a' is a name of --disk and of --read"),
         ("[read-only.a]\nfile = 'a'\nbitmap = 'x'\n", ":1: there is no 'bitmap' here"),
+        (
+            "[read-only.a]\nfile = 'a'\nbitmaps = ['x', 'x']\n",
+            ":3: --bitmap names 'x' of 'a' twice",
+        ),
+        ("[read-only.a]\nfile = 'a'\nbitmaps = ['']\n", ":3: --bitmap is NAME=BITMAP, 'a=' is"),
         ("[disks.vda]\ndiscard = 'unmap'\n", ":1: disks: Object missing required field `file`"),
     ],
 )
