@@ -38,8 +38,8 @@ async def find_holes(node: BlockNode, offset: int, length: int) -> list[tuple[in
 
 
 def halve(begin: int, end: int, block_size: int) -> list[tuple[int, int]]:
-    """Both halves of a range, the first one last, cut at a block; nothing if it is one block."""
-    if end - begin <= block_size:
+    """Both halves of a range, the first one last, cut at a block; nothing if it lies in one."""
+    if begin // block_size == (end - 1) // block_size:
         return []
     middle = max((begin + end) // 2 // block_size, begin // block_size + 1) * block_size
     return [(middle, end), (begin, middle)]

@@ -185,8 +185,8 @@ class Reads:
     async def _answer_in_chunks(self, request: Request) -> None:
         """Answer a READ that is large, or a part of which cannot be read.
 
-        What is good is sent as data. What is bad is halved until it is no larger than the
-        export's preferred block size, and then told as an error with its offset.
+        What is good is sent as data. What is bad is halved until it lies in one block of the
+        export's preferred size, and then told as an error with its offset.
         """
         parts = [(request.offset, request.offset + request.length)]
         bad_blocks = 0
