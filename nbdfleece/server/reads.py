@@ -1,6 +1,6 @@
 """READ: from where the data lie into the outbox, in one chunk or several.
 
-Most of what is read is at hand (:meth:`Reads.answer_at_once`): it lies in memory, or in a file that
+Most of what is read is at hand (:meth:`Reads.begin`): it lies in memory, or in a file that
 holds still, from where it is sent without a copy (rule 1). The rest is a coroutine's work
 (:meth:`Reads.answer`): to wait for a disk, to find out what is a hole, to read more than goes
 into one chunk, and to tell the good part of a range from the bad.
@@ -10,7 +10,8 @@ Spec: proto.md, "NBD_CMD_READ", "Structured reply types".
 
 from __future__ import annotations
 
-from typing import Final, Protocol
+from collections.abc import Coroutine
+from typing import Any, Final, Protocol
 
 from ..block.node import BlockNode
 from ..block.stable import StablePlace, bring_to_hand
@@ -18,6 +19,7 @@ from ..nbd.constants import CommandFlag
 from ..nbd.errors import RequestError
 from ..nbd.replies import Replies
 from ..nbd.requests import Request
+from .buffers import Buffer
 from .outbox import Outbox
 from .pieces import ends_in_zeroes, find_holes, halve
 from .statistics import Statistics
@@ -78,19 +80,23 @@ class Reads:
         self._statistics = host.statistics
         self._as_asked = node.reads_as_asked
 
-    def answer_at_once(self, request: Request) -> bool:
-        """Answer a READ by one chunk if its data are at hand; whether it was one."""
+    def begin(self, request: Request) -> Coroutine[Any, Any, None] | None:
+        """Answer a READ by one chunk if its data are at hand.
+
+        Returns:
+            What is left to be done; None if it is answered.
+        """
         offset, length = request[4], request[5]
         if length > self._chunk_max:
-            return False
+            return self.answer(request)
         outbox = self._outbox
         header = self._replies.data(request, offset, length, done=True)
         places = self._stable_places(offset, length)
         if places is not None:
-            is_at_hand = all(place.is_at_hand for place in places)
-            if is_at_hand:
-                self._put_places(header, places, length)
-            return is_at_hand
+            if not all(place.is_at_hand for place in places):
+                return self.answer(request)
+            self._put_places(header, places, length)
+            return None
         buffer, begin = outbox.reserve(len(header) + length)
         data = begin + len(header)
         end = data + length
@@ -99,13 +105,24 @@ class Reads:
             is_read = self._node.read_at_once(offset, view)
         except Exception:  # told when it is read again
             is_read = False
-        if not is_read or (length >= SPARSE_BYTES_MIN and self._may_be_sparse(request, view)):
+        if not is_read:
             outbox.take_back(buffer, begin)
-            return False
+            return self.answer(request)
+        self._statistics.read_bytes += length
+        if length >= SPARSE_BYTES_MIN and self._may_be_sparse(request, view):
+            return self._answer_sparse(request, buffer, view)
         buffer.view[begin:data] = header
         outbox.commit(buffer, begin, end)
-        self._statistics.read_bytes += length
-        return True
+        return None
+
+    async def _answer_sparse(self, request: Request, buffer: Buffer, data: memoryview) -> None:
+        """Answer a READ whose data are here, in ``buffer``, and may be a hole in part."""
+        try:
+            await self._send_sparse(request, request[4], data, True)
+        except Exception as error:
+            self._host.fail(request, error)
+        finally:
+            self._outbox.discard(buffer)
 
     async def answer(self, request: Request) -> None:
         """Answer any READ."""

@@ -303,9 +303,13 @@ class Transmission:
         except RequestError as error:
             self._refuse(request, error)
             return
-        if request[2] == _READ and self._read_at_once(request):
-            return
-        task = start(self._handlers[request[2]](request, _NO_PAYLOAD))
+        if request[2] == _READ:
+            work = self._begin_read(request)
+            if work is None:
+                return
+        else:
+            work = self._handlers[request[2]](request, _NO_PAYLOAD)
+        task = start(work)
         if task is not None:
             self._track(task, self._reply_cost(request), None)
 
@@ -383,9 +387,9 @@ class Transmission:
     async def _read(self, request: Request, payload: memoryview) -> None:
         await self._reads.answer(request)
 
-    def _read_at_once(self, request: Request) -> bool:
-        """Answer a READ whose data are at hand; whether it was one."""
-        return self._reads.answer_at_once(request)
+    def _begin_read(self, request: Request) -> Coroutine[Any, Any, None] | None:
+        """Answer a READ whose data are at hand; else returns what answers it."""
+        return self._reads.begin(request)
 
     def note_sendfile(self, length: int) -> None:
         """Bytes that are sent without a copy take less of the turn."""

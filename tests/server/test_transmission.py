@@ -401,8 +401,12 @@ def shape(chunks: list[Chunk]) -> list[tuple[ReplyType, int, int]]:
     return [(ReplyType(chunk.kind), chunk.offset, len(chunk.payload)) for chunk in chunks]
 
 
-async def test_holes_in_a_read_are_not_sent(serve: Serve) -> None:
+@pytest.mark.parametrize("is_at_hand", [False, True])
+async def test_holes_in_a_read_are_not_sent(serve: Serve, is_at_hand: bool) -> None:
     node = sparse_node(range(16, 32), range(64, 1000))
+    node.is_at_hand = lambda: is_at_hand
+    operations: list[str] = []
+    node.fail = lambda operation, offset: operations.append(operation)
     client = await serve(node).open()
     await client.request(Command.READ, 64 << 10, 256 << 10)
     chunks = await client.replies()
@@ -412,6 +416,7 @@ async def test_holes_in_a_read_are_not_sent(serve: Serve) -> None:
         (ReplyType.OFFSET_HOLE, 256 << 10, 64 << 10),
     ]
     assert [chunk.done for chunk in chunks] == [False, False, True]
+    assert operations == ["read", "block_status"], "it is read once"
     assert await client.read(0, 4 * MIB) == node.content
 
 
@@ -442,8 +447,12 @@ async def test_read_in_one_piece_has_its_zeroes_sent(
     assert chunk.payload == bytes(64 << 10)
 
 
-async def test_disk_that_does_not_tell_its_holes_is_read_all_the_same(serve: Serve) -> None:
+@pytest.mark.parametrize("is_at_hand", [False, True])
+async def test_disk_that_does_not_tell_its_holes_is_read_all_the_same(
+    serve: Serve, is_at_hand: bool
+) -> None:
     node = sparse_node(range(256))
+    node.is_at_hand = lambda: is_at_hand
 
     def fail(operation: str, offset: int) -> None:
         if operation == "block_status":
