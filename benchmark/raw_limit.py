@@ -4,11 +4,12 @@ A thread per connection, simple replies, ``sendfile`` straight from the page cac
 no format, no fairness, no limits. What it reaches with a client is what the kernel and the
 client allow; the streaming rows show ours beside it.
 
-Under a third argument, ``writable``, it also writes what it is told to, straight over what is being
-sent: what a guest's writes beside a pull cost at least.
+Asked to be ``writable``, it also writes what it is told to, straight over what is being sent: what
+a guest's writes beside a pull cost at least. Asked to be ``copying``, it reads into memory and
+sends from there: what rule 1 of the design leaves where bytes may be overwritten.
 
-``python -m benchmark.raw_limit SOCKET FILE [writable]``; SOCKET is a path, or a TCP port of
-127.0.0.1. Every export's name is that of the file.
+``python -m benchmark.raw_limit SOCKET FILE [writable] [copying]``; SOCKET is a path, or a TCP port
+of 127.0.0.1. Every export's name is that of the file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import socket
 import struct
 import sys
 import threading
+from functools import partial
 from typing import Final
 
 _HAS_FLAGS_MULTI_CONN: Final = 1 << 0 | 1 << 8
@@ -30,6 +32,9 @@ _REPLY: Final = struct.Struct(">IIQ")
 _GO: Final = 7
 _ACK, _INFO, _ERR_UNSUP = 1, 3, (1 << 31) + 1
 _READ, _WRITE = 0, 1
+
+_READ_BYTES_MAX: Final = 32 << 20
+"""The most that clients ask for."""
 
 
 def receive(sock: socket.socket, count: int) -> bytes:
@@ -56,8 +61,9 @@ def negotiate(sock: socket.socket, size: int, flags: int) -> None:
     sock.sendall(_OPTION_REPLY.pack(0x3E889045565A9, option, _ACK, 0))
 
 
-def serve(sock: socket.socket, file: int, size: int, flags: int) -> None:
+def serve(sock: socket.socket, file: int, size: int, flags: int, *, copying: bool) -> None:
     """One connection."""
+    buffer = memoryview(bytearray(_REPLY.size + _READ_BYTES_MAX))
     try:
         negotiate(sock, size, flags)
         while True:
@@ -69,6 +75,12 @@ def serve(sock: socket.socket, file: int, size: int, flags: int) -> None:
                 continue
             if command != _READ:
                 return
+            if copying:
+                message = buffer[: _REPLY.size + length]
+                message[: _REPLY.size] = reply
+                os.preadv(file, [message[_REPLY.size :]], offset)
+                sock.sendall(message)
+                continue
             sock.send(reply, socket.MSG_MORE)
             end = offset + length
             while offset < end:
@@ -82,8 +94,9 @@ def serve(sock: socket.socket, file: int, size: int, flags: int) -> None:
 def main() -> None:
     """Serve until a signal ends the process."""
     address, path, *more = sys.argv[1:]
-    file = os.open(path, os.O_RDWR if more else os.O_RDONLY)
-    flags = _HAS_FLAGS_MULTI_CONN | (0 if more else _READ_ONLY)
+    is_writable, copying = "writable" in more, "copying" in more
+    file = os.open(path, os.O_RDWR if is_writable else os.O_RDONLY)
+    flags = _HAS_FLAGS_MULTI_CONN | (0 if is_writable else _READ_ONLY)
     size = os.fstat(file).st_size
     is_port = address.isdigit()
     listener = socket.socket(socket.AF_INET if is_port else socket.AF_UNIX)
@@ -94,7 +107,8 @@ def main() -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         if is_port:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=serve, args=(sock, file, size, flags), daemon=True).start()
+        serving = partial(serve, sock, file, size, flags, copying=copying)
+        threading.Thread(target=serving, daemon=True).start()
 
 
 if __name__ == "__main__":

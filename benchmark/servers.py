@@ -385,17 +385,19 @@ class RawLimit(Server):
     """A bare sendfile loop over the first disk's raw bytes: see :mod:`.raw_limit`.
 
     Where the others write and freeze views it only overwrites the raw file that it sends from,
-    which no server may do (rule 1): all its exports are that file.
+    which no server may do (rule 1): all its exports are that file. There it is shown a second
+    time, ``copying``: what it sends was read into memory first.
     """
 
     counts = False
     is_limit = True
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(place, "raw limit: sendfile")
+    def __init__(self, place: Place, *, copying: bool = False) -> None:
+        super().__init__(place, f"raw limit: {'copies' if copying else 'sendfile'}")
+        self._copying = copying
 
     def can(self, setup: Setup) -> bool:
-        return setup.bare is not None
+        return setup.bare is not None and (setup.writable or not self._copying)
 
     def _with_copies(self, setup: Setup, stack: ExitStack) -> Setup:
         assert setup.bare is not None
@@ -406,7 +408,8 @@ class RawLimit(Server):
     def _enter(self, setup: Setup, address: Path | int, stack: ExitStack) -> Running:
         program = str(Path(__file__).with_name("raw_limit.py"))
         argv = [sys.executable, program, str(address), str(setup.bare)]
-        return self._start(argv + ["writable"] * setup.writable, address, setup, stack)
+        argv += ["writable"] * setup.writable + ["copying"] * self._copying
+        return self._start(argv, address, setup, stack)
 
 
 def version(place: Place, system: str, program: str = "qemu-nbd") -> str:
@@ -428,4 +431,4 @@ def all_servers(place: Place) -> list[Server]:
                 servers.append(QemuStorageDaemon(place, system, aio))
         if place.has(system, "nbdkit"):
             servers.append(Nbdkit(place, system))
-    return [*servers, RawLimit(place)]
+    return [*servers, RawLimit(place), RawLimit(place, copying=True)]

@@ -24,7 +24,8 @@ OPTIONS = {"rounds": 1, "seconds": 0.5}
 
 
 def run(rows: list[Row], images: Images, folder: Path, **more: Any) -> bool:
-    servers = [Nbdfleece(images.place), RawLimit(images.place)]
+    place = images.place
+    servers = [Nbdfleece(place), RawLimit(place), RawLimit(place, copying=True)]
     arguments: dict[str, Any] = {"check": False, "resume": True, "minutes": None}
     return run_rows(rows, servers, folder, OPTIONS, **(arguments | more))
 
@@ -81,9 +82,11 @@ def test_wrong_content_is_a_failure_of_that_contestant(
 
 
 def test_raw_limit_pulls_beside_a_writer(images: Images, tmp_path: Path) -> None:
+    """Where bytes are overwritten it is shown twice, the second time with copies."""
     assert run([PullWhileWriting(images)], images, tmp_path)
     (row,) = rows_of(tmp_path)
-    assert [it["failure"] for it in row["contestants"]] == [None, None]
+    assert [it["failure"] for it in row["contestants"]] == [None, None, None]
+    assert [it["label"] for it in row["contestants"]][2] == "raw limit: copies"
     assert row["metrics"][0]["raw_ratio"] is not None
     assert row["metrics"][1]["raw_ratio"] is None
 
