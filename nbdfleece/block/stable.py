@@ -7,21 +7,17 @@ locks belong to the open file, of which a :class:`StableFile` holds a duplicate:
 until the node is closed and no queued reply refers to the file any more.
 
 ``sendfile`` has no way to say that it would have to wait for the disk. What is not in the
-page cache is therefore brought there by a thread first (rule 5; :mod:`.fetches`), and copied
-nowhere.
+page cache is therefore brought there by a thread first (rule 5), and copied nowhere.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import Final, NamedTuple
 
-from .fetches import Fetches, Range
 from .linux import ResidencyMap
-from .threads import begin_in_thread
+from .threads import in_thread
 
 STABLE_PIECE_BYTES_MIN: Final = 32 << 10
 """Pieces of a range smaller than this, on average, had better be copied: each is a system call."""
@@ -36,21 +32,15 @@ class StableFile:
     Args:
         fd: An open file with locks that exclude writers; duplicated.
         is_in_memory: Its pages are its storage, so none of them is ever cold.
-
-    Attributes:
-        fd: What the bytes are sent from.
-        fetches: What threads bring into the page cache of it.
-        size: Bytes of the file.
     """
 
-    __slots__ = ("_lost", "_residency", "fd", "fetches", "size")
+    __slots__ = ("_lost", "_residency", "fd", "size")
 
     def __init__(self, fd: int, *, is_in_memory: bool) -> None:
         self.size = os.fstat(fd).st_size
         self._residency = None if is_in_memory else ResidencyMap(fd, self.size)
         self._lost = 0
         self.fd = os.dup(fd)
-        self.fetches = Fetches(partial(_begin_fetch, self.fd))
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -86,33 +76,25 @@ class StablePlace(NamedTuple):
 
 
 async def bring_to_hand(places: Sequence[StablePlace]) -> bool:
-    """Have threads bring what is cold into the page cache; whether all can be sent then.
-
-    All of it lies in one file.
-    """
+    """Have a thread bring what is cold into the page cache; whether all can be sent then."""
     cold = [place for place in places if not place.is_at_hand]
     if not cold:
         return True
-    file = cold[0].file
-    if not file.is_cached:
+    if not cold[0].file.is_cached:
         return False
     try:
-        # A thread gets no places: it would let go of them some time after it has ended, and a
+        # The thread gets no places: it would let go of them some time after it has ended, and a
         # file's locks last as long.
-        await file.fetches.fetch([(place.offset, place.length) for place in cold])
+        await in_thread(_fetch_all, [(place.file.fd, place.offset, place.length) for place in cold])
     except OSError:  # whoever reads it now will say the same
         return False
     is_kept = all(place.is_at_hand for place in places)
-    file.note_fetch(is_kept=is_kept)
+    cold[0].file.note_fetch(is_kept=is_kept)
     return is_kept
 
 
-def _begin_fetch(fd: int, ranges: list[Range]) -> asyncio.Future[None]:
-    return begin_in_thread(_fetch_all, fd, ranges)
-
-
-def _fetch_all(fd: int, ranges: list[Range]) -> None:
-    for offset, length in ranges:
+def _fetch_all(ranges: list[tuple[int, int, int]]) -> None:
+    for fd, offset, length in ranges:
         fetch(fd, offset, length)
 
 

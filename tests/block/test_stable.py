@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.block import stable as stable_module
-from nbdfleece.block.fetches import RUN_THREADS_MAX
 from nbdfleece.block.file import FileNode
 from nbdfleece.block.raw import RawNode
 from nbdfleece.block.stable import StableFile, StablePlace, bring_to_hand
@@ -221,41 +220,6 @@ async def test_file_that_a_thread_fetches_stays_open_when_the_node_is_closed(
     assert seen == [True]
     del fetching
     await FileNode.open(file, read_only=False).close()  # nobody has the locks any more
-
-
-@pytest.mark.parametrize("bad", [None, 9])
-async def test_requests_of_a_cold_stream_share_a_few_threads(
-    file: Path, monkeypatch: pytest.MonkeyPatch, bad: int | None
-) -> None:
-    """Rule 5; and what was fetched together with a bad block is read by itself."""
-    may_go_on = threading.Event()
-    running: set[int] = set()
-    counts: list[int] = []
-    fetched: set[int] = set()
-
-    def slow(fd: int, offset: int, length: int) -> None:
-        running.add(offset)
-        counts.append(len(running))
-        assert may_go_on.wait(60)
-        running.discard(offset)
-        if bad is not None and offset == bad * CLUSTER:
-            fail(fd, offset, length)
-        fetched.add(offset)
-
-    monkeypatch.setattr(stable_module, "fetch", slow)
-    monkeypatch.setattr(StableFile, "is_at_hand", lambda stable, offset, length: offset in fetched)
-    node = FileNode.open(file, read_only=True)
-    tasks = [
-        asyncio.create_task(bring_to_hand(node.stable_places(offset, CLUSTER) or []))
-        for offset in range(0, MIB, CLUSTER)
-    ]
-    await asyncio.sleep(0)
-    may_go_on.set()
-    kept = await asyncio.gather(*tasks)
-    is_good = [bad is None or index < RUN_THREADS_MAX for index in range(MIB // CLUSTER)]
-    assert kept == is_good
-    assert max(counts) <= RUN_THREADS_MAX
-    await node.close()
 
 
 async def test_where_nothing_can_be_thrown_away_bytes_are_read(
