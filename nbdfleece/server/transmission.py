@@ -69,6 +69,9 @@ class Host(Protocol):
     def send_soon(self) -> None:
         """Send in this turn of the loop, once."""
 
+    async def next_turn(self) -> None:
+        """Wait until all who wait have had their turn."""
+
     async def give_way(self) -> None:
         """Let other connections have their turn and the client read."""
 
@@ -115,7 +118,8 @@ class Transmission:
         chunk_max = self._rules.chunk_max
         if not self._node.reads_as_asked:
             chunk_max = min(chunk_max, limits.read_chunk_bytes_max)
-        self._reads = Reads(self._node, self._replies, self._outbox, chunk_max, self)
+        turn_bytes = limits.wake_up_bytes_max
+        self._reads = Reads(self._node, self._replies, self._outbox, chunk_max, turn_bytes, self)
         # Room for one more of the largest requests is always left.
         self._pause_bytes = limits.wire.bytes_in_flight_max - self._rules.payload_max
         contexts = {
@@ -301,11 +305,10 @@ class Transmission:
         except RequestError as error:
             self._refuse(request, error)
             return
-        if request[2] == _READ and self._read_at_once(request):
+        if request[2] == _READ and self._read_without_task(request):
             return
-        task = start(self._handlers[request[2]](request, _NO_PAYLOAD))
-        if task is not None:
-            self._track(task, self._reply_cost(request), None)
+        work = self._handlers[request[2]](request, _NO_PAYLOAD)
+        self.start_task(work, self._reply_cost(request))
 
     def _reply_cost(self, request: Request) -> int:
         """Bytes that the reply may hold while the request is in flight, about."""
@@ -319,6 +322,26 @@ class Transmission:
         if task is not None:
             buffer.users += 1
             self._track(task, len(payload), buffer)
+
+    def start_task(self, work: Coroutine[Any, Any, None], cost: int = 0) -> None:
+        """Run a coroutine; as long as it waits it counts as in flight, and holds ``cost`` bytes."""
+        task = start(work)
+        if task is not None:
+            self._track(task, cost, None)
+
+    def hold(self, request: Request) -> None:
+        """Count a READ as in flight that waits without a task of its own."""
+        self.requests_in_flight += 1
+        self.bytes_in_flight += request[5]
+
+    def let_go(self, request: Request) -> None:
+        """Count it no longer."""
+        self.requests_in_flight -= 1
+        self.bytes_in_flight -= request[5]
+
+    def start_read(self, request: Request) -> None:
+        """Answer a READ by a task of its own."""
+        self.start_task(self._reads.answer(request), self._reply_cost(request))
 
     def _track(self, task: asyncio.Task[None], cost: int, buffer: Buffer | None) -> None:
         """Count a request that waits as in flight until it has ended."""
@@ -381,13 +404,22 @@ class Transmission:
     async def _read(self, request: Request, payload: memoryview) -> None:
         await self._reads.answer(request)
 
-    def _read_at_once(self, request: Request) -> bool:
-        """Answer a READ whose data are at hand; whether it was one."""
-        return self._reads.answer_at_once(request)
+    def _read_without_task(self, request: Request) -> bool:
+        """Answer a READ whose data are at hand, or will be with others'; whether it was one."""
+        return self._reads.answer_without_task(request)
 
     def note_sendfile(self, length: int) -> None:
         """Bytes that are sent without a copy take less of the turn."""
         self._turn_left += length - length // COPIES_PER_SENDFILE
+
+    async def next_turn(self) -> None:
+        """Wait until all who wait have had their turn."""
+        await self._host.next_turn()
+
+    def flush(self) -> None:
+        """Send what is queued; go on in a later turn if the connection had paused."""
+        self._host.flush()
+        self._host.send_soon()
 
     async def give_way(self) -> None:
         """Let other connections have their turn and the client read."""
@@ -466,9 +498,7 @@ class Transmission:
             return
         statuses.put(self._outbox, self._replies, request, found)
         if statuses.foresee(request, query, found):
-            task = start(statuses.look_ahead(self._replies, self._host.give_way()))
-            if task is not None:
-                self._track(task, 0, None)
+            self.start_task(statuses.look_ahead(self._replies, self._host.give_way()))
 
 
 def _refuse_all(request: Request) -> None:

@@ -123,7 +123,7 @@ class FaultyTransmission(Transmission):
         self._faulty = FaultyReplies(super()._new_replies(negotiated), negotiated)
         return self._faulty
 
-    def _read_at_once(self, request: Request) -> bool:
+    def _read_without_task(self, request: Request) -> bool:
         """No request passes the faults by."""
         return False
 
