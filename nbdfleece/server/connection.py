@@ -354,14 +354,14 @@ class Connection:
     async def give_way(self) -> None:
         """Let other connections have their turn, and the client read what it has not."""
         self.send_soon()
-        await self._next_turn()
+        await self.next_turn()
         while self.outbox.queued_bytes >= self._limits.queued_bytes_max:
             waiter = self._loop.create_future()
             self._drain_waiters.append(waiter)
             await waiter
-            await self._next_turn()
+            await self.next_turn()
 
-    async def _next_turn(self) -> None:
+    async def next_turn(self) -> None:
         """Wait until all who wait have had their turn."""
         waiter = self._loop.create_future()
 

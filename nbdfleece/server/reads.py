@@ -1,7 +1,8 @@
 """READ: from where the data lie into the outbox, in one chunk or several.
 
 Most of what is read is at hand (:meth:`Reads.begin`): it lies in memory, or in a file that
-holds still, from where it is sent without a copy (rule 1). The rest is a coroutine's work
+holds still, from where it is sent without a copy (rule 1). Cold streams out of such a file are
+fetched several READs at a time (:mod:`.cold_reads`). The rest is a coroutine's work
 (:meth:`Reads.answer`): to wait for a disk, to find out what is a hole, to read more than goes
 into one chunk, and to tell the good part of a range from the bad.
 
@@ -19,7 +20,9 @@ from ..nbd.constants import CommandFlag
 from ..nbd.errors import RequestError
 from ..nbd.replies import Replies
 from ..nbd.requests import Request
+from . import cold_reads
 from .buffers import Buffer
+from .cold_reads import ColdReads
 from .outbox import Outbox
 from .pieces import ends_in_zeroes, find_holes, halve
 from .statistics import Statistics
@@ -37,7 +40,7 @@ the second system call costs more than the copies."""
 _DF: Final = int(CommandFlag.DF)
 
 
-class Host(Protocol):
+class Host(cold_reads.Host, Protocol):
     """What is needed of the transmission phase."""
 
     statistics: Statistics
@@ -66,11 +69,18 @@ class Reads:
         replies: The form of the replies.
         outbox: Where they go.
         chunk_max: Bytes of one chunk; a READ of more takes several.
+        turn_bytes: What a turn may cost.
         host: The transmission phase.
     """
 
     def __init__(
-        self, node: BlockNode, replies: Replies, outbox: Outbox, chunk_max: int, host: Host
+        self,
+        node: BlockNode,
+        replies: Replies,
+        outbox: Outbox,
+        chunk_max: int,
+        turn_bytes: int,
+        host: Host,
     ) -> None:
         self._node = node
         self._replies = replies
@@ -79,24 +89,23 @@ class Reads:
         self._host = host
         self._statistics = host.statistics
         self._as_asked = node.reads_as_asked
+        self._cold = ColdReads(turn_bytes, self._put_fetched, outbox, host)
+        self._stream_end = 0
 
     def begin(self, request: Request) -> Coroutine[Any, Any, None] | None:
-        """Answer a READ by one chunk if its data are at hand.
+        """Answer a READ by one chunk if its data are at hand, or will be with others'.
 
         Returns:
-            What is left to be done; None if it is answered.
+            What is left to be done; None if nothing is.
         """
         offset, length = request[4], request[5]
         if length > self._chunk_max:
             return self.answer(request)
-        outbox = self._outbox
-        header = self._replies.data(request, offset, length, done=True)
         places = self._stable_places(offset, length)
         if places is not None:
-            if not all(place.is_at_hand for place in places):
-                return self.answer(request)
-            self._put_places(header, places, length)
-            return None
+            return self._begin_places(request, places)
+        outbox = self._outbox
+        header = self._replies.data(request, offset, length, done=True)
         buffer, begin = outbox.reserve(len(header) + length)
         data = begin + len(header)
         end = data + length
@@ -113,6 +122,22 @@ class Reads:
             return self._answer_sparse(request, buffer, view)
         buffer.view[begin:data] = header
         outbox.commit(buffer, begin, end)
+        return None
+
+    def _begin_places(
+        self, request: Request, places: list[StablePlace]
+    ) -> Coroutine[Any, Any, None] | None:
+        """As :meth:`begin`, from what holds still: now, or with the stream that goes on with it."""
+        offset, length = request[4], request[5]
+        goes_on = offset == self._stream_end
+        self._stream_end = offset + length
+        if all(place.is_at_hand for place in places):
+            header = self._replies.data(request, offset, length, done=True)
+            self._put_places(header, places, length)
+        elif goes_on and len(places) == 1 and places[0].file.is_cached:
+            self._cold.add(request, places[0])
+        else:
+            return self.answer(request)
         return None
 
     async def _answer_sparse(self, request: Request, buffer: Buffer, data: memoryview) -> None:
@@ -143,6 +168,11 @@ class Reads:
         if length < ZERO_COPY_BYTES_MIN or self._outbox.sendfile is None:
             return None
         return self._node.stable_places(offset, length)
+
+    def _put_fetched(self, request: Request, place: StablePlace) -> None:
+        """Answer a READ whose data are at hand now."""
+        header = self._replies.data(request, request[4], place.length, done=True)
+        self._put_places(header, [place], place.length)
 
     def _put_places(self, header: bytes, places: list[StablePlace], length: int) -> None:
         """Queue one chunk whose data are sent from where they lie."""

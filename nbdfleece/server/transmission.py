@@ -69,6 +69,9 @@ class Host(Protocol):
     def send_soon(self) -> None:
         """Send in this turn of the loop, once."""
 
+    async def next_turn(self) -> None:
+        """Wait until all who wait have had their turn."""
+
     async def give_way(self) -> None:
         """Let other connections have their turn and the client read."""
 
@@ -115,7 +118,8 @@ class Transmission:
         chunk_max = self._rules.chunk_max
         if not self._node.reads_as_asked:
             chunk_max = min(chunk_max, limits.read_chunk_bytes_max)
-        self._reads = Reads(self._node, self._replies, self._outbox, chunk_max, self)
+        turn_bytes = limits.wake_up_bytes_max
+        self._reads = Reads(self._node, self._replies, self._outbox, chunk_max, turn_bytes, self)
         # Room for one more of the largest requests is always left.
         self._pause_bytes = limits.wire.bytes_in_flight_max - self._rules.payload_max
         contexts = {
@@ -309,9 +313,7 @@ class Transmission:
                 return
         else:
             work = self._handlers[request[2]](request, _NO_PAYLOAD)
-        task = start(work)
-        if task is not None:
-            self._track(task, self._reply_cost(request), None)
+        self.start_task(work, self._reply_cost(request))
 
     def _reply_cost(self, request: Request) -> int:
         """Bytes that the reply may hold while the request is in flight, about."""
@@ -325,6 +327,26 @@ class Transmission:
         if task is not None:
             buffer.users += 1
             self._track(task, len(payload), buffer)
+
+    def start_task(self, work: Coroutine[Any, Any, None], cost: int = 0) -> None:
+        """Run a coroutine; as long as it waits it counts as in flight, and holds ``cost`` bytes."""
+        task = start(work)
+        if task is not None:
+            self._track(task, cost, None)
+
+    def start_read(self, request: Request) -> None:
+        """Answer a READ by a task of its own."""
+        self.start_task(self._reads.answer(request), self._reply_cost(request))
+
+    def hold(self, request: Request) -> None:
+        """Count a READ as in flight that waits without a task of its own."""
+        self.requests_in_flight += 1
+        self.bytes_in_flight += request[5]
+
+    def let_go(self, request: Request) -> None:
+        """Count it no longer."""
+        self.requests_in_flight -= 1
+        self.bytes_in_flight -= request[5]
 
     def _track(self, task: asyncio.Task[None], cost: int, buffer: Buffer | None) -> None:
         """Count a request that waits as in flight until it has ended."""
@@ -388,12 +410,21 @@ class Transmission:
         await self._reads.answer(request)
 
     def _begin_read(self, request: Request) -> Coroutine[Any, Any, None] | None:
-        """Answer a READ whose data are at hand; else returns what answers it."""
+        """Answer a READ without a task, now or together with others; else returns what does it."""
         return self._reads.begin(request)
 
     def note_sendfile(self, length: int) -> None:
         """Bytes that are sent without a copy take less of the turn."""
         self._turn_left += length - length // COPIES_PER_SENDFILE
+
+    async def next_turn(self) -> None:
+        """Wait until all who wait have had their turn."""
+        await self._host.next_turn()
+
+    def flush(self) -> None:
+        """Send what is queued; go on in a later turn if the connection had paused."""
+        self._host.flush()
+        self._host.send_soon()
 
     async def give_way(self) -> None:
         """Let other connections have their turn and the client read."""
@@ -475,9 +506,7 @@ class Transmission:
             return
         self._host.flush()  # the client has something to digest: to prepare the rest can wait
         if not self._outbox.is_closed:
-            task = start(statuses.look_ahead())
-            if task is not None:
-                self._track(task, 0, None)
+            self.start_task(statuses.look_ahead())
 
 
 def _refuse_all(request: Request) -> None:
