@@ -58,3 +58,5 @@ async def finished(future: asyncio.Future[_Result]) -> _Result:
         if not future.cancelled():
             future.exception()  # seen, so that asyncio does not report it as lost
         raise
+    finally:
+        del future  # an error refers to this frame: what it holds must not wait for the collector
