@@ -174,7 +174,8 @@ async def write(path: Path, rng: random.Random) -> str:
     try:
         image = await Qcow2Image.open(path, read_only=False)
     except (NbdfleeceError, OSError):
-        if not before[79] & 1:  # a dirty image may have been repaired before it was refused
+        is_dirty = len(before) > 79 and before[79] & 1
+        if not is_dirty:  # a dirty one may have been repaired before it was refused
             assert path.read_bytes() == before, "an image that is refused was written"
         return "refused"
     metadata: set[int] = set()
