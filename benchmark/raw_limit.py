@@ -33,9 +33,6 @@ _GO: Final = 7
 _ACK, _INFO, _ERR_UNSUP = 1, 3, (1 << 31) + 1
 _READ, _WRITE = 0, 1
 
-_READ_BYTES_MAX: Final = 32 << 20
-"""The most that clients ask for."""
-
 
 def receive(sock: socket.socket, count: int) -> bytes:
     """Exactly ``count`` bytes."""
@@ -63,7 +60,7 @@ def negotiate(sock: socket.socket, size: int, flags: int) -> None:
 
 def serve(sock: socket.socket, file: int, size: int, flags: int, *, copying: bool) -> None:
     """One connection."""
-    buffer = memoryview(bytearray(_REPLY.size + _READ_BYTES_MAX))
+    buffer = memoryview(b"")
     try:
         negotiate(sock, size, flags)
         while True:
@@ -76,6 +73,8 @@ def serve(sock: socket.socket, file: int, size: int, flags: int, *, copying: boo
             if command != _READ:
                 return
             if copying:
+                if len(buffer) < _REPLY.size + length:
+                    buffer = memoryview(bytearray(_REPLY.size + length))
                 message = buffer[: _REPLY.size + length]
                 message[: _REPLY.size] = reply
                 os.preadv(file, [message[_REPLY.size :]], offset)
