@@ -114,6 +114,8 @@ class FakeDisk(FileNode):
         """Those that fail, by their number; each is taken out when it has."""
         self.met: list[OSError] = []
         """The errors that were raised for them."""
+        self.gate: asyncio.Event | None = None
+        """If there is one, reads that begin now wait for it, as cold ones do for a disk."""
         self._rng = rng
 
     @property
@@ -147,6 +149,8 @@ class FakeDisk(FileNode):
                 await asyncio.sleep(0)
 
     async def read_into(self, offset: int, view: memoryview) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
         await self._pause()
         self._meet_fault()
         part = self.content[offset : offset + len(view)]
