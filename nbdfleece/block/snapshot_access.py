@@ -55,7 +55,7 @@ class SnapshotAccess(BlockNode):
     def read_at_once(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` with the bytes as they were, if these are at hand.
 
-        Not if they are released then: what was read at once may be read again.
+        Not if they are to be released then, which only :meth:`read_into` does.
         """
         return not self._release_after_read and self._copies.read_at_once(self._layer, offset, view)
 

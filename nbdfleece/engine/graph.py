@@ -264,11 +264,10 @@ class Graph:
         self, name: str, driver: str, under: GraphNode, policy: GuestPolicy, *, read_only: bool
     ) -> None:
         """Open a file as what the driver says."""
-        self._check_new(name)
-        if under.read_only and not read_only:
-            raise StateError("Block node is read-only")
         node = GraphNode(name=name, driver=driver, filename=under.filename, children=(under.name,))
         with self._adding(node):
+            if under.read_only and not read_only:
+                raise StateError("Block node is read-only")
             await self._open(node, policy, read_only=read_only)
 
     async def add_image(self, name: str, path: Path) -> ReadOnlyImage:
