@@ -27,10 +27,10 @@ two or four, a stream is faster than with one or eight."""
 class Host(Protocol):
     """What is needed of the transmission phase."""
 
-    def hold(self, request: Request) -> None:
-        """Count a request as in flight."""
+    def hold(self, cost: int) -> None:
+        """Count a request as in flight, and the bytes that it holds."""
 
-    def let_go(self, request: Request) -> None:
+    def let_go(self, cost: int) -> None:
         """Count it no longer."""
 
     def start_read(self, request: Request) -> None:
@@ -59,7 +59,7 @@ class ColdReads:
     def __init__(
         self,
         turn_bytes: int,
-        put: Callable[[Request, StablePlace], None],
+        put: Callable[[Request, list[StablePlace]], None],
         outbox: Outbox,
         host: Host,
     ) -> None:
@@ -76,7 +76,7 @@ class ColdReads:
         Args:
             place: Where they lie, in a file whose pages stay in the page cache.
         """
-        self._host.hold(request)
+        self._host.hold(place.length)
         self._queue.append((request, place))
         if self._fetches < FETCHES_MAX:
             self._fetches += 1
@@ -90,15 +90,15 @@ class ColdReads:
                     is_at_hand = await bring_to_hand([whole])
                     await self._host.next_turn()
                 finally:
-                    for request, _ in run:
-                        self._host.let_go(request)
+                    for _, place in run:
+                        self._host.let_go(place.length)
                 self._end_run(run, is_at_hand=is_at_hand)
                 self._host.flush()
         finally:
             self._fetches -= 1
             if self._outbox.is_closed:
-                for request, _ in self._queue:
-                    self._host.let_go(request)
+                for _, place in self._queue:
+                    self._host.let_go(place.length)
                 self._queue.clear()
 
     def _next_run(self) -> tuple[list[tuple[Request, StablePlace]], StablePlace]:
@@ -118,7 +118,7 @@ class ColdReads:
     def _end_run(self, run: list[tuple[Request, StablePlace]], *, is_at_hand: bool) -> None:
         for request, place in run:
             if is_at_hand:
-                self._put(request, place)
+                self._put(request, [place])
             elif not self._outbox.is_closed:
                 # Each by itself: some of it may be good, and what is not must be told.
                 self._host.start_read(request)

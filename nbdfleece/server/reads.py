@@ -89,7 +89,7 @@ class Reads:
         self._host = host
         self._statistics = host.statistics
         self._as_asked = node.reads_as_asked
-        self._cold = ColdReads(turn_bytes, self._put_fetched, outbox, host)
+        self._cold = ColdReads(turn_bytes, self._answer_from, outbox, host)
         self._stream_end = 0
 
     def begin(self, request: Request) -> Coroutine[Any, Any, None] | None:
@@ -132,8 +132,7 @@ class Reads:
         goes_on = offset == self._stream_end
         self._stream_end = offset + length
         if all(place.is_at_hand for place in places):
-            header = self._replies.data(request, offset, length, done=True)
-            self._put_places(header, places, length)
+            self._answer_from(request, places)
         elif goes_on and len(places) == 1 and places[0].file.is_cached:
             self._cold.add(request, places[0])
         else:
@@ -143,11 +142,9 @@ class Reads:
     async def _answer_sparse(self, request: Request, buffer: Buffer, data: memoryview) -> None:
         """Answer a READ whose data are here, in ``buffer``, and may be a hole in part."""
         try:
-            await self._send_sparse(request, request[4], data, True)
+            await self._send_sparse(request, request[4], buffer, data, True)
         except Exception as error:
             self._host.fail(request, error)
-        finally:
-            self._outbox.discard(buffer)
 
     async def answer(self, request: Request) -> None:
         """Answer any READ."""
@@ -169,10 +166,10 @@ class Reads:
             return None
         return self._node.stable_places(offset, length)
 
-    def _put_fetched(self, request: Request, place: StablePlace) -> None:
-        """Answer a READ whose data are at hand now."""
-        header = self._replies.data(request, request[4], place.length, done=True)
-        self._put_places(header, [place], place.length)
+    def _answer_from(self, request: Request, places: list[StablePlace]) -> None:
+        """Answer a READ by one chunk, whose data are at hand."""
+        header = self._replies.data(request, request[4], request[5], done=True)
+        self._put_places(header, places, request[5])
 
     def _put_places(self, header: bytes, places: list[StablePlace], length: int) -> None:
         """Queue one chunk whose data are sent from where they lie."""
@@ -200,10 +197,7 @@ class Reads:
             raise
         self._statistics.read_bytes += length
         if length >= SPARSE_BYTES_MIN and self._may_be_sparse(request, buffer.view[data:end]):
-            try:
-                await self._send_sparse(request, offset, buffer.view[data:end], done)
-            finally:
-                outbox.discard(buffer)
+            await self._send_sparse(request, offset, buffer, buffer.view[data:end], done)
             return
         buffer.view[begin:data] = header
         outbox.commit(buffer, begin, end)
@@ -215,19 +209,22 @@ class Reads:
         return ends_in_zeroes(data)
 
     async def _send_sparse(
-        self, request: Request, offset: int, data: memoryview, done: bool
+        self, request: Request, offset: int, buffer: Buffer, data: memoryview, done: bool
     ) -> None:
-        """Queue data that was read as chunks of data and of holes."""
+        """Queue what was read into a place of ``buffer`` as chunks of data and of holes."""
         position = 0
-        for length, is_zero in await find_holes(self._node, offset, len(data)):
-            end = position + length
-            place, last = offset + position, done and end == len(data)
-            if is_zero:
-                self._outbox.put(self._replies.hole(request, place, length, done=last))
-            else:
-                header = self._replies.data(request, place, length, done=last)
-                self._outbox.put(header + data[position:end])
-            position = end
+        try:
+            for length, is_zero in await find_holes(self._node, offset, len(data)):
+                end = position + length
+                place, last = offset + position, done and end == len(data)
+                if is_zero:
+                    self._outbox.put(self._replies.hole(request, place, length, done=last))
+                else:
+                    header = self._replies.data(request, place, length, done=last)
+                    self._outbox.put(header + data[position:end])
+                position = end
+        finally:
+            self._outbox.discard(buffer)
 
     async def _answer_in_chunks(self, request: Request) -> None:
         """Answer a READ that is large, or a part of which cannot be read.

@@ -338,28 +338,26 @@ class Transmission:
         """Answer a READ by a task of its own."""
         self.start_task(self._reads.answer(request), self._reply_cost(request))
 
-    def hold(self, request: Request) -> None:
-        """Count a READ as in flight that waits without a task of its own."""
+    def hold(self, cost: int) -> None:
+        """Count a request as in flight, and the bytes that it holds."""
         self.requests_in_flight += 1
-        self.bytes_in_flight += request[5]
+        self.bytes_in_flight += cost
 
-    def let_go(self, request: Request) -> None:
+    def let_go(self, cost: int) -> None:
         """Count it no longer."""
         self.requests_in_flight -= 1
-        self.bytes_in_flight -= request[5]
+        self.bytes_in_flight -= cost
 
     def _track(self, task: asyncio.Task[None], cost: int, buffer: Buffer | None) -> None:
         """Count a request that waits as in flight until it has ended."""
-        self.requests_in_flight += 1
-        self.bytes_in_flight += cost
+        self.hold(cost)
         self._tasks.add(task)
         task.add_done_callback(partial(self._end, cost, buffer))
 
     def _end(self, cost: int, buffer: Buffer | None, task: asyncio.Task[None]) -> None:
         """A request that waited has ended."""
         self._tasks.discard(task)
-        self.requests_in_flight -= 1
-        self.bytes_in_flight -= cost
+        self.let_go(cost)
         if buffer is not None:
             buffer.release()
         if not task.cancelled() and (error := task.exception()) is not None:
