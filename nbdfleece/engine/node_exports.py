@@ -275,14 +275,15 @@ class NodeExports:
 
     async def remove_added(self) -> None:
         """Remove all exports but those that the server was started with."""
-        for each in self:
-            if not (each.is_of_start or each.is_ending):
-                await self.remove(each.id, hard=True)
+        await self._remove_where(lambda each: not each.is_of_start)
 
     async def close(self, view: BlockNode | None = None) -> None:
         """Remove all exports, or those that show one view."""
+        await self._remove_where(lambda each: view in (None, each.export.node))
+
+    async def _remove_where(self, is_meant: Callable[[NodeExport], bool]) -> None:
         for each in self:
-            if view in (None, each.export.node) and not each.is_ending:
+            if is_meant(each) and not each.is_ending:
                 await self.remove(each.id, hard=True)
 
 
