@@ -53,6 +53,7 @@ from .handshake import Handshake
 from .inbox import BrokenChannelError, Inbox
 from .limits import Limits
 from .outbox import Outbox
+from .polling import Polling
 from .sessions import Session
 from .statistics import Statistics
 from .transmission import Transmission
@@ -80,6 +81,7 @@ class Host(Protocol):
     limits: Limits
     pool: BufferPool
     turns: Turns
+    polling: Polling
     catalogue: Catalogue
     tls_mode: TlsMode
 
@@ -246,6 +248,7 @@ class Connection:
     # Receiving.
 
     def _on_readable(self) -> None:
+        self._host.polling.found()
         self._is_overlooked = self._turn is not None  # libuv tells of a broken socket only once
         if self._is_overlooked or not self._can_receive():
             return  # the rest of the last turn comes first; what TLS still has may be too late
@@ -293,6 +296,8 @@ class Connection:
         self._inbox.give_back()
         if self._is_overlooked or self._channel.has_pending():
             self._loop.call_soon(self._on_readable)
+        elif self._phase.is_answered:
+            self._host.polling.begin()
 
     def _receive_eof(self) -> None:
         if isinstance(self._phase, Handshake):
@@ -354,23 +359,16 @@ class Connection:
     async def give_way(self) -> None:
         """Let other connections have their turn, and the client read what it has not."""
         self.send_soon()
-        await self.next_turn()
+        await self._host.turns.next()
         while self.outbox.queued_bytes >= self._limits.queued_bytes_max:
             waiter = self._loop.create_future()
             self._drain_waiters.append(waiter)
             await waiter
-            await self.next_turn()
+            await self._host.turns.next()
 
     async def next_turn(self) -> None:
         """Wait until all who wait have had their turn."""
-        waiter = self._loop.create_future()
-
-        def begin() -> None:
-            if not waiter.done():
-                waiter.set_result(None)
-
-        self._host.turns.add(begin)
-        await waiter
+        await self._host.turns.next()
 
     def _wake_drain_waiters(self) -> None:
         for waiter in self._drain_waiters:

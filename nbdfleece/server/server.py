@@ -20,6 +20,7 @@ from .channel import Channel, SocketChannel
 from .connection import Connection
 from .limits import Limits
 from .listener import Listener
+from .polling import Polling
 from .sessions import Session, SessionFactory
 from .statistics import Statistics
 from .tls import Authorization, Authorizer, TlsChannel, TlsSettings
@@ -87,6 +88,7 @@ class NbdServer:
         self._listeners: list[Listener] = []
         self._loop = asyncio.get_running_loop()
         self.turns = Turns(self._loop)
+        self.polling = Polling(self._loop)
         self._past: dict[str, Statistics] = {}
         self._watchers: list[asyncio.Event] = []
         self._is_holding_back = False

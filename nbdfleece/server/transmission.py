@@ -159,6 +159,11 @@ class Transmission:
     # Framing.
 
     @property
+    def is_answered(self) -> bool:
+        """Whether the client asks for a little at a time, and waits for nothing now."""
+        return not (self.is_bulk or self.is_busy or self.requests_in_flight)
+
+    @property
     def is_open(self) -> bool:
         """Whether one more request may be started."""
         return (

@@ -75,6 +75,17 @@ class Turns:
         """The same for a busy client."""
         return self._add(self._busy, callback)
 
+    async def next(self) -> None:
+        """Wait until all who wait have had their turn."""
+        waiter = self._loop.create_future()
+
+        def begin() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        self.add(begin)
+        await waiter
+
     def _add(self, queue: deque[Turn], callback: Callable[[], None]) -> Turn:
         if self.is_idle:
             self._loop.call_soon(self._take)

@@ -1,0 +1,184 @@
+"""After a small request the loop looks on for a moment: at all sockets, and only if it pays."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from nbdfleece.nbd.constants import Command
+from nbdfleece.server import polling as module
+from nbdfleece.server.polling import POLL_SECONDS, SKIPPED_MAX, Polling
+from nbdfleece.server.turns import BUSY_REQUESTS
+from nbdfleece.testing.memory_node import MemoryNode
+
+from .harness import Client, Serve, pack_request, settled, until
+
+
+class Loop:
+    """Runs what it is given, one callback at a time, and has its own time."""
+
+    def __init__(self) -> None:
+        self.callbacks: list[Callable[[], None]] = []
+        self.now = 1.0
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.callbacks.append(callback)
+
+    def run(self, seconds: float = 0.0) -> None:
+        """All that is due now, some time later."""
+        self.now += seconds
+        callbacks, self.callbacks = self.callbacks, []
+        for callback in callbacks:
+            callback()
+
+    @property
+    def is_awake(self) -> bool:
+        return bool(self.callbacks)
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
+    fake = Loop()
+    monkeypatch.setattr(module, "perf_counter", lambda: fake.now)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    return fake
+
+
+def looks(loop: Loop, polling: Polling) -> bool:
+    """Whether the loop looks on after a small request; nothing arrives."""
+    polling.begin()
+    is_awake = loop.is_awake
+    loop.run(POLL_SECONDS)
+    assert not loop.is_awake, "it looks on for longer than it should"
+    return is_awake
+
+
+async def test_loop_stays_awake_until_the_time_is_up(loop: Loop) -> None:
+    polling = Polling(loop)
+    polling.begin()
+    for _ in range(3):
+        loop.run(POLL_SECONDS / 4)
+        assert loop.is_awake
+    loop.run(POLL_SECONDS / 4)
+    assert not loop.is_awake
+
+
+async def test_loop_looks_on_once_however_many_have_been_answered(loop: Loop) -> None:
+    polling = Polling(loop)
+    for _ in range(10):
+        polling.begin()
+        polling.found()
+    assert len(loop.callbacks) == 1
+
+
+async def test_looks_that_find_nothing_become_rare(loop: Loop) -> None:
+    """Rule 5: a client with pauses between its requests costs next to nothing more."""
+    polling = Polling(loop)
+    taken = [number for number in range(1000) if looks(loop, polling)]
+    gaps = [after - before - 1 for before, after in pairwise(taken)]
+    assert gaps[:6] == [1, 3, 7, 15, 31, SKIPPED_MAX]
+    assert set(gaps[6:]) == {SKIPPED_MAX}
+
+
+async def test_one_that_finds_something_is_taken_again(loop: Loop) -> None:
+    polling = Polling(loop)
+    while looks(loop, polling):
+        pass  # one has found nothing, one is left out
+    polling.begin()
+    polling.found()
+    loop.run(POLL_SECONDS)
+    assert not loop.is_awake, "what was looked for is here"
+    assert looks(loop, polling)
+    assert not looks(loop, polling)
+    assert looks(loop, polling), "one failure after a success skips one request only"
+
+
+async def test_with_one_processor_the_client_has_it(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
+    assert not looks(loop, Polling(loop))
+
+
+async def test_all_sockets_are_looked_at_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule 5: what others send while the loop looks on is handled at once."""
+    monkeypatch.setattr(module, "POLL_SECONDS", 60.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    loop = asyncio.get_running_loop()
+    polling = Polling(loop)
+    near, far = socket.socketpair()
+    arrived = loop.create_future()
+
+    def receive() -> None:
+        polling.found()
+        arrived.set_result(near.recv(1))
+
+    with near, far:
+        loop.add_reader(near.fileno(), receive)
+        try:
+            polling.begin()
+            await asyncio.sleep(0)
+            far.send(b"x")
+            assert await asyncio.wait_for(arrived, 30.0) == b"x"
+        finally:
+            loop.remove_reader(near.fileno())
+    await settled(3)
+
+
+class Count:
+    """Stands in for the server's polling."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.was_found = 0
+
+    def begin(self) -> None:
+        self.begun += 1
+
+    def found(self) -> None:
+        self.was_found += 1
+
+
+async def open_counted(serve: Serve, node: MemoryNode) -> tuple[Client, Count]:
+    served = serve(node)
+    client = await served.open()
+    await settled()
+    served.server.polling = count = Count()
+    return client, count
+
+
+async def test_it_begins_after_a_small_request(serve: Serve) -> None:
+    client, count = await open_counted(serve, MemoryNode(1 << 20))
+    await client.perform(Command.READ, 0, 4096)
+    await settled()
+    assert (count.begun, count.was_found) == (1, 1)
+
+
+async def test_it_does_not_begin_for_a_client_with_several_requests_at_a_time(
+    serve: Serve,
+) -> None:
+    client, count = await open_counted(serve, MemoryNode(1 << 20))
+    reads = [pack_request(Command.READ, 0, 512, cookie=n) for n in range(BUSY_REQUESTS)]
+    await client.send(b"".join(reads))
+    for _ in reads:
+        await client.reply()
+    await settled()
+    assert (count.begun, count.was_found) == (0, 1)
+
+
+async def test_it_does_not_begin_while_a_reply_waits_for_the_disk(serve: Serve) -> None:
+    gate = asyncio.get_running_loop().create_future()
+    node = MemoryNode(1 << 20)
+    node.pause = lambda operation: gate
+    client, count = await open_counted(serve, node)
+    await client.send(pack_request(Command.FLUSH, 0, 0, cookie=1))
+    await until(lambda: count.was_found)
+    await settled()
+    assert not count.begun
+    gate.set_result(None)
+    await client.reply()
