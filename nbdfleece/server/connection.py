@@ -248,7 +248,7 @@ class Connection:
     # Receiving.
 
     def _on_readable(self) -> None:
-        self._host.polling.found()
+        self._host.polling.found(self)
         self._is_overlooked = self._turn is not None  # libuv tells of a broken socket only once
         if self._is_overlooked or not self._can_receive():
             return  # the rest of the last turn comes first; what TLS still has may be too late
@@ -297,7 +297,7 @@ class Connection:
         if self._is_overlooked or self._channel.has_pending():
             self._loop.call_soon(self._on_readable)
         elif self._phase.is_answered:
-            self._host.polling.begin()
+            self._host.polling.begin(self)
 
     def _receive_eof(self) -> None:
         if isinstance(self._phase, Handshake):

@@ -51,7 +51,7 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
 
 def looks(loop: Loop, polling: Polling) -> bool:
     """Whether the loop looks on after a small request; nothing arrives."""
-    polling.begin()
+    polling.begin("client")
     is_awake = loop.is_awake
     loop.run(POLL_SECONDS)
     assert not loop.is_awake, "it looks on for longer than it should"
@@ -60,7 +60,7 @@ def looks(loop: Loop, polling: Polling) -> bool:
 
 async def test_loop_stays_awake_until_the_time_is_up(loop: Loop) -> None:
     polling = Polling(loop)
-    polling.begin()
+    polling.begin("client")
     for _ in range(3):
         loop.run(POLL_SECONDS / 4)
         assert loop.is_awake
@@ -71,8 +71,8 @@ async def test_loop_stays_awake_until_the_time_is_up(loop: Loop) -> None:
 async def test_loop_looks_on_once_however_many_have_been_answered(loop: Loop) -> None:
     polling = Polling(loop)
     for _ in range(10):
-        polling.begin()
-        polling.found()
+        polling.begin("client")
+        polling.found("client")
     assert len(loop.callbacks) == 1
 
 
@@ -89,13 +89,32 @@ async def test_one_that_finds_something_is_taken_again(loop: Loop) -> None:
     polling = Polling(loop)
     while looks(loop, polling):
         pass  # one has found nothing, one is left out
-    polling.begin()
-    polling.found()
+    polling.begin("client")
+    polling.found("client")
     loop.run(POLL_SECONDS)
     assert not loop.is_awake, "what was looked for is here"
     assert looks(loop, polling)
     assert not looks(loop, polling)
     assert looks(loop, polling), "one failure after a success skips one request only"
+
+
+async def test_one_that_finds_another_client_is_not(loop: Loop) -> None:
+    """With others beside it the loop is awake anyway, and processors are not idle."""
+    polling = Polling(loop)
+    polling.begin("client")
+    polling.found("another")
+    loop.run()
+    assert not loop.is_awake
+    assert not looks(loop, polling), "it is left out once"
+
+
+async def test_what_arrives_when_nobody_looks_changes_nothing(loop: Loop) -> None:
+    polling = Polling(loop)
+    while looks(loop, polling):
+        pass
+    polling.found("client")
+    assert looks(loop, polling)
+    assert [looks(loop, polling) for _ in range(4)] == [False, False, False, True]
 
 
 async def test_with_one_processor_the_client_has_it(
@@ -115,13 +134,13 @@ async def test_all_sockets_are_looked_at_meanwhile(monkeypatch: pytest.MonkeyPat
     arrived = loop.create_future()
 
     def receive() -> None:
-        polling.found()
+        polling.found("client")
         arrived.set_result(near.recv(1))
 
     with near, far:
         loop.add_reader(near.fileno(), receive)
         try:
-            polling.begin()
+            polling.begin("client")
             await asyncio.sleep(0)
             far.send(b"x")
             assert await asyncio.wait_for(arrived, 30.0) == b"x"
@@ -137,10 +156,10 @@ class Count:
         self.begun = 0
         self.was_found = 0
 
-    def begin(self) -> None:
+    def begin(self, client: object) -> None:
         self.begun += 1
 
-    def found(self) -> None:
+    def found(self, client: object) -> None:
         self.was_found += 1
 
 
