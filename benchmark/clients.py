@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -16,6 +17,9 @@ from .place import Place
 
 CLIENT_SECONDS: Final = 300
 """No run of a client takes longer unless something hangs."""
+
+RATE_MILLISECONDS: Final = 20
+"""What fio's rates are means of."""
 
 SETTLE_SECONDS: Final = 0.3
 """From fio's word that it begins to its first requests."""
@@ -128,6 +132,30 @@ class Fio:
             raise subprocess.CalledProcessError(job["error"], self._argv, text)
         figures: dict[str, Any] = max(job["read"], job["write"], key=lambda it: it["total_ios"])
         return figures
+
+
+class RatedFio(Fio):
+    """A run that also says how fast it was meanwhile, between two moments."""
+
+    def __init__(self, place: Place, uri: str, workload: str, **options: str | int | float) -> None:
+        self._rates = place.path("")
+        options |= {"write_iops_log": str(self._rates), "per_job_logs": 0}
+        options |= {"log_avg_msec": RATE_MILLISECONDS, "log_unix_epoch": 1}
+        super().__init__(place, uri, workload, **options)
+
+    def finish_rate(self, begin: float, end: float) -> float:
+        """Operations for each second between two moments, in seconds since 1970.
+
+        Raises:
+            CalledProcessError: It failed.
+        """
+        path = Path(f"{self._rates}_iops.log")
+        try:
+            self.finish()
+            lines = [line.split(",") for line in path.read_text().splitlines()]
+        finally:
+            path.unlink(missing_ok=True)
+        return statistics.mean(int(rate) for at, rate, *_ in lines if begin < int(at) / 1000 <= end)
 
 
 def fio(place: Place, uri: str, workload: str, **options: str | int | float) -> dict[str, Any]:

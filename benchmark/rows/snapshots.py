@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 from .. import clients
-from ..clients import Fio, fio
+from ..clients import RatedFio, fio
 from ..images import Images
 from ..measure import Metric
 from ..servers import Running, Server, Setup
@@ -69,15 +71,16 @@ class PullWhileWriting(Row):
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
         writer = self._start_writer(running)
+        begin = time.time()
         seconds = clients.pull(running.uri("snap0"))
         writer.stop()
         return {
             "pull": throughput(self.images.size, seconds),
-            "writer": writer.finish()["iops"],
+            "writer": writer.finish_rate(begin, begin + seconds),
         }
 
-    def _start_writer(self, running: Running) -> Fio:
-        writer = Fio(
+    def _start_writer(self, running: Running) -> RatedFio:
+        writer = RatedFio(
             self.place, running.uri(), "randwrite", iodepth=8, size=self.images.size,
             norandommap=1, runtime=120, time_based=1,
         )  # fmt: skip
