@@ -23,6 +23,7 @@ import asyncio
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -200,6 +201,21 @@ class FileNode(BlockNode):
             except BlockingIOError:
                 return False
         return self._is_in_memory and os.preadv(self._fd, [view], offset) == len(view)
+
+    def read_pieces_at_once(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
+        """Fill several small views with bytes that are in memory, each from its offset on."""
+        if not self._has_nowait and not self._is_in_memory:
+            return False
+        fd, flags = self._fd, os.RWF_NOWAIT if self._has_nowait else 0
+        try:
+            for offset, view in pieces:
+                if os.preadv(fd, [view], offset, flags) < len(view):
+                    return False
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+            return False
+        return True
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` at ``offset``; the file grows if it must."""

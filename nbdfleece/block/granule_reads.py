@@ -31,8 +31,8 @@ def read_granules_at_once(
     """
     if not _is_read_whole(codes) or FORGOTTEN in codes or not base.read_at_once(offset, view):
         return False
-    copied, _ = _place_displaced(codes, shift, offset, view)
-    return scratch.read_pieces_at_once(copied)
+    displaced = _displaced_runs(codes)
+    return scratch.read_pieces_at_once(_copies(codes, displaced, shift, offset, view))
 
 
 async def read_granules(
@@ -56,40 +56,15 @@ async def read_granules(
     """
     if FORGOTTEN in codes:
         raise OSError(errno.EACCES, "the range was released and has been overwritten")
-    is_whole = _is_read_whole(codes) and await _read_whole(base, offset, view)
-    copied, untouched = _place_displaced(codes, shift, offset, view)
-    if not is_whole:
-        for begin, part in untouched:
-            await base.read_into(offset + begin, part)
-    await scratch.read_pieces(copied)
+    displaced = _displaced_runs(codes)
+    if not _is_read_whole(codes) or not await _read_whole(base, offset, view):
+        for begin, end in _between(displaced, len(codes), shift, offset, len(view)):
+            await base.read_into(offset + begin, view[begin:end])
+    await scratch.read_pieces(_copies(codes, displaced, shift, offset, view))
 
 
 def _is_read_whole(codes: list[int]) -> bool:
     return codes.count(UNTOUCHED) * _WHOLE_SHARE >= len(codes)
-
-
-def _place_displaced(
-    codes: list[int], shift: int, offset: int, view: memoryview
-) -> tuple[list[tuple[int, int, memoryview]], list[tuple[int, memoryview]]]:
-    """Zero what reads as zeroes.
-
-    Returns:
-        What is to be read from the scratch, for :meth:`Scratch.read_pieces`, and what from the
-        base: ``(bytes from offset on, part of the view)``.
-    """
-    lead = offset & (1 << shift) - 1
-    copied = []
-    untouched = []
-    for code, start, stop in _runs(codes):
-        begin = max(0, (start << shift) - lead)
-        part = view[begin : (stop << shift) - lead]
-        if code >= COPIED:
-            copied.append((code - COPIED, begin + lead - (start << shift), part))
-        elif code != UNTOUCHED:
-            part[:] = bytes(len(part))
-        else:
-            untouched.append((begin, part))
-    return copied, untouched
 
 
 async def _read_whole(base: BlockNode, offset: int, view: memoryview) -> bool:
@@ -101,14 +76,51 @@ async def _read_whole(base: BlockNode, offset: int, view: memoryview) -> bool:
     return True
 
 
-def _runs(codes: list[int]) -> Iterator[tuple[int, int, int]]:
-    """``(code of the first, start, stop)`` of granules that can be read together."""
-    first, start, following, step = codes[0], 0, codes[0], int(codes[0] >= COPIED)
+def _displaced_runs(codes: list[int]) -> list[tuple[int, int]]:
+    """``(start, stop)`` of displaced granules that can be read together."""
+    found = []
+    start = stop = following = 0
     for number, code in enumerate(codes):
-        if code == following:
-            following += step
+        if code == UNTOUCHED:
             continue
-        yield first, start, number
-        first, start, step = code, number, int(code >= COPIED)
-        following = code + step
-    yield first, start, len(codes)
+        if number != stop or code != following:
+            if stop:
+                found.append((start, stop))
+            start = number
+        stop = number + 1
+        following = code + (code >= COPIED)
+    if stop:
+        found.append((start, stop))
+    return found
+
+
+def _copies(
+    codes: list[int], displaced: list[tuple[int, int]], shift: int, offset: int, view: memoryview
+) -> list[tuple[int, memoryview]]:
+    """What of the view is to be read from the scratch, and where it lies there in bytes.
+
+    What reads as zeroes is zeroed.
+    """
+    lead = offset & (1 << shift) - 1
+    copies = []
+    for start, stop in displaced:
+        begin = max(0, (start << shift) - lead)
+        part = view[begin : (stop << shift) - lead]
+        code = codes[start]
+        if code >= COPIED:
+            copies.append((((code - COPIED - start) << shift) + begin + lead, part))
+        else:
+            part[:] = bytes(len(part))
+    return copies
+
+
+def _between(
+    displaced: list[tuple[int, int]], count: int, shift: int, offset: int, length: int
+) -> Iterator[tuple[int, int]]:
+    """``(begin, end)`` in bytes from ``offset`` on of what lies between displaced granules."""
+    lead = offset & (1 << shift) - 1
+    before = 0
+    for start, stop in [*displaced, (count, count)]:
+        if start > before:
+            yield max(0, (before << shift) - lead), min(length, (start << shift) - lead)
+        before = stop

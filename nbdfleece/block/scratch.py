@@ -14,7 +14,7 @@ import errno
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final
 
 from .file import FileNode
@@ -113,24 +113,19 @@ class Scratch:
         finally:
             self._end_use()
 
-    async def read_pieces(self, pieces: Iterable[tuple[int, int, memoryview]]) -> None:
-        """Fill several views, each as :meth:`read_into` does: ``(granule, skip, view)``."""
+    async def read_pieces(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill several views, each from so many bytes after the scratch's beginning on."""
         self._busy += 1
         try:
-            for granule, skip, view in pieces:
-                offset = granule * self._granularity + skip
-                count = self._file.read_cached(offset, view)
-                if count < len(view):
-                    await self._file.read_into(offset + count, view[count:])
+            if not self.read_pieces_at_once(pieces):
+                for offset, view in pieces:
+                    await self._file.read_into(offset, view)
         finally:
             self._end_use()
 
-    def read_pieces_at_once(self, pieces: Iterable[tuple[int, int, memoryview]]) -> bool:
+    def read_pieces_at_once(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
         """As :meth:`read_pieces`, if that needs no waiting; whether all views are filled."""
-        for granule, skip, view in pieces:
-            if self._file.read_cached(granule * self._granularity + skip, view) < len(view):
-                return False
-        return True
+        return self._file.read_pieces_at_once(pieces)
 
     def _end_use(self) -> None:
         """A read or write has ended; :meth:`close` waits for the last one."""
