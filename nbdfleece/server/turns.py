@@ -27,7 +27,7 @@ extents takes as long as to read about so much."""
 BUSY_REQUESTS: Final = 3
 """So many requests in one turn make a client busy."""
 
-STREAM_TURNS: Final = 4
+STREAM_TURNS: Final = 8
 """Turns of those who stream before all who are busy have theirs: a millisecond, about."""
 
 COPIES_PER_SENDFILE: Final = 8
