@@ -22,6 +22,7 @@ from ..server.listener import Listener, listen_systemd, listen_tcp, listen_unix,
 from .addresses import CONTROL_VARIABLE
 from .limit_options import parse_limits
 from .nbd_serving import Stoppable, go_to_background, handle_signals, pid_file
+from .options import loop_option
 from .serve import choose_control
 from .tls_options import build_authorization, build_tls, tls_options
 
@@ -72,13 +73,7 @@ TEMPORARY: Final = "-"
     metavar="NAME=VALUE",
     help="What clients may take, as for 'nbdfleece serve'.",
 )
-@click.option(
-    "--loop",
-    type=click.Choice(["auto", "uvloop", "asyncio"]),
-    default="auto",
-    show_default=True,
-    help="The event loop; auto takes uvloop if it is installed.",
-)
+@loop_option
 @click.option(
     "--fleece",
     type=click.Path(path_type=Path),

@@ -30,6 +30,7 @@ from .disk_options import disk_options, parse_disks, parse_policies
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
 from .listen_options import keep_stderr_from_client, listen_options, parse_socket_file
+from .options import loop_option
 from .read_only_options import parse_bitmaps, parse_images, read_only_options
 from .sizes import parse_size
 from .tls_options import build_authorization, build_tls, tls_options
@@ -126,13 +127,7 @@ if TYPE_CHECKING:
 @click.option(
     "--ready-fd", type=click.IntRange(min=0), metavar="FD", help="Write a line there once ready."
 )
-@click.option(
-    "--loop",
-    type=click.Choice(["auto", "uvloop", "asyncio"]),
-    default="auto",
-    show_default=True,
-    help="The event loop; auto takes uvloop if it is installed.",
-)
+@loop_option
 @click.option("-v", "--verbose", count=True, help="Log what happens; twice for more.")
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True
