@@ -45,6 +45,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.threads import to_its_end
 from ..errors import ImageError, StateError
 from .activity_log import ActivityLog
 from .bitmap_bits import (
@@ -79,7 +80,6 @@ from .bitmap_directory import (
     unpack_table,
 )
 from .directory_switch import NO_DIRECTORY, BitmapImage, ChainRecord, DirectorySwitch
-from .uninterrupted import to_its_end
 
 TABLES_BYTES_MAX: Final = 32 << 20
 """What the tables of all bitmaps may take together, because every cluster they point to is
