@@ -570,22 +570,6 @@ class BitmapStore:
             await self._image.file.write(offset, memoryview(data))
 
 
-async def repair_directory(image: BitmapImage) -> RepairReport:
-    """Drop from an image's bitmap directory what is damaged, and keep what is good.
-
-    Args:
-        image: Open for writing, its bitmaps not loaded yet.
-
-    Returns:
-        Both; nothing was changed if nothing was damaged.
-
-    Raises:
-        StateError: The image is open for reading only.
-        OSError: It could not be done; nothing was changed.
-    """
-    return await (await BitmapStore.load(image)).repair()
-
-
 def _flags(bitmap: StoredBitmap) -> BitmapFlags:
     flags = BitmapFlags.AUTO if bitmap.recording else BitmapFlags.NONE
     return flags | BitmapFlags.IN_USE if bitmap.in_use else flags
