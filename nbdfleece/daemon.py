@@ -185,19 +185,11 @@ class Daemon:
             raise UsageError(f"export '{export.name}' needs TLS, and the server has no certificate")
 
     def add_object(self, values: dict[str, Any]) -> None:
-        """Define credentials or an authorization, by QEMU's properties.
-
-        Raises:
-            UsageError: It cannot be meant, or its id is taken.
-        """
+        """See :class:`~.control.controlled.Controlled`."""
         self.objects.add_values(values)
 
     def remove_object(self, identity: str) -> None:
-        """Forget credentials or an authorization.
-
-        Raises:
-            UsageError: There is none of that id.
-        """
+        """See :class:`~.control.controlled.Controlled`."""
         self.objects.remove(identity)
 
     def start_listening(
@@ -243,11 +235,7 @@ class Daemon:
         self._added.append(server)
 
     def stop_listening(self) -> None:
-        """Undo :meth:`start_listening`; clients stay.
-
-        Raises:
-            StateError: There is no such place.
-        """
+        """See :class:`~.control.controlled.Controlled`."""
         listening = [server for server in self._added if server.listeners]
         if not listening:
             raise StateError("NBD server not running")
