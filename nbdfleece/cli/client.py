@@ -10,6 +10,7 @@ import click
 from ..control.client import ControlClient
 from .addresses import CONTROL_VARIABLE, default_control
 from .options import option_group
+from .output import print_json
 
 client_options = option_group(
     click.option(
@@ -48,6 +49,15 @@ def execute(control: Path | None, command: str, arguments: dict[str, Any] | None
     """Have one command carried out."""
     with connect(control) as client:
         return client.execute(command, arguments)
+
+
+def perform(
+    control: Path | None, command: str, arguments: dict[str, Any], *, as_json: bool
+) -> None:
+    """Have one command carried out; its result is printed only as JSON."""
+    result = execute(control, command, arguments)
+    if as_json:
+        print_json(result)
 
 
 release_option = click.option(
