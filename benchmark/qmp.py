@@ -6,7 +6,6 @@ import json
 import socket
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from .processes import START_SECONDS
@@ -34,12 +33,7 @@ class Qmp:
         self.execute("qmp_capabilities")
         return self
 
-    def __exit__(
-        self,
-        error_class: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         self._sock.close()
 

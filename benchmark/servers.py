@@ -156,9 +156,8 @@ class Nbdfleece(Server):
 
     is_ours = True
 
-    def __init__(self, place: Place, label: str = "nbdfleece", *options: str) -> None:
-        super().__init__(place, label)
-        self._options = options
+    def __init__(self, place: Place) -> None:
+        super().__init__(place, "nbdfleece")
 
     def can(self, setup: Setup) -> bool:
         return True
@@ -170,7 +169,7 @@ class Nbdfleece(Server):
         control = self.place.path(".c")
         listen = f"unix:{address}" if isinstance(address, Path) else f"tcp:127.0.0.1:{address}"
         argv = [*_nbdfleece(), "serve", "--listen", listen, "--control", str(control)]
-        argv += ["--scratch-dir", str(self.place.memory), *self._options]
+        argv += ["--scratch-dir", str(self.place.memory)]
         for name, path in setup.disks.items():
             argv += ["--disk" if setup.writable else "--read-only", f"{name}={path}"]
             argv += [word for bitmap in setup.bitmaps for word in ("--bitmap", f"{name}={bitmap}")]

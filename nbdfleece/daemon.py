@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from .block.guest_options import DEFAULT_POLICY, GuestPolicy
@@ -156,12 +155,7 @@ class Daemon:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        error_class: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._stop()
 
     def export_uris(self, export: str) -> list[str]:
@@ -191,19 +185,11 @@ class Daemon:
             raise UsageError(f"export '{export.name}' needs TLS, and the server has no certificate")
 
     def add_object(self, values: dict[str, Any]) -> None:
-        """Define credentials or an authorization, by QEMU's properties.
-
-        Raises:
-            UsageError: It cannot be meant, or its id is taken.
-        """
+        """See :class:`~.control.controlled.Controlled`."""
         self.objects.add_values(values)
 
     def remove_object(self, identity: str) -> None:
-        """Forget credentials or an authorization.
-
-        Raises:
-            UsageError: There is none of that id.
-        """
+        """See :class:`~.control.controlled.Controlled`."""
         self.objects.remove(identity)
 
     def start_listening(
@@ -249,11 +235,7 @@ class Daemon:
         self._added.append(server)
 
     def stop_listening(self) -> None:
-        """Undo :meth:`start_listening`; clients stay.
-
-        Raises:
-            StateError: There is no such place.
-        """
+        """See :class:`~.control.controlled.Controlled`."""
         listening = [server for server in self._added if server.listeners]
         if not listening:
             raise StateError("NBD server not running")

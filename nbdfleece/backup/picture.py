@@ -36,6 +36,7 @@ LOOKS: Final = (
 
 _KIND: Final = {ZERO: 0, 0: 1, DIRTY | ZERO: 2, DIRTY: 3}
 _COLUMNS: Final = 64
+_ROWS: Final = 32
 _CELL: Final = 10
 _MARGIN: Final = 20
 
@@ -71,9 +72,9 @@ def draw_blocks(merged: Extents, columns: int, rows: int) -> str:
     return "\n".join([*lines, legend]) + "\n"
 
 
-def draw_svg(merged: Extents, title: str, *, rows: int = 32) -> str:
+def draw_svg(merged: Extents, title: str) -> str:
     """A picture as an SVG document, with a legend."""
-    cells = cells_of(merged, _COLUMNS * rows)
+    cells = cells_of(merged, _COLUMNS * _ROWS)
     lines = [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)]
     width = _COLUMNS * _CELL + 2 * _MARGIN
     legend_top = 2 * _MARGIN + len(lines) * _CELL + _MARGIN
@@ -111,13 +112,13 @@ def _svg_cell(left: int, top: int, cells: int, colour: str) -> str:
     return f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="{colour}"/>'
 
 
-def draw_png(merged: Extents, title: str, *, rows: int = 32) -> bytes:
+def draw_png(merged: Extents, title: str) -> bytes:
     """A picture as a PNG file, with a bar for the share of each look below.
 
     PNG has no letters: the title and the legend are in its text chunks (``Title``,
     ``Description``), which image viewers show as properties.
     """
-    cells = np.array(cells_of(merged, _COLUMNS * rows), dtype=np.uint8)
+    cells = np.array(cells_of(merged, _COLUMNS * _ROWS), dtype=np.uint8)
     lines = -(-len(cells) // _COLUMNS)
     grid = np.full(lines * _COLUMNS, len(LOOKS), dtype=np.uint8)
     grid[: len(cells)] = cells

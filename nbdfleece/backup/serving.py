@@ -89,6 +89,7 @@ class PointNode(BlockNode):
 
     Args:
         layers: Its files, newest first.
+        extents: Which of them has which part, numbered from 1; 0 for none.
         size: Bytes of the disk.
     """
 

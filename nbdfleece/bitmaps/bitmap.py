@@ -159,10 +159,6 @@ class Bitmap:
         self.array()[:] = 0xFF
         self._clear_tail()
 
-    def clear_all(self) -> None:
-        """Clear every granule."""
-        self.array()[:] = 0
-
     def is_set(self, offset: int) -> bool:
         """Whether the granule that holds the byte at ``offset`` is dirty."""
         bit = offset >> self._shift

@@ -30,6 +30,9 @@ from .scratch import Scratch
 COMMIT_BYTES_MAX = 1 << 20
 """Bytes committed at once: a bound on memory."""
 
+_GRANULARITY = 4096
+"""Bytes of a granule, a power of two."""
+
 
 class Overlay(BlockNode):
     """A block node over another one, which it never writes to until it is committed.
@@ -37,7 +40,6 @@ class Overlay(BlockNode):
     Args:
         base: What shows through where nothing was written. It should hold still.
         scratch_directory: Where what is written goes.
-        granularity: Bytes of a granule, a power of two.
         quota: Bytes of scratch at most; None for no limit of our own. A write beyond it fails.
     """
 
@@ -48,12 +50,11 @@ class Overlay(BlockNode):
         base: BlockNode,
         scratch_directory: str | os.PathLike[str],
         *,
-        granularity: int = 4096,
         quota: int | None = None,
     ) -> None:
         self._base = base
-        self._shift = granularity.bit_length() - 1
-        self._scratch = Scratch(scratch_directory, granularity, quota)
+        self._shift = _GRANULARITY.bit_length() - 1
+        self._scratch = Scratch(scratch_directory, _GRANULARITY, quota)
         self._map = GranuleMap()
         self._writing = RangeLock()
         self.size = base.size

@@ -8,7 +8,6 @@ only ask :meth:`RangeLock.is_free`.
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
 
 
 class RangeLock:
@@ -69,12 +68,7 @@ class HeldRange:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._release()
 
     def _release(self) -> None:

@@ -7,9 +7,9 @@ cancelled: neither is in use after the call has returned.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 THREADS_MAX: Final = 16
 """Threads of each pool, for all files: as many operations may wait for disks at one time."""
@@ -45,8 +45,13 @@ async def in_pool(
     return await finished(asyncio.get_running_loop().run_in_executor(pool, function, *args))
 
 
+async def to_its_end(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run ``work`` to its end even if the caller is cancelled meanwhile."""
+    return await finished(asyncio.create_task(work))
+
+
 async def finished(future: asyncio.Future[_Result]) -> _Result:
-    """Wait for what a thread does, also when cancelled."""
+    """Wait for what has begun, also when cancelled."""
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:

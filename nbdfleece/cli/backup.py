@@ -10,7 +10,15 @@ import click
 from ..control.client import ControlClient
 from ..control.errors import QmpError
 from ..errors import SnapshotError
-from .client import client_options, connect, disks_option, execute, owner_option, release_option
+from .client import (
+    client_options,
+    connect,
+    disks_option,
+    execute,
+    owner_option,
+    perform,
+    release_option,
+)
 from .exit_status import ExitStatus
 from .output import format_time, print_json, print_table
 from .waiting import wait_for, wait_for_end, wait_option
@@ -118,9 +126,7 @@ def _is_broken(client: ControlClient, name: str) -> bool:
 @client_options
 def abort(name: str, control: Path | None, as_json: bool) -> None:
     """End a backup as if it had not begun."""
-    result = execute(control, "backup-abort", {"name": name})
-    if as_json:
-        print_json(result)
+    perform(control, "backup-abort", {"name": name}, as_json=as_json)
 
 
 @backup.command()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..errors import UsageError
-from .client import client_options, disks_option, execute, owner_option
+from .client import client_options, disks_option, execute, owner_option, perform
 from .image_checkpoint import (
     create_checkpoint,
     delete_checkpoint,
@@ -45,9 +45,7 @@ def create(
         create_checkpoint(images, name, owner)
         return
     arguments = {"name": name, "disks": disks or None, "owner": owner}
-    result = execute(control, "checkpoint-create", arguments)
-    if as_json:
-        print_json(result)
+    perform(control, "checkpoint-create", arguments, as_json=as_json)
 
 
 @checkpoint.command("list")
@@ -89,9 +87,7 @@ def delete(name: str, images: tuple[Path, ...], control: Path | None, as_json: b
     if images:
         delete_checkpoint(images, name)
         return
-    result = execute(control, "checkpoint-delete", {"name": name})
-    if as_json:
-        print_json(result)
+    perform(control, "checkpoint-delete", {"name": name}, as_json=as_json)
 
 
 @checkpoint.command()
@@ -125,9 +121,7 @@ def adopt(
 ) -> None:
     """Make checkpoints of a disk's cumulative bitmaps, as libvirt keeps them; oldest first."""
     arguments = {"disk": disk, "bitmaps": bitmaps, "owner": owner}
-    result = execute(control, "checkpoint-adopt", arguments)
-    if as_json:
-        print_json(result)
+    perform(control, "checkpoint-adopt", arguments, as_json=as_json)
 
 
 @checkpoint.command("hand-over")
@@ -135,6 +129,4 @@ def adopt(
 @client_options
 def hand_over(disk: str, control: Path | None, as_json: bool) -> None:
     """Make a disk's checkpoints cumulative bitmaps, as libvirt keeps them; the chain ends."""
-    result = execute(control, "checkpoint-hand-over", {"disk": disk})
-    if as_json:
-        print_json(result)
+    perform(control, "checkpoint-hand-over", {"disk": disk}, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,20 @@ import click
 
 from ..control.client import ControlClient
 from .addresses import CONTROL_VARIABLE, default_control
+from .options import option_group
+from .output import print_json
 
-AnyFunction = Callable[..., Any]
-
-
-def client_options(function: AnyFunction) -> AnyFunction:
-    """Add ``--control`` and ``--json`` to a command."""
-    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-    control = click.option(
+client_options = option_group(
+    click.option(
         "--control",
         type=click.Path(path_type=Path),
         envvar=CONTROL_VARIABLE,
         show_envvar=True,
         metavar="PATH",
         help="The server's control socket.",
-    )
-    return control(as_json(function))
-
-
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+)
 disks_option = click.option(
     "--disk",
     "disks",
@@ -54,6 +49,15 @@ def execute(control: Path | None, command: str, arguments: dict[str, Any] | None
     """Have one command carried out."""
     with connect(control) as client:
         return client.execute(command, arguments)
+
+
+def perform(
+    control: Path | None, command: str, arguments: dict[str, Any], *, as_json: bool
+) -> None:
+    """Have one command carried out; its result is printed only as JSON."""
+    result = execute(control, command, arguments)
+    if as_json:
+        print_json(result)
 
 
 release_option = click.option(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from ..errors import UsageError
+from .options import option_group
 
 if TYPE_CHECKING:
     from ..block.guest_options import GuestPolicy
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 DISCARD_MODES: Final = ("unmap", "ignore")
 DETECT_ZEROES_MODES: Final = ("off", "on", "unmap")
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-_OPTIONS: Final = (
+disk_options = option_group(
     click.option(
         "--disk",
         "disks",
@@ -42,13 +41,6 @@ _OPTIONS: Final = (
         "May be repeated; the last word counts.",
     ),
 )
-
-
-def disk_options(command: _F) -> _F:
-    """Add the options to a command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 def parse_disks(words: Iterable[str]) -> dict[str, Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import UsageError
-from .client import client_options, execute
+from .client import client_options, execute, perform
 from .info import print_exports
 from .output import print_json
 
@@ -109,6 +109,4 @@ def list_exports(control: Path | None, as_json: bool) -> None:
 @client_options
 def remove(name: str, control: Path | None, as_json: bool) -> None:
     """Remove an export of a snapshot."""
-    result = execute(control, "snapshot-export-remove", {"name": name})
-    if as_json:
-        print_json(result)
+    perform(control, "snapshot-export-remove", {"name": name}, as_json=as_json)

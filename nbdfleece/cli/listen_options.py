@@ -7,16 +7,14 @@ import os
 import pwd
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 import click
 
 from ..errors import UsageError
 from ..server.listener import SocketFile
+from .options import option_group
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-_OPTIONS = (
+listen_options = option_group(
     click.option(
         "--socket-mode",
         metavar="MODE",
@@ -33,13 +31,6 @@ _OPTIONS = (
         help="Serve one connection on stdin and stdout, as inetd passes it, and end with it.",
     ),
 )
-
-
-def listen_options(function: Function) -> Function:
-    """Add the options to a command."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
 
 
 def keep_stderr_from_client() -> None:

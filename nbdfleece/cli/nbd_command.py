@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -10,20 +9,14 @@ import click
 from . import logs
 from .nbd_flags import FLAGS, Flag, Given
 from .nbd_serving import Style, run_nbd
+from .options import Decorator, loop_option, option_group
 from .qemu_nbd import POLICY_VARIABLE
 
 _OWN = ("help", "version")
 """Flags that click has already."""
 
 
-def _flag_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the flags of qemu-nbd to a command."""
-    for flag in reversed([flag for flag in FLAGS if flag.name not in _OWN]):
-        function = _flag_option(flag)(function)
-    return function
-
-
-def _flag_option(flag: Flag) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _flag_option(flag: Flag) -> Decorator:
     names = [f"--{flag.name}"] + ([f"-{flag.short}"] if flag.short else [])
     names.append(_parameter(flag))
     if flag.metavar:
@@ -36,7 +29,7 @@ def _parameter(flag: Flag) -> str:
 
 
 @click.command()
-@_flag_options
+@option_group(*(_flag_option(flag) for flag in FLAGS if flag.name not in _OWN))
 @click.option(
     "--backing-files",
     type=click.Choice(["same-folder", "any", "refuse"]),
@@ -47,13 +40,7 @@ def _parameter(flag: Flag) -> str:
     help="Which backing and data files the image may name; 'any' only for images you trust.",
 )
 @click.option("--print-uri", is_flag=True, help="Once ready, print the export's URIs.")
-@click.option(
-    "--loop",
-    type=click.Choice(["auto", "uvloop", "asyncio"]),
-    default="auto",
-    show_default=True,
-    help="The event loop; auto takes uvloop if it is installed.",
-)
+@loop_option
 @click.argument("image", nargs=-1)
 @click.pass_context
 def nbd(ctx: click.Context, /, **values: Any) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from ..errors import UsageError
 from ..server.listener import Listener, listen_systemd, listen_tcp, listen_unix
@@ -22,13 +22,6 @@ from .nbd_flags import Given
 
 if TYPE_CHECKING:
     from ..server.loop import LoopChoice
-
-
-class Stoppable(Protocol):
-    """A server that runs."""
-
-    def request_stop(self) -> None:
-        """Have it end in good order."""
 
 
 _READY: Final = b"ready"
@@ -90,7 +83,7 @@ def _serve(
 
     async def main() -> None:
         async with ImageServer(options, listeners) as server:
-            handle_signals(server)
+            handle_signals(server.request_stop)
             with pid_file(given.last("pid-file"), keep=style.keeps_pid_file):
                 if style.prints_uri:
                     print("\n".join(uris), flush=True)
@@ -157,17 +150,16 @@ def _write(path: str, text: str) -> None:
         stream.write(text)
 
 
-def handle_signals(server: Stoppable) -> None:
+def handle_signals(request_stop: Callable[[], None]) -> None:
     """End in good order at the first signal, at once at the second."""
     received: list[int] = []
 
     def handle(number: int) -> None:
-
         if received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         received.append(number)
-        server.request_stop()
+        request_stop()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .client import client_options, execute
+from .client import client_options, execute, perform
 from .output import format_list, format_time, print_json, print_table
 
 
@@ -58,7 +58,7 @@ def list_overlays(control: Path | None, as_json: bool) -> None:
 @client_options
 def commit(name: str, control: Path | None, as_json: bool) -> None:
     """Write into the disk what was written to an overlay, and end it."""
-    _end("overlay-commit", name, control, as_json)
+    perform(control, "overlay-commit", {"name": name}, as_json=as_json)
 
 
 @overlay.command()
@@ -66,10 +66,4 @@ def commit(name: str, control: Path | None, as_json: bool) -> None:
 @client_options
 def discard(name: str, control: Path | None, as_json: bool) -> None:
     """Throw away what was written to an overlay, and end it."""
-    _end("overlay-discard", name, control, as_json)
-
-
-def _end(command: str, name: str, control: Path | None, as_json: bool) -> None:
-    result = execute(control, command, {"name": name})
-    if as_json:
-        print_json(result)
+    perform(control, "overlay-discard", {"name": name}, as_json=as_json)

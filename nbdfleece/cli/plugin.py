@@ -21,7 +21,8 @@ from ..nbdkit.module import Server
 from ..server.listener import Listener, listen_systemd, listen_tcp, listen_unix, listen_vsock
 from .addresses import CONTROL_VARIABLE
 from .limit_options import parse_limits
-from .nbd_serving import Stoppable, go_to_background, handle_signals, pid_file
+from .nbd_serving import go_to_background, handle_signals, pid_file
+from .options import loop_option
 from .serve import choose_control
 from .tls_options import build_authorization, build_tls, tls_options
 
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
     from ..server.channel import Channel
 
 
-class Ending(Stoppable, Protocol):
+class Ending(Protocol):
     """A server that may end by itself."""
+
+    def request_stop(self) -> None:
+        """Have it end in good order."""
 
     async def wait_end(self) -> None:
         """Wait until it is time to end."""
@@ -72,13 +76,7 @@ TEMPORARY: Final = "-"
     metavar="NAME=VALUE",
     help="What clients may take, as for 'nbdfleece serve'.",
 )
-@click.option(
-    "--loop",
-    type=click.Choice(["auto", "uvloop", "asyncio"]),
-    default="auto",
-    show_default=True,
-    help="The event loop; auto takes uvloop if it is installed.",
-)
+@loop_option
 @click.option(
     "--fleece",
     type=click.Path(path_type=Path),
@@ -199,7 +197,7 @@ async def _main(
     export = values["exportname"] if values["fleece"] is None else values["disk"]
     uris = [str(each.uri(export, tls=options.tls is not None)) for each in listeners]
     async with _server(ready, options, listeners, values) as server:
-        handle_signals(server)
+        handle_signals(server.request_stop)
         with pid_file(values["pidfile"], keep=False):
             if values["print_uri"]:
                 print("\n".join(uris), flush=True)

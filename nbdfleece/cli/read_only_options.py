@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Any, Final, TypeVar
 
 import click
 
 from ..errors import UsageError
 from .disk_options import parse_files
+from .options import option_group
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-_OPTIONS: Final = (
+read_only_options = option_group(
     click.option(
         "--read-only",
         "images",
@@ -31,13 +29,6 @@ _OPTIONS: Final = (
         "repeated.",
     ),
 )
-
-
-def read_only_options(command: _F) -> _F:
-    """Add the options to a command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
 
 
 def parse_images(words: Iterable[str], disks: Container[str]) -> dict[str, Path]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +28,8 @@ from .disk_options import disk_options, parse_disks, parse_policies
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
 from .listen_options import keep_stderr_from_client, listen_options, parse_socket_file
+from .nbd_serving import handle_signals
+from .options import loop_option
 from .read_only_options import parse_bitmaps, parse_images, read_only_options
 from .sizes import parse_size
 from .tls_options import build_authorization, build_tls, tls_options
@@ -126,13 +126,7 @@ if TYPE_CHECKING:
 @click.option(
     "--ready-fd", type=click.IntRange(min=0), metavar="FD", help="Write a line there once ready."
 )
-@click.option(
-    "--loop",
-    type=click.Choice(["auto", "uvloop", "asyncio"]),
-    default="auto",
-    show_default=True,
-    help="The event loop; auto takes uvloop if it is installed.",
-)
+@loop_option
 @click.option("-v", "--verbose", count=True, help="Log what happens; twice for more.")
 @click.option(
     "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True
@@ -220,28 +214,12 @@ async def _serve(options: DaemonOptions, values: dict[str, Any]) -> None:
 
     allow_descriptors(options.limits)
     daemon = Daemon(options)
-    _handle_signals(daemon)
+    handle_signals(lambda: daemon.request_stop("host-signal"))
     with contextlib.ExitStack() as after_the_end:
         async with daemon:
             after_the_end.enter_context(_pid_file(values["pid_file"]))
             _announce(daemon, values)
             await daemon.wait_stop_requested()
-
-
-def _handle_signals(daemon: Daemon) -> None:
-    """End in good order at the first signal, at once at the second."""
-    received: list[int] = []
-
-    def handle(number: int) -> None:
-        if received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        received.append(number)
-        daemon.request_stop("host-signal")
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, handle, number)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from .client import client_options, connect, disks_option, execute, owner_option, release_option
+from .client import (
+    client_options,
+    connect,
+    disks_option,
+    execute,
+    owner_option,
+    perform,
+    release_option,
+)
 from .output import format_list, format_time, print_json, print_table
 from .waiting import wait_for, wait_for_end, wait_option
 
@@ -88,6 +96,4 @@ def list_snapshots(control: Path | None, as_json: bool) -> None:
 @client_options
 def delete(name: str, control: Path | None, as_json: bool) -> None:
     """End a snapshot and its exports."""
-    result = execute(control, "snapshot-delete", {"name": name})
-    if as_json:
-        print_json(result)
+    perform(control, "snapshot-delete", {"name": name}, as_json=as_json)

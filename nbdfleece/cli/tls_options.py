@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import UsageError
+from .options import option_group
 
 if TYPE_CHECKING:
     from ..server.tls import Authorization, TlsSettings
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-_OPTIONS = (
+tls_options = option_group(
     click.option(
         "--tls",
         type=click.Choice(["off", "on", "require"]),
@@ -50,13 +49,6 @@ _OPTIONS = (
         "may be patterns with * and ?. May be repeated; exports that no EXPORT fits are closed.",
     ),
 )
-
-
-def tls_options(function: Function) -> Function:
-    """Add the options to a command."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
 
 
 def build_tls(values: dict[str, Any]) -> TlsSettings | None:

@@ -6,7 +6,6 @@ import os
 import socket
 from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 import msgspec
@@ -70,12 +69,7 @@ class ControlClient:
             raise
         return self
 
-    def __exit__(
-        self,
-        error_class: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._sock.close()
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:

@@ -75,8 +75,8 @@ class AddBitmap(Action):
 
 
 @dataclass(frozen=True, slots=True)
-class RemoveBitmap(Action):
-    """Remove a bitmap, which may be inconsistent."""
+class _BitmapAction(Action):
+    """A step with one bitmap that there is."""
 
     node: BitmapNode
     name: str
@@ -88,6 +88,11 @@ class RemoveBitmap(Action):
     def stores(self) -> Iterable[BitmapNode]:
         """The one, if its image holds the bitmap."""
         return _holder(self.node, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveBitmap(_BitmapAction):
+    """Remove a bitmap, which may be inconsistent."""
 
     def apply(self, draft: Draft) -> None:
         """Remove it.
@@ -100,19 +105,8 @@ class RemoveBitmap(Action):
 
 
 @dataclass(frozen=True, slots=True)
-class ClearBitmap(Action):
+class ClearBitmap(_BitmapAction):
     """Let a bitmap mark nothing."""
-
-    node: BitmapNode
-    name: str
-
-    def nodes(self) -> Iterable[BitmapNode]:
-        """The one."""
-        return (self.node,)
-
-    def stores(self) -> Iterable[BitmapNode]:
-        """The one, if its image holds the bitmap."""
-        return _holder(self.node, self.name)
 
     def apply(self, draft: Draft) -> None:
         """Clear it.
@@ -125,20 +119,10 @@ class ClearBitmap(Action):
 
 
 @dataclass(frozen=True, slots=True)
-class SetRecording(Action):
+class SetRecording(_BitmapAction):
     """Let guest writes mark a bitmap, or not."""
 
-    node: BitmapNode
-    name: str
     enabled: bool
-
-    def nodes(self) -> Iterable[BitmapNode]:
-        """The one."""
-        return (self.node,)
-
-    def stores(self) -> Iterable[BitmapNode]:
-        """The one, if its image holds the bitmap."""
-        return _holder(self.node, self.name)
 
     def needs(self) -> Iterable[tuple[BitmapNode, str]]:
         """Its bits."""

@@ -144,15 +144,12 @@ class DiskState(NamedTuple):
                     f"the changes since checkpoint '{links[0].name}' are not known: {problem}"
                 )
 
-    def with_checkpoint(
-        self, checkpoint: Checkpoint, granularity: int, log: ActivityLog | None = None
-    ) -> DiskState:
+    def with_checkpoint(self, checkpoint: Checkpoint, granularity: int) -> DiskState:
         """The state in which the newest bitmap is frozen and one for ``checkpoint`` records.
 
         Args:
             checkpoint: The new checkpoint.
             granularity: Bytes per bit of its bitmap.
-            log: Its bitmap's log.
 
         Raises:
             StateError: The name is taken.
@@ -167,7 +164,7 @@ class DiskState(NamedTuple):
         if frozen is not None:
             bitmaps[frozen.name] = frozen._replace(recording=False)
         fresh = Bitmap(checkpoint.size, granularity)
-        bitmaps[name] = DiskBitmap(name, granularity, True, bits=fresh, in_image=False, log=log)
+        bitmaps[name] = DiskBitmap(name, granularity, True, bits=fresh, in_image=False)
         return DiskState(bitmaps, self.chain.with_added(checkpoint))
 
     def with_identity(self) -> DiskState:

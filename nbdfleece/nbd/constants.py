@@ -116,12 +116,6 @@ class CommandFlag(IntFlag):
     PAYLOAD_LEN = 1 << 5
 
 
-class ReplyFlag(IntFlag):
-    """Flags of a structured or extended reply chunk, 16 bits."""
-
-    DONE = 1 << 0
-
-
 class ReplyType(IntEnum):
     """The type of a structured or extended reply chunk, 16 bits; errors have bit 15 set."""
 
@@ -159,16 +153,3 @@ class Error(IntEnum):
     EOVERFLOW = 75
     ENOTSUP = 95
     ESHUTDOWN = 108
-
-
-class AllocationState(IntFlag):
-    """Status of an extent in the context ``base:allocation``."""
-
-    HOLE = 1 << 0
-    ZERO = 1 << 1
-
-
-class DirtyState(IntFlag):
-    """Status of an extent in a context ``qemu:dirty-bitmap:NAME``."""
-
-    DIRTY = 1 << 0

@@ -32,15 +32,12 @@ class RequestError(NbdfleeceError):
     Args:
         error: The error on the wire.
         text: For the person at the other end.
-        offset: Where in the export the trouble is, in bytes, if it is at a place inside the
-            request (then ERROR_OFFSET tells it).
     """
 
-    def __init__(self, error: Error, text: str, *, offset: int | None = None) -> None:
+    def __init__(self, error: Error, text: str) -> None:
         super().__init__(text)
         self.error = error
         self.text = text
-        self.offset = offset
 
 
 _BY_ERRNO: Final = {

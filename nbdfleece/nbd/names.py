@@ -28,6 +28,9 @@ from .errors import OptionError
 LIST_WILDCARDS: Final = frozenset({"base:", "qemu:", "qemu:dirty-bitmap:"})
 """Queries of LIST_META_CONTEXT that stand for all names that begin with them."""
 
+QUOTED_CHARACTERS_MAX: Final = 80
+"""Characters of a name that a message repeats."""
+
 
 def check_string(text: str, what: str) -> None:
     """Check a string that the server is to send.
@@ -105,7 +108,7 @@ def select_contexts(names: Sequence[str], queries: Iterable[str]) -> list[tuple[
     return [(index, name) for index, name in enumerate(names) if name in wanted]
 
 
-def quote_name(name: str, characters_max: int = 80) -> str:
+def quote_name(name: str) -> str:
     """A name for a message: printable, and short whatever a client sent."""
-    shown = name if len(name) <= characters_max else name[:characters_max] + "…"
+    shown = name if len(name) <= QUOTED_CHARACTERS_MAX else name[:QUOTED_CHARACTERS_MAX] + "…"
     return "'" + "".join(c if c.isprintable() else "�" for c in shown) + "'"

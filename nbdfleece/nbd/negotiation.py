@@ -341,7 +341,7 @@ class Negotiation:
         no_zeroes = bool(self._client_flags & ClientFlag.NO_ZEROES)
         flags = self._transmission_flags(export)
         self._replies += pack_export_reply(export.size, flags, no_zeroes=no_zeroes)
-        self._finish(export, InfoRequest(name, frozenset()))
+        self._finish(export)
 
     def _answer_abort(self, data: bytes) -> None:
         self._reply(OptionReply.ACK)
@@ -368,8 +368,7 @@ class Negotiation:
         self._describe(parse_info_request(data))
 
     def _answer_go(self, data: bytes) -> None:
-        request = parse_info_request(data)
-        self._finish(self._describe(request), request)
+        self._finish(self._describe(parse_info_request(data)))
 
     def _answer_structured_reply(self, data: bytes) -> None:
         if self._extended_headers:
@@ -490,15 +489,13 @@ class Negotiation:
             contexts_selected=bool(self._contexts_for(export)),
         )
 
-    def _finish(self, export: ExportInfo, request: InfoRequest) -> None:
+    def _finish(self, export: ExportInfo) -> None:
         self.outcome = Negotiated(
             export=export,
-            requested_name=request.name,
             transmission_flags=self._transmission_flags(export),
             structured_replies=self._structured_replies,
             extended_headers=self._extended_headers,
             contexts=self._contexts_for(export),
-            block_size_requested=InfoType.BLOCK_SIZE in request.types,
             leftover=bytes(self._received),
         )
 

@@ -42,22 +42,18 @@ class Negotiated:
 
     Attributes:
         export: The very object that :meth:`Catalogue.find` returned.
-        requested_name: What the client called it.
         transmission_flags: What the client was told.
         structured_replies: READ is answered in chunks; also true with extended headers.
         extended_headers: Requests and replies have 32-byte headers.
         contexts: What BLOCK_STATUS answers for, in the order of the ids.
-        block_size_requested: The client asked for the block sizes and so will keep to them.
         leftover: Bytes that the client had sent already: the beginning of its requests.
     """
 
     export: ExportInfo
-    requested_name: str
     transmission_flags: TransmissionFlag
     structured_replies: bool
     extended_headers: bool
     contexts: tuple[SelectedContext, ...]
-    block_size_requested: bool
     leftover: bytes
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ..block.threads import finished
@@ -134,12 +133,7 @@ class ScriptDisk:
             raise ScriptError(f"{script.path}: --fleece needs a script that can be written")
         return node
 
-    async def __aexit__(
-        self,
-        error_class: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Call ``cleanup``."""
         self._plugin.server.is_ending.set()
         await clean_up(self._plugin.script, self._threads)

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Final, Self
 
 from ..export.export import ExportTable
@@ -117,12 +116,7 @@ class PluginServer:
             self._server.add_channel(self._channel)
         return self
 
-    async def __aexit__(
-        self,
-        error_class: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """End."""
         self._plugin.server.on_end = lambda: None
         self._plugin.server.is_ending.set()

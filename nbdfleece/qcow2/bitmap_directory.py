@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ImageError
+from .header import EXTENSION_BITMAPS, Autoclear, Header
 
 EXTENSION_SIZE: Final = 24
 """Bytes of the bitmaps extension's data."""
@@ -179,6 +180,20 @@ def unpack_extension(
     if reason := _extension_fault(count, reserved, size, offset, geometry):
         raise ImageError(path, f"the bitmaps extension {reason}")
     return BitmapsExtension(count, size, offset)
+
+
+def find_directory(
+    header: Header, geometry: BitmapGeometry, path: str | os.PathLike[str]
+) -> BitmapsExtension | None:
+    """What an image's bitmaps extension says; None if it has none, or the header disowns it.
+
+    Raises:
+        ImageError: As of :func:`unpack_extension`.
+    """
+    extension = header.extension(EXTENSION_BITMAPS)
+    if extension is None or not header.autoclear_features & Autoclear.BITMAPS:
+        return None
+    return unpack_extension(extension.data, geometry, path)
 
 
 def _extension_fault(

@@ -45,6 +45,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.threads import to_its_end
 from ..errors import ImageError, StateError
 from .activity_log import ActivityLog
 from .bitmap_bits import (
@@ -79,7 +80,6 @@ from .bitmap_directory import (
     unpack_table,
 )
 from .directory_switch import NO_DIRECTORY, BitmapImage, ChainRecord, DirectorySwitch
-from .uninterrupted import to_its_end
 
 TABLES_BYTES_MAX: Final = 32 << 20
 """What the tables of all bitmaps may take together, because every cluster they point to is
@@ -568,22 +568,6 @@ class BitmapStore:
     async def _write(self, offset: int, data: bytes) -> None:
         if data:
             await self._image.file.write(offset, memoryview(data))
-
-
-async def repair_directory(image: BitmapImage) -> RepairReport:
-    """Drop from an image's bitmap directory what is damaged, and keep what is good.
-
-    Args:
-        image: Open for writing, its bitmaps not loaded yet.
-
-    Returns:
-        Both; nothing was changed if nothing was damaged.
-
-    Raises:
-        StateError: The image is open for reading only.
-        OSError: It could not be done; nothing was changed.
-    """
-    return await (await BitmapStore.load(image)).repair()
 
 
 def _flags(bitmap: StoredBitmap) -> BitmapFlags:

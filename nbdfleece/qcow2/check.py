@@ -32,8 +32,8 @@ from ..errors import ImageError
 from .bitmap_directory import (
     BitmapEntry,
     BitmapGeometry,
+    find_directory,
     list_directory,
-    unpack_extension,
 )
 from .check_references import (
     MESSAGES_MAX,
@@ -45,9 +45,7 @@ from .check_references import (
 )
 from .entries import COPIED, OFFSET_MASK
 from .header import (
-    EXTENSION_BITMAPS,
     HEADER_BYTES_MAX,
-    Autoclear,
     Header,
     unpack_header,
 )
@@ -239,15 +237,15 @@ async def count_references(references: References, *, refcount_table: bool = Tru
 
 async def _count_bitmaps(references: References) -> None:
     file, header, result = references.file, references.header, references.result
-    extension = header.extension(EXTENSION_BITMAPS)
-    if extension is None or not header.autoclear_features & Autoclear.BITMAPS:
-        return
     geometry = BitmapGeometry(header.size, header.cluster_size, file.size)
     try:
-        count, size, offset = unpack_extension(extension.data, geometry, file.path)
+        directory = find_directory(header, geometry, file.path)
     except ImageError as error:
         result.corrupt(str(error))
         return
+    if directory is None:
+        return
+    count, size, offset = directory
     references.add_range(offset, size)
     listing = list_directory(await file.read(offset, size), count, geometry)
     for damaged in listing.damaged:

@@ -11,10 +11,9 @@ from ..block.file import FileNode
 from ..block.node import BlockNode, BlockStatus
 from ..errors import ImageError
 from .backing import BackingPolicy
-from .bitmap_directory import BitmapGeometry, list_directory, unpack_extension
+from .bitmap_directory import BitmapGeometry, find_directory, list_directory
 from .entries import COPIED, OFFSET_MASK, SUBCLUSTERS_PER_CLUSTER, Kind, Run, find_runs
 from .header import (
-    EXTENSION_BITMAPS,
     HEADER_BYTES_MAX,
     MAGIC,
     Autoclear,
@@ -122,15 +121,15 @@ def _describe_snapshot(snapshot: InternalSnapshot) -> dict[str, Any]:
 
 
 async def _add_bitmaps(file: FileNode, header: Header, data: dict[str, Any]) -> None:
-    extension = header.extension(EXTENSION_BITMAPS)
-    if extension is None or not header.autoclear_features & Autoclear.BITMAPS:
-        return
     geometry = BitmapGeometry(header.size, header.cluster_size, file.size)
     try:
-        count, size, offset = unpack_extension(extension.data, geometry, file.path)
+        directory = find_directory(header, geometry, file.path)
     except ImageError as error:
         data["damaged-bitmaps"] = [{"reason": str(error)}]
         return
+    if directory is None:
+        return
+    count, size, offset = directory
     listing = list_directory(await file.read(offset, size), count, geometry)
     data["bitmaps"] = [
         {

@@ -20,6 +20,8 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .cached_table import CachedTable
+
 Entries = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
 
@@ -88,55 +90,24 @@ class Run(NamedTuple):
     """The first cluster's entry."""
 
 
-class L2Table:
+class L2Table(CachedTable):
     """One L2 table of the guest's mapping.
 
     Invariants: ``entries`` is ``array`` and ``bitmaps`` ``bitmap_array`` (None without
-    extended L2), as memoryviews for access to single entries; indices
-    ``[dirty_first, dirty_end)`` differ from the file.
+    extended L2), as memoryviews for access to single entries.
     """
 
-    __slots__ = (
-        "array",
-        "bitmap_array",
-        "bitmaps",
-        "dirty_end",
-        "dirty_first",
-        "entries",
-        "host_offset",
-        "is_invalid",
-        "is_new",
-        "is_recent",
-        "pins",
-    )
+    __slots__ = ("array", "bitmap_array", "bitmaps", "entries", "is_invalid", "is_new")
 
     def __init__(self, host_offset: int, array: Entries, bitmap_array: Entries | None) -> None:
-        self.host_offset = host_offset
+        super().__init__(host_offset)
         self.array = array
         self.entries = array.data
         self.bitmap_array = bitmap_array
         self.bitmaps = None if bitmap_array is None else bitmap_array.data
-        self.dirty_first = 0
-        self.dirty_end = 0
         self.is_invalid = False
         self.is_new = False
         """No L1 entry in the file leads here yet."""
-        self.is_recent = True
-        self.pins = 0
-        """Operations and flushes that rely on the table's staying in memory."""
-
-    @property
-    def is_dirty(self) -> bool:
-        """Whether the file does not have the table's content yet."""
-        return self.dirty_end > self.dirty_first
-
-    def mark_dirty(self, first: int, end: int) -> None:
-        """Entries ``[first, end)`` have changed."""
-        if self.is_dirty:
-            self.dirty_first = min(self.dirty_first, first)
-            self.dirty_end = max(self.dirty_end, end)
-        else:
-            self.dirty_first, self.dirty_end = first, end
 
     def bitmap(self, index: int) -> int:
         """The subcluster bitmap stored for an entry with SUBCLUSTERS."""

@@ -12,7 +12,7 @@ Spec: qcow2.txt, "Header", "Header extensions".
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import Final
 
@@ -37,7 +37,6 @@ EXTENSION_END: Final = 0
 EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
 EXTENSION_FEATURE_NAMES: Final = 0x6803F857
 EXTENSION_BITMAPS: Final = 0x23852875
-EXTENSION_LUKS: Final = 0x0537BE77
 EXTENSION_DATA_FILE: Final = 0x44415441
 
 _V2: Final = struct.Struct(">IIQIIQIIQQIIQ")
@@ -203,7 +202,7 @@ def unpack_header(data: bytes | bytearray, path: str, file_size: int) -> Header:
     header, backing = _unpack_fields(data, path)
     if header.version >= 3:
         _unpack_v3_fields(header, data, path)
-    _check_features(header, data, path)
+    _check_features(header, path)
     backing_offset, backing_bytes = backing
     if backing_offset:
         header.backing_file = _backing_name(header, data, path, backing_offset, backing_bytes)
@@ -291,7 +290,7 @@ def _unpack_v3_fields(header: Header, data: bytes | bytearray, path: str) -> Non
         header.unknown_fields = bytes(data[HEADER_BYTES_V3_MIN + 1 : length])
 
 
-def _check_features(header: Header, data: bytes | bytearray, path: str) -> None:
+def _check_features(header: Header, path: str) -> None:
     """Feature bits that must agree with other fields."""
     has_type = bool(header.incompatible_features & Incompatible.COMPRESSION)
     if has_type != (header.compression_type != 0):
@@ -462,19 +461,3 @@ def pack_fields(header: Header, backing_offset: int) -> bytes:
     if header.header_length > HEADER_BYTES_V3_MIN:
         fields += bytes([header.compression_type]) + header.unknown_fields
     return fields.ljust(header.header_length, b"\0")
-
-
-def with_extension(header: Header, extension_type: int, data: bytes, *, first: bool) -> Header:
-    """A copy of the header that has the extension with these data.
-
-    An extension that is there keeps its place in the order; a new one comes first or last.
-    """
-    new = HeaderExtension(extension_type, data)
-    extensions = [replace(extension) for extension in header.extensions]
-    for index, extension in enumerate(extensions):
-        if extension.type == extension_type:
-            extensions[index] = new
-            break
-    else:
-        extensions.insert(0 if first else len(extensions), new)
-    return replace(header, extensions=extensions)

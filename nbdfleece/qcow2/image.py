@@ -18,7 +18,6 @@ import logging
 import os
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Final
 
 import numpy as np
 
@@ -68,8 +67,6 @@ from .status import STATUS_DATA, describe, uniform
 from .subclusters import subcluster_runs
 from .tables import CACHE_BYTES, Mapping, MetadataMap
 from .write import Writer
-
-_SECTOR: Final = 512
 
 _log = logging.getLogger(__name__)
 

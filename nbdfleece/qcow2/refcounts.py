@@ -23,6 +23,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from ..block.file import FileNode
+from .cached_table import CachedTable
 from .header import REFCOUNT_TABLE_BYTES_MAX, Header
 from .quarantine import Quarantine
 from .refcount_codec import (
@@ -54,24 +55,15 @@ class Allocation(NamedTuple):
     """Nothing was ever written there: the file reads as zeroes."""
 
 
-class RefcountBlock:
-    """One refcount block; counts ``[dirty_first, dirty_end)`` differ from the file."""
+class RefcountBlock(CachedTable):
+    """One refcount block; ``counts`` is ``array`` for access to single counts."""
 
-    __slots__ = ("array", "counts", "dirty_end", "dirty_first", "host_offset", "is_recent", "pins")
+    __slots__ = ("array", "counts")
 
     def __init__(self, host_offset: int, array: Counts) -> None:
-        self.host_offset = host_offset
+        super().__init__(host_offset)
         self.array = array
         self.counts = array.data
-        self.dirty_first = 0
-        self.dirty_end = 0
-        self.is_recent = True
-        self.pins = 0
-
-    @property
-    def is_dirty(self) -> bool:
-        """Whether the file does not have the block's content."""
-        return self.dirty_end > self.dirty_first
 
     def set_to_one(self, first: int, end: int) -> None:
         """Set counts ``[first, end)`` to one."""
@@ -80,14 +72,6 @@ class RefcountBlock:
             return
         for position in range(first, end):
             self.counts[position] = 1
-
-    def mark_dirty(self, first: int, end: int) -> None:
-        """Counts ``[first, end)`` have changed."""
-        if self.is_dirty:
-            self.dirty_first = min(self.dirty_first, first)
-            self.dirty_end = max(self.dirty_end, end)
-        else:
-            self.dirty_first, self.dirty_end = first, end
 
 
 class Refcounts:

@@ -22,7 +22,6 @@ from .limits import Limits
 from .listener import Listener
 from .polling import Polling
 from .sessions import Session, SessionFactory
-from .statistics import Statistics
 from .tls import Authorization, Authorizer, TlsChannel, TlsSettings
 from .turns import Turns
 
@@ -89,7 +88,6 @@ class NbdServer:
         self._loop = asyncio.get_running_loop()
         self.turns = Turns(self._loop)
         self.polling = Polling(self._loop)
-        self._past: dict[str, Statistics] = {}
         self._watchers: list[asyncio.Event] = []
         self._is_holding_back = False
         self._left = asyncio.Event()
@@ -213,9 +211,6 @@ class NbdServer:
             connection.session.end()
         if connection.export is not None:
             connection.export.connections -= 1
-            if connection.session is None:  # else the clients think the names up (rule 5)
-                past = self._past.setdefault(connection.export.name, Statistics())
-                past.add(connection.statistics)
             if not self.connections:
                 self._left.set()
         logger.debug("%s: closed: %s", connection.peer, connection.statistics)
@@ -228,20 +223,6 @@ class NbdServer:
     def _wake_watchers(self) -> None:
         for watcher in self._watchers:
             watcher.set()
-
-    # Statistics.
-
-    def export_statistics(self, name: str) -> Statistics:
-        """What all connections to an export have done, those of the past too.
-
-        Closing the export begins anew. Past ones to exports of sessions are not known.
-        """
-        total = Statistics()
-        total.add(self._past.get(name, Statistics()))
-        for connection in self.connections:
-            if connection.export is not None and connection.export.name == name:
-                total.add(connection.statistics)
-        return total
 
     # The end.
 
@@ -265,7 +246,6 @@ class NbdServer:
         ]
         reason = f"export '{name}' is no longer served"
         await self._end(clients, reason, 0.0 if hard else grace_seconds)
-        self._past.pop(name, None)
 
     async def shut_down(self, grace_seconds: float = 10.0) -> None:
         """Stop listening, let clients finish, close them all.

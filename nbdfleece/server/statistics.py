@@ -1,13 +1,13 @@
-"""What connections and exports have done, counted."""
+"""What connections have done, counted."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Counts since the beginning; of a connection, or of all connections of an export.
+    """Counts since the beginning of a connection.
 
     Attributes:
         requests: Requests that were received.
@@ -20,9 +20,3 @@ class Statistics:
     errors: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
-
-    def add(self, other: Statistics) -> None:
-        """Add the counts of ``other``."""
-        for entry in fields(self):
-            name = entry.name
-            setattr(self, name, getattr(self, name) + getattr(other, name))

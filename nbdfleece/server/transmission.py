@@ -55,7 +55,8 @@ _FUA: Final = int(CommandFlag.FUA)
 _NO_HOLE: Final = int(CommandFlag.NO_HOLE)
 _FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
 
-Handler = Callable[[Request, memoryview], Coroutine[Any, Any, None]]
+_Work = Coroutine[Any, Any, None]
+_Handler = Callable[[Request, memoryview], _Work]
 
 
 class Host(Protocol):
@@ -120,6 +121,7 @@ class Transmission:
             chunk_max = min(chunk_max, limits.read_chunk_bytes_max)
         turn_bytes = limits.wake_up_bytes_max
         self._reads = Reads(self._node, self._replies, self._outbox, chunk_max, turn_bytes, self)
+        self._begin_read: Callable[[Request], _Work | None] = self._reads.begin
         # Room for one more of the largest requests is always left.
         self._pause_bytes = limits.wire.bytes_in_flight_max - self._rules.payload_max
         contexts = {
@@ -139,15 +141,14 @@ class Transmission:
         self._header_size = self.needed = self._rules.header_size
         self._unpack = self._rules.unpack
         self._check = self._rules.check
-        self._operations: dict[int, Handler] = {
+        self._operations: dict[int, _Handler] = {
             Command.FLUSH: self._flush,
             Command.TRIM: self._trim,
             Command.CACHE: self._cache,
             Command.WRITE_ZEROES: self._write_zeroes,
         }
-        self._handlers: dict[int, Handler] = {
+        self._handlers: dict[int, _Handler] = {
             **dict.fromkeys(self._operations, self._perform),
-            Command.READ: self._read,
             Command.WRITE: self._write,
             Command.BLOCK_STATUS: self._block_status,
         }
@@ -314,11 +315,10 @@ class Transmission:
             return
         if request[2] == _READ:
             work = self._begin_read(request)
-            if work is None:
-                return
         else:
             work = self._handlers[request[2]](request, _NO_PAYLOAD)
-        self.start_task(work, self._reply_cost(request))
+        if work is not None:
+            self.start_task(work, self._reply_cost(request))
 
     def _reply_cost(self, request: Request) -> int:
         """Bytes that the reply may hold while the request is in flight, about."""
@@ -333,7 +333,7 @@ class Transmission:
             buffer.users += 1
             self._track(task, len(payload), buffer)
 
-    def start_task(self, work: Coroutine[Any, Any, None], cost: int = 0) -> None:
+    def start_task(self, work: _Work, cost: int = 0) -> None:
         """Run a coroutine; as long as it waits it counts as in flight, and holds ``cost`` bytes."""
         task = start(work)
         if task is not None:
@@ -408,13 +408,6 @@ class Transmission:
         return RequestError(Error.EIO, f"{what}: internal error of the server")
 
     # The commands.
-
-    async def _read(self, request: Request, payload: memoryview) -> None:
-        await self._reads.answer(request)
-
-    def _begin_read(self, request: Request) -> Coroutine[Any, Any, None] | None:
-        """Answer a READ without a task, now or together with others; else returns what does it."""
-        return self._reads.begin(request)
 
     def note_sendfile(self, length: int) -> None:
         """Bytes that are sent without a copy take less of the turn."""

@@ -15,7 +15,6 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 from ..export.contexts import AllocationDepth, BaseAllocation, DirtyBitmap, MetadataContext
@@ -88,12 +87,7 @@ class ImageServer:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        error_class: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """End.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,8 +22,10 @@ from ..server.connection import Connection
 from ..server.inbox import Inbox
 from ..server.limits import Limits
 from ..server.server import NbdServer
-from ..server.transmission import Handler, Transmission
+from ..server.transmission import Transmission
 from .faults import BadMagic, Delay, Drop, Fail, Fault, FaultList, Lie, Lying, WrongCookie
+
+_Handler = Callable[..., Coroutine[Any, Any, None]]
 
 
 class Seen(NamedTuple):
@@ -119,20 +121,19 @@ class FaultyTransmission(Transmission):
             command: partial(self._handle_faulty, handler)
             for command, handler in self._handlers.items()
         }
+        self._begin_read = partial(self._handle_faulty, self._reads.answer)
 
     def _new_replies(self, negotiated: Negotiated) -> Replies:
         self._faulty = FaultyReplies(super()._new_replies(negotiated), negotiated)
         return self._faulty
 
-    def _begin_read(self, request: Request) -> Coroutine[Any, Any, None]:
-        """No request passes the faults by."""
-        return self._handlers[Command.READ](request, memoryview(b""))
-
     def _write_at_once(self, request: Request, inbox: Inbox) -> bool:
         """No request passes the faults by."""
         return False
 
-    async def _handle_faulty(self, handler: Handler, request: Request, payload: memoryview) -> None:
+    async def _handle_faulty(
+        self, handler: _Handler, request: Request, *payload: memoryview
+    ) -> None:
         seen = Seen(Command(request.command), request.offset, request.length, request.flags)
         self._server.seen.append(seen)
         faults = self._server.faults.for_request(*seen[:3])
@@ -145,19 +146,14 @@ class FaultyTransmission(Transmission):
             return
         self._faulty.faults[request.cookie] = faults
         try:
-            await self._answer(handler, request, payload, faults)
+            for fault in faults:
+                if isinstance(fault, Fail):
+                    # Any number, not only those that NBD knows.
+                    self._refuse(request, RequestError(fault.error, fault.text))  # type: ignore[arg-type]
+                    return
+            await handler(request, *payload)
         finally:
             self._faulty.faults.pop(request.cookie, None)
-
-    async def _answer(
-        self, handler: Handler, request: Request, payload: memoryview, faults: list[Fault]
-    ) -> None:
-        for fault in faults:
-            if isinstance(fault, Fail):
-                # Any number, not only those that NBD knows.
-                self._refuse(request, RequestError(fault.error, fault.text))  # type: ignore[arg-type]
-                return
-        await handler(request, payload)
 
 
 class CutChannel:

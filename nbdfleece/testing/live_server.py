@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack, ExitStack
-from types import TracebackType
 from typing import Self
 
 from ..bitmaps.bitmap import Bitmap
@@ -115,12 +114,7 @@ class LiveServer:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self,
-        error_class: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     async def _start(self) -> None:

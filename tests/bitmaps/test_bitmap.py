@@ -56,11 +56,6 @@ class BitmapAgainstSet(RuleBasedStateMachine):
         self.bitmap.set_all()
         self.model = set(range(self.bitmap.bit_count))
 
-    @rule()
-    def clear_all(self) -> None:
-        self.bitmap.clear_all()
-        self.model = set()
-
     @rule(data=st.data())
     def ask_extents(self, data: st.DataObject) -> None:
         offset, length = data.draw(ranges(self.bitmap.size))

@@ -126,7 +126,7 @@ async def test_bit_is_set_before_the_disk_is_written_at_once(tmp_path: Path) -> 
     assert guest.write_at_once(0, memoryview(b"x" * 65536))
     assert (bitmap.bits_set(), disk.content[65535]) == (1, ord("x"))
     disk.fail = fail
-    bitmap.clear_all()
+    bitmap.clear_range(0, bitmap.size)
     with pytest.raises(OSError, match="no"):
         guest.write_at_once(60_000, memoryview(b"y"))
     assert bitmap.bits_set() == 1

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from nbdfleece.block.file import FileNode
 from nbdfleece.errors import ImageLockedError
+from tests.held import held_by_qemu
 
 
 @pytest.fixture
@@ -18,27 +17,6 @@ def image(tmp_path: Path) -> Path:
     path = tmp_path / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
     return path
-
-
-@contextmanager
-def held_by_qemu(path: Path, *options: str) -> Iterator[None]:
-    """The image, open in a qemu-io that waits for commands."""
-    program = subprocess.Popen(
-        ["qemu-io", *options, "-f", "qcow2", str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert program.stdin is not None
-    assert program.stdout is not None
-    try:
-        program.stdin.write("length\n")
-        program.stdin.flush()
-        while "MiB" not in program.stdout.readline():
-            assert program.poll() is None
-        yield
-    finally:
-        program.communicate("quit\n")
 
 
 def qemu_reads(path: Path) -> subprocess.CompletedProcess[str]:

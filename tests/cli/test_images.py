@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.held import held_by_qemu
+
 from .conftest import Run, make_image
 
 
@@ -185,14 +187,6 @@ def test_info_and_map_of_a_file_ask_no_server(run: Run, image: Path) -> None:
 
 
 def test_info_of_an_image_in_use_needs_force_share(run: Run, image: Path) -> None:
-    with subprocess.Popen(
-        ["qemu-io", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdin is not None
-        assert other.stdout is not None
-        other.stdin.write("read 0 512\n")
-        other.stdin.flush()
-        other.stdout.readline()
+    with held_by_qemu(image):
         assert run("info", image).status == 1
         assert run("info", "-U", "--json", image).json["format"] == "qcow2"
-        other.stdin.close()

@@ -19,23 +19,12 @@ from nbdfleece.cli.main import cli
 from tests.backup.conftest import tmp_path as in_memory
 from tests.backup.programs import content_of, nbdkit, qemu_io, qemu_nbd
 
-from .conftest import PROGRAM, SECONDS_MAX, SIZE, Run, Server, Start, environment, make_image
+from . import filled
+from .conftest import PROGRAM, SECONDS_MAX, SIZE, Run, Server, Start, environment
 
 tmp_path = in_memory
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = make_image(tmp_path / "a.qcow2")
-    qemu_io(path, "write -q -P 1 0 5M", "write -q -P 2 9M 64k")
-    return path
-
-
-@pytest.fixture
-def server(tmp_path: Path, image: Path, start: Start) -> Server:
-    return start(
-        "--disk", f"vda={image}", "--listen", f"unix:{tmp_path}/n", "--control", tmp_path / "c"
-    )
+image = filled.image
+server = filled.server
 
 
 @pytest.fixture

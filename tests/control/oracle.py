@@ -19,15 +19,21 @@ Step = tuple[str, dict[str, Any]]
 SECONDS_MAX = 120
 
 
-@contextlib.asynccontextmanager
-async def storage_daemon(folder: Path, disks: Sequence[str]) -> AsyncIterator[QMPClient]:
+def storage_daemon(
+    folder: Path, disks: Sequence[str]
+) -> contextlib.AbstractAsyncContextManager[QMPClient]:
     """QEMU's storage daemon with new images as block nodes of these names."""
+    return daemon_of(folder, {name: make_image(folder / f"qemu-{name}.qcow2") for name in disks})
+
+
+@contextlib.asynccontextmanager
+async def daemon_of(folder: Path, images: Mapping[str, Path]) -> AsyncIterator[QMPClient]:
+    """QEMU's storage daemon with these images as block nodes."""
     client = QMPClient()
     listening = str(folder / "qemu.sock")
     await client.start_server(listening)
     words = ["--chardev", f"socket,id=c,path={listening}", "--monitor", "chardev=c"]
-    for name in disks:
-        image = make_image(folder / f"qemu-{name}.qcow2")
+    for name, image in images.items():
         words += ["--blockdev", f"driver=file,node-name={name}-file,discard=unmap,filename={image}"]
         words += ["--blockdev", f"driver=qcow2,node-name={name},discard=unmap,file={name}-file"]
     process = subprocess.Popen(["qemu-storage-daemon", *words])

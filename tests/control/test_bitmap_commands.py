@@ -13,6 +13,7 @@ from qemu.qmp import ExecuteError, QMPClient
 from nbdfleece.daemon import Daemon, DaemonOptions
 
 from .conftest import GRANULE, SIZE, make_image
+from .oracle import daemon_of
 
 
 async def bitmap(qmp: QMPClient, name: str, node: str = "vda") -> dict[str, Any] | None:
@@ -210,24 +211,14 @@ async def test_hash_is_qemus(tmp_path: Path, qmp: QMPClient, daemon: Daemon) -> 
     offsets = (0, 5 * GRANULE, SIZE - GRANULE)
     for offset in offsets:
         await write(daemon, offset)
-    ours = await qmp.execute("x-debug-block-dirty-bitmap-sha256", {"node": "vda", "name": "b"})
+    question = ("x-debug-block-dirty-bitmap-sha256", {"node": "vda", "name": "b"})
+    ours = await qmp.execute(*question)
     image = make_image(tmp_path / "qemu.qcow2")
     subprocess.run(["qemu-img", "bitmap", "--add", image, "b"], check=True)
     commands = [word for offset in offsets for word in ("-c", f"write -q {offset} 4096")]
     subprocess.run(["qemu-io", "-f", "qcow2", *commands, image], check=True)
-    client = QMPClient()
-    listening = str(tmp_path / "qemu.sock")
-    await client.start_server(listening)
-    process = subprocess.Popen(
-        ["qemu-storage-daemon", "--chardev", f"socket,id=c,path={listening}"]
-        + ["--blockdev", f"driver=file,node-name=f,filename={image}"]
-        + ["--blockdev", "driver=qcow2,node-name=q,file=f", "--monitor", "chardev=c"]
-    )
-    await client.accept()
-    theirs = await client.execute("x-debug-block-dirty-bitmap-sha256", {"node": "q", "name": "b"})
-    await client.disconnect()
-    process.terminate()
-    process.wait(120)
+    async with daemon_of(tmp_path, {"vda": image}) as qemus:
+        theirs = await qemus.execute(*question)
     assert ours == theirs
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from qemu.qmp import QMPClient
 from nbdfleece.daemon import Daemon
 
 from .conftest import SIZE, make_image
+from .oracle import daemon_of
 
 
 def shape(value: Any) -> Any:
@@ -29,20 +29,8 @@ async def qemus_node(tmp_path: Path) -> dict[str, Any]:
     """What QEMU tells of an image with one bitmap."""
     image = make_image(tmp_path / "qemu.qcow2")
     subprocess.run(["qemu-img", "bitmap", "--add", image, "b"], check=True)
-    client = QMPClient()
-    listening = str(tmp_path / "qemu.sock")
-    await client.start_server(listening)
-    process = subprocess.Popen(
-        ["qemu-storage-daemon", "--chardev", f"socket,id=c,path={listening}"]
-        + ["--blockdev", f"driver=file,node-name=f,filename={image}"]
-        + ["--blockdev", "driver=qcow2,node-name=q,file=f", "--monitor", "chardev=c"]
-    )
-    await client.accept()
-    nodes = await client.execute("query-named-block-nodes", {"flat": True})
-    await client.execute("quit")
-    with suppress(EOFError):
-        await client.disconnect()
-    assert process.wait(120) == 0
+    async with daemon_of(tmp_path, {"q": image}) as client:
+        nodes = await client.execute("query-named-block-nodes", {"flat": True})
     assert isinstance(nodes, list)
     return next(dict(node) for node in nodes if node["node-name"] == "q")
 

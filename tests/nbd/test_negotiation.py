@@ -345,7 +345,7 @@ def test_block_size_is_not_required_with_default_sizes_or_unless_wanted() -> Non
     plain = ExportInfo(name="disk", size=1, requires_block_size=True)
     lenient = ExportInfo(name="disk", size=512, minimum_block_size=512)
     for export in plain, lenient:
-        assert not converse(go(), exports=[export]).negotiated.block_size_requested
+        assert converse(go(), exports=[export]).negotiated.export is export
 
 
 def test_export_name_of_an_export_that_requires_block_size_drops_the_connection() -> None:

@@ -202,7 +202,6 @@ def transmission(
     """The outcome of a handshake that asked for this much."""
     return Negotiated(
         export=export,
-        requested_name=export.name,
         transmission_flags=export.transmission_flags(
             structured_replies=structured,
             extended_headers=extended,
@@ -211,7 +210,6 @@ def transmission(
         structured_replies=structured or extended,
         extended_headers=extended,
         contexts=tuple(SelectedContext(i, name) for i, name in enumerate(contexts)),
-        block_size_requested=True,
         leftover=b"",
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.errors import ImageError, StateError
-from nbdfleece.qcow2.bitmap_store import BitmapStore, repair_directory
+from nbdfleece.qcow2.bitmap_store import BitmapStore
 from nbdfleece.qcow2.extension_area import scan_extension_area
 from nbdfleece.qcow2.image import Qcow2Image
 from nbdfleece.qcow2.private_extension import EXTENSION_MAGIC
@@ -99,7 +99,7 @@ async def test_whatever_qemu_refuses_is_seen_as_damage_and_can_be_repaired(path:
             continue
         refused += 1
         image = await Qcow2Image.open(path, read_only=False)
-        report = await repair_directory(image)
+        report = await (await BitmapStore.load(image)).repair()
         await image.close()
         assert report.dropped, position
         assert qemu_opens(path), position
@@ -121,7 +121,7 @@ async def test_directory_past_the_end_of_the_file_is_dropped_by_repair(path: Pat
     struct.pack_into(">Q", content, place.offset + 16, 1 << 40)
     path.write_bytes(content)
     image = await Qcow2Image.open(path, read_only=False)
-    report = await repair_directory(image)
+    report = await (await BitmapStore.load(image)).repair()
     await image.close()
     assert report.kept == []
     assert "past the end" in report.dropped[0].reason
@@ -133,7 +133,7 @@ async def test_sound_directory_is_not_touched_by_repair(path: Path) -> None:
     await store_in(path, [frozen("a", NEW_BITS)], b"record")
     before = path.read_bytes()
     image = await Qcow2Image.open(path, read_only=False)
-    report = await repair_directory(image)
+    report = await (await BitmapStore.load(image)).repair()
     assert [entry.name for entry in report.kept] == ["a"]
     assert report.dropped == []
     await image.file.close()
@@ -161,7 +161,7 @@ async def test_bitmap_that_points_to_the_refcount_table_is_damaged(path: Path) -
     content[table : table + 8] = content[48:56]
     path.write_bytes(content)
     image = await Qcow2Image.open(path, read_only=False)
-    report = await repair_directory(image)
+    report = await (await BitmapStore.load(image)).repair()
     await image.close()
     assert [entry.name for entry in report.kept] == ["b"]
     assert "shares clusters" in report.dropped[0].reason

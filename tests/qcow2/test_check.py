@@ -16,6 +16,7 @@ import pytest
 from nbdfleece.errors import ImageError
 from nbdfleece.qcow2.check import Repair, check_image
 from nbdfleece.qcow2.check_references import CheckResult
+from tests.held import held_by_qemu
 
 _ALL_ONES_BITMAP_EXTENSION = b"\x23\x85\x28\x75"
 
@@ -203,17 +204,8 @@ async def test_corrupt_and_dirty_marks_go_with_a_repair_that_leaves_nothing(fold
 
 async def test_repair_of_an_image_in_use_is_refused(folder: Path) -> None:
     image = make(folder, "cluster_size=64k", 0)
-    with subprocess.Popen(
-        ["qemu-io", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdin is not None
-        assert other.stdout is not None
-        other.stdin.write("read 0 512\n")
-        other.stdin.flush()
-        other.stdout.readline()
-        with pytest.raises(ImageError):
-            await check_image(image, repair=Repair.ALL)
-        other.stdin.close()
+    with held_by_qemu(image), pytest.raises(ImageError):
+        await check_image(image, repair=Repair.ALL)
 
 
 async def test_header_that_cannot_be_is_refused(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.errors import StateError
-from nbdfleece.qcow2.bitmap_store import BitmapStore, repair_directory
+from nbdfleece.qcow2.bitmap_store import BitmapStore
 from nbdfleece.qcow2.extension_area import PLACEHOLDER_MAGIC, scan_extension_area
 from nbdfleece.qcow2.header import Autoclear
 from nbdfleece.qcow2.image import Qcow2Image
@@ -256,7 +256,7 @@ async def test_two_bitmaps_extensions_that_differ_are_damage(path: Path) -> None
     store, _ = await load_from(path)
     assert "two bitmaps extensions" in store.damaged[0].reason
     image = await Qcow2Image.open(path, read_only=False)
-    await repair_directory(image)
+    await (await BitmapStore.load(image)).repair()
     await image.close()
     assert listed_bitmaps(path) == {}
     check_image(path)

@@ -10,13 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from nbdfleece.export.export import ExportTable
-from nbdfleece.nbd.limits import Limits as WireLimits
 from nbdfleece.server import server as server_module
-from nbdfleece.server.catalogue import ServedExport, describe_export
 from nbdfleece.testing.memory_node import MemoryNode
 
-from .harness import GREETING_BYTES, Client, Serve, export_of, settled
+from .harness import GREETING_BYTES, Client, Serve, settled
 
 MIB = 1 << 20
 
@@ -60,34 +57,3 @@ async def test_removed_listener_lets_nobody_in_and_clients_stay(serve: Serve) ->
     with pytest.raises(FileNotFoundError):
         await served.connect()
     assert await client.read(0, 512) == b"abcd" * 128
-
-
-class AnyName:
-    """A session in which every name is an export."""
-
-    async def admit(self) -> None:
-        pass
-
-    async def look_up(self, lookup: object) -> None:
-        raise AssertionError("all is known")
-
-    def exports(self) -> list[ServedExport]:
-        return []
-
-    def find(self, name: str) -> ServedExport:
-        return describe_export(export_of(MemoryNode(MIB), name), WireLimits())
-
-    def end(self) -> None:
-        pass
-
-
-async def test_names_that_clients_think_up_leave_nothing_in_memory(serve: Serve) -> None:
-    """Rule 5."""
-    served = serve(ExportTable(), sessions=lambda connection: AnyName())
-    for number in range(5):
-        client = await served.open(f"name-{number}")
-        assert await client.read(0, 512) == bytes(512)
-        client.close()
-        await served.server.wait_idle()
-    found = [served.server.export_statistics(f"name-{number}").requests for number in range(5)]
-    assert found == [0] * 5

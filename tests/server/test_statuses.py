@@ -110,7 +110,7 @@ CHANGES: dict[str, Callable[[Bitmap], None]] = {
     "first granule": lambda bitmap: bitmap.set_range(PART, 1),
     "last granule": lambda bitmap: bitmap.set_range(2 * PART - 2 * GRANULE, 1),
     "all set": Bitmap.set_all,
-    "cleared": Bitmap.clear_all,
+    "cleared": lambda bitmap: bitmap.clear_range(0, bitmap.size),
     "a part cleared": lambda bitmap: bitmap.clear_range(PART + PART // 2, 5 * GRANULE),
     "merged": lambda bitmap: bitmap.merge(alternating(pattern=0x11)),
     "subtracted": lambda bitmap: bitmap.subtract(alternating(pattern=0x08)),
@@ -421,7 +421,7 @@ async def test_no_more_bits_than_the_limit_are_kept() -> None:
     for extra, is_kept in ((0, True), (1, False)):
         length = 8 * (BITS_BYTES_MAX + extra) * GRANULE
         bitmap = MeasuredBitmap(size)
-        bitmap.clear_all()
+        bitmap.clear_range(0, bitmap.size)
         bitmap.array()[: MANY_EXTENTS // 8 * 2] = 0xAA
         bitmap.array()[length >> 12 : (length >> 12) + MANY_EXTENTS // 8 * 2] = 0xAA
         statuses, *_ = by_itself(bitmap)
@@ -437,7 +437,7 @@ async def test_no_more_is_searched_ahead_than_may_be_kept() -> None:
     """A map of more extents than fit in a reply, but too long to be compared."""
     length = 8 * (4 * BITS_BYTES_MAX) * GRANULE
     bitmap = MeasuredBitmap(2 * length)
-    bitmap.clear_all()
+    bitmap.clear_range(0, bitmap.size)
     bitmap.array()[::5] = 0xAA
     statuses, *_ = by_itself(bitmap)
     request, query = status_request(0, length)
