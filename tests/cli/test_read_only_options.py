@@ -134,7 +134,22 @@ def test_image_that_is_being_written_is_refused(
         refused = run("serve", "--read-only", f"t={image}", *second)
     told = f"{image}: being written by another program: stop it before serving the image"
     assert (refused.status, refused.complaint) == (1, told)
-    both = run("serve", "--disk", f"vda={image}", "--read-only", f"t={image}", *second)
+
+
+@pytest.mark.parametrize(
+    ("shown", "locked"), [("other", "other"), ("template.qcow2", "base.qcow2")]
+)
+def test_image_that_is_a_disk_of_the_same_server_is_refused_by_that_name(
+    tmp_path: Path, image: Path, run: Run, shown: str, locked: str
+) -> None:
+    """Rule 8: also by another file name, and as the backing file; no program is to be sought."""
+    (tmp_path / "other").hardlink_to(tmp_path / "base.qcow2")
+    disks = ("--disk", f"vda={make_image(tmp_path / 'a.qcow2')}", "--disk", "vdb=base.qcow2")
+    both = run("serve", *disks, "--read-only", f"t={tmp_path}/{shown}", *LISTEN)
+    told = (
+        f"{tmp_path}/{locked}: being written by this server itself, as disk 'vdb': serve it as one"
+        " of the two only, or export a snapshot of the disk"
+    )
     assert (both.status, both.complaint) == (1, told)
 
 
