@@ -16,6 +16,7 @@ from ..qcow2.image import Qcow2Image
 from .chain import Chain
 from .disk import Disk
 from .disk_state import DiskState
+from .layers import stored_changes
 from .stored_state import stored_state
 
 
@@ -137,6 +138,11 @@ class ReadOnlyImage(StillNode):
     async def bits(self, name: str) -> Bitmap:
         """The bits of a bitmap, read from the image if they are not in memory."""
         return self.state.bitmaps[name].bits or await self._store.load_bits(name)
+
+    async def changes_since(self, checkpoint: str) -> Bitmap:
+        """What has changed since a checkpoint; errors as of :func:`stored_changes`."""
+        self.check_undamaged(checkpoint)  # a damaged directory may have taken the chain with it
+        return await stored_changes(self.image, self._store, self.state, checkpoint)
 
 
 def _advice(path: str, disks: Iterable[Disk]) -> str:
