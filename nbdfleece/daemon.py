@@ -62,6 +62,7 @@ class DaemonOptions:
         nodes: What has the bytes of those disks whose images have bitmaps only.
         images: Images that are only shown, by their exports' names.
         bitmaps: Dirty bitmaps that are shown with them, by the same names.
+        since: Checkpoints of them since which the changes are shown, by the same names.
         listen: Where NBD clients are accepted; export names in it are of no matter.
         control: Path of the control socket; None for none.
         scratch: How snapshots are kept.
@@ -81,6 +82,7 @@ class DaemonOptions:
     nodes: Mapping[str, BlockNode] = field(default_factory=dict)
     images: Mapping[str, Path] = field(default_factory=dict)
     bitmaps: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    since: Mapping[str, Sequence[str]] = field(default_factory=dict)
     listen: Sequence[NbdUri] = ()
     control: Path | None = None
     scratch: ScratchOptions = field(default_factory=ScratchOptions)
@@ -266,7 +268,8 @@ class Daemon:
             await self.engine.open_disk(name, path, policy, data=self.options.nodes.get(name))
         await self.engine.recover()
         for name, path in self.options.images.items():
-            await self.node_exports.add_image(name, path, self.options.bitmaps.get(name, ()))
+            bitmaps, since = (of.get(name, ()) for of in (self.options.bitmaps, self.options.since))
+            await self.node_exports.add_image(name, path, bitmaps, since)
         for more in self.options.more_exports:
             for export in await self._more.enter_async_context(more):
                 self.exports.add(export)

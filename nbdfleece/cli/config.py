@@ -42,7 +42,7 @@ from ..errors import UsageError
 from .addresses import NO_CONTROL, parse_listen
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
-from .read_only_options import parse_bitmaps, parse_images
+from .read_only_options import parse_bitmaps, parse_images, parse_since
 from .sizes import parse_size
 
 Scalar = bool | int | float | str
@@ -69,6 +69,7 @@ class ImageConfig(_Part):
 
     file: str
     bitmaps: list[str] = []
+    since: list[str] = []
 
 
 class ScratchConfig(_Part):
@@ -218,6 +219,7 @@ class _Checked:
             name: image if isinstance(image, ImageConfig) else ImageConfig(file=image)
             for name, image in images.items()
         }
+        shown = [self._shown(name, image) for name, image in each.items()]
         return {
             "images": [
                 self._check(
@@ -227,15 +229,20 @@ class _Checked:
                 )
                 for name, image in each.items()
             ],
-            "bitmaps": [
-                word for name, image in each.items() for word in self._bitmaps(name, image.bitmaps)
-            ],
+            "bitmaps": [word for bitmaps, _ in shown for word in bitmaps],
+            "since": [word for _, since in shown for word in since],
         }
 
-    def _bitmaps(self, name: str, bitmaps: Sequence[str]) -> list[str]:
-        words = [f"{name}={bitmap}" for bitmap in bitmaps]
-        keys = ["read-only", name, "bitmaps"]
-        return self._check(keys, lambda words: parse_bitmaps(words, [name]), words)
+    def _shown(self, name: str, image: ImageConfig) -> tuple[list[str], list[str]]:
+        """What is shown with an image, as words of ``--bitmap`` and of ``--since``."""
+        keys = ["read-only", name]
+        bitmaps = [f"{name}={each}" for each in image.bitmaps]
+        since = [f"{name}={each}" for each in image.since]
+        self._check([*keys, "bitmaps"], lambda words: parse_bitmaps(words, [name]), bitmaps)
+        self._check(
+            [*keys, "since"], lambda words: parse_since(words, {name: image.bitmaps}), since
+        )
+        return bitmaps, since
 
     def _file(self, name: str | None) -> str | None:
         return None if name is None else str(self._path.parent / name)

@@ -1,8 +1,8 @@
-"""The images that ``nbdfleece serve`` only shows, and which of their bitmaps it shows with them."""
+"""The images that ``nbdfleece serve`` only shows, and the bitmaps that it shows with them."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 import click
@@ -27,6 +27,13 @@ read_only_options = option_group(
         metavar="NAME=BITMAP",
         help="Show a dirty bitmap of a --read-only image as qemu:dirty-bitmap:BITMAP; may be "
         "repeated.",
+    ),
+    click.option(
+        "--since",
+        multiple=True,
+        metavar="NAME=CHECKPOINT",
+        help="Show what has changed in a --read-only image since a checkpoint of it, as "
+        "qemu:dirty-bitmap:CHECKPOINT; may be repeated.",
     ),
 )
 
@@ -54,14 +61,41 @@ def parse_bitmaps(words: Iterable[str], images: Iterable[str]) -> dict[str, list
     Raises:
         UsageError: One is not of that form, there is no such image, or a bitmap is named twice.
     """
-    bitmaps: dict[str, list[str]] = {name: [] for name in images}
+    return _parse("--bitmap", "BITMAP", words, images)
+
+
+def parse_since(
+    words: Iterable[str], bitmaps: Mapping[str, Container[str]]
+) -> dict[str, list[str]]:
+    """Read ``NAME=CHECKPOINT``: names of checkpoints by the image's name.
+
+    Args:
+        words: What ``--since`` says.
+        bitmaps: What ``--bitmap`` says, of all images.
+
+    Raises:
+        UsageError: One is not of that form, there is no such image, a checkpoint is named twice,
+            or a bitmap would be called as it is.
+    """
+    since = _parse("--since", "CHECKPOINT", words, bitmaps)
+    for name, checkpoints in since.items():
+        for each in checkpoints:
+            if each in bitmaps[name]:
+                raise UsageError(f"--bitmap and --since both name '{each}' of '{name}': leave one")
+    return since
+
+
+def _parse(
+    option: str, what: str, words: Iterable[str], images: Iterable[str]
+) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {name: [] for name in images}
     for word in words:
-        name, equals, bitmap = word.partition("=")
-        if not (name and equals and bitmap):
-            raise UsageError(f"--bitmap is NAME=BITMAP, '{word}' is not")
-        if name not in bitmaps:
-            raise UsageError(f"--bitmap: there is no image '{name}' of --read-only")
-        if bitmap in bitmaps[name]:
-            raise UsageError(f"--bitmap names '{bitmap}' of '{name}' twice")
-        bitmaps[name].append(bitmap)
-    return bitmaps
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise UsageError(f"{option} is NAME={what}, '{word}' is not")
+        if name not in found:
+            raise UsageError(f"{option}: there is no image '{name}' of --read-only")
+        if value in found[name]:
+            raise UsageError(f"{option} names '{value}' of '{name}' twice")
+        found[name].append(value)
+    return found

@@ -30,7 +30,7 @@ from .limit_options import parse_limits
 from .listen_options import keep_stderr_from_client, listen_options, parse_socket_file
 from .nbd_serving import handle_signals
 from .options import loop_option
-from .read_only_options import parse_bitmaps, parse_images, read_only_options
+from .read_only_options import parse_bitmaps, parse_images, parse_since, read_only_options
 from .sizes import parse_size
 from .tls_options import build_authorization, build_tls, tls_options
 
@@ -169,11 +169,13 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
         make_runtime_directory()
     disks = parse_disks(values["disks"])
     images = parse_images(values["images"], disks)
+    bitmaps = parse_bitmaps(values["bitmaps"], images)
     return DaemonOptions(
         disks=disks,
         policies=parse_policies(disks, values["discard"], values["detect_zeroes"]),
         images=images,
-        bitmaps=parse_bitmaps(values["bitmaps"], images),
+        bitmaps=bitmaps,
+        since=parse_since(values["since"], bitmaps),
         listen=listen,
         control=choose_control(values["control"]),
         limits=parse_limits(values["limits"]),

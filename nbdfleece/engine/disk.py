@@ -28,7 +28,7 @@ from ..qcow2.image import Qcow2Image
 from .chain import Chain, Checkpoint, pack_chain, unpack_chain
 from .disk_state import DiskBitmap, DiskState
 from .layers import Layer as BackingLayer
-from .layers import changes_below, load_layers
+from .layers import check_own, load_layers, merge_below
 from .raw_store import RawStore
 
 GRANULARITY_RANGE: Final = (512, 1 << 20)
@@ -404,7 +404,8 @@ class Disk:
             StateError: The checkpoint is unknown or newer than the instant, or the changes
                 since it are not known.
         """
-        await self._check_knows(name)
+        layers = await self._backing_layers()
+        check_own(self.image.path, self.state.chain, layers, name)
         self.state.check_since(name)
         links = self.state.chain.checkpoints[self.state.chain.index(name) :]
         if links[0].id not in instant.checkpoint_ids or instant.changes is None:
@@ -414,7 +415,8 @@ class Disk:
             if link.id in instant.checkpoint_ids and link.id != instant.newest_id:
                 await asyncio.sleep(0)  # a guest's write must not wait for all of them
                 merged.merge(await self.bits(link.bitmap_name))
-        return await self._with_layers(merged, name, None)
+        await merge_below(merged, layers, name)
+        return merged
 
     async def changes_between(self, first: str, last: str) -> Bitmap:
         """The changes from a checkpoint to a later one, as one new bitmap.
@@ -427,7 +429,8 @@ class Disk:
         for link in links[1:]:
             await asyncio.sleep(0)
             merged.merge(await self.bits(link.bitmap_name))
-        return await self._with_layers(merged, first, last)
+        await merge_below(merged, await self._backing_layers(), first, last)
+        return merged
 
     async def knows(self, name: str) -> bool:
         """Whether the disk, or an image behind it, has a checkpoint."""
@@ -440,22 +443,6 @@ class Disk:
         if self._layers is None:
             self._layers = await load_layers(self.image)
         return self._layers
-
-    async def _check_knows(self, name: str) -> None:
-        """Refuse a checkpoint that only images behind the disk's own have."""
-        if self.state.chain.find(name) is None and await self.knows(name):
-            raise StateError(
-                f"the changes since checkpoint '{name}' are not known: '{self.image.path}' has no"
-                " such checkpoint, though an image behind it has"
-            )
-
-    async def _with_layers(self, merged: Bitmap, first: str, last: str | None) -> Bitmap:
-        """Add to changes what the images behind the disk's own have recorded of them."""
-        granularity = merged.granularity
-        layers = await self._backing_layers()
-        for bits in await changes_below(layers, first, last, granularity):
-            merged.merge(bits if bits.size == self.size else bits.resized(self.size))
-        return merged
 
     def instant(self, *, freezing: bool) -> Instant:
         """What must be remembered of this instant to tell later what had changed until it.

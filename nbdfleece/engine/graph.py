@@ -279,7 +279,7 @@ class Graph:
         """
         node = GraphNode(name=name, driver="qcow2", filename=str(path))
         with self._adding(node):
-            return await _show(node)
+            return await self._show(node)
 
     async def _open(self, node: GraphNode, policy: GuestPolicy, *, read_only: bool) -> None:
         path = Path(node.filename)
@@ -290,7 +290,14 @@ class Graph:
         elif node.driver == "raw":
             node.opened = node.view = FileNode.open(path, read_only=True)
         else:
-            await _show(node)
+            await self._show(node)
+
+    async def _show(self, node: GraphNode) -> ReadOnlyImage:
+        """Open a node's qcow2 image for reading only."""
+        disks = [*self._engine.disks.values(), *(each.disk for each in self if each.disk)]
+        shown = await ReadOnlyImage.open(node.name, Path(node.filename), disks)
+        node.opened, node.view, node.bitmaps = shown.image, shown.image, (shown,)
+        return shown
 
     async def _open_disk(self, name: str, path: Path, policy: GuestPolicy, *, is_raw: bool) -> Disk:
         """Open a disk, and settle what a crash left open on it.
@@ -490,10 +497,3 @@ class Graph:
                     del self._nodes[name]
                 else:
                     await self.remove(name)
-
-
-async def _show(node: GraphNode) -> ReadOnlyImage:
-    """Open a node's qcow2 image for reading only."""
-    shown = await ReadOnlyImage.open(node.name, Path(node.filename))
-    node.opened, node.view, node.bitmaps = shown.image, shown.image, (shown,)
-    return shown

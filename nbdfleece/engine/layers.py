@@ -1,4 +1,4 @@
-"""Changes that are recorded in the images behind a disk's image.
+"""Changes since a checkpoint as images hold them, with those recorded in the images behind.
 
 A disk whose image is an overlay has what changed before the overlay was made in bitmaps of the
 backing files. libvirt's rule says when they can be had: from the top image down a bitmap of
@@ -19,6 +19,7 @@ from ..block.node import BlockNode
 from ..errors import StateError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
+from .chain import Chain
 from .disk_state import DiskState
 from .stored_state import stored_state
 
@@ -51,24 +52,67 @@ async def load_layers(top: BlockNode) -> Sequence[Layer]:
     return found
 
 
-async def changes_below(
-    layers: Sequence[Layer], name: str, last: str | None, granularity: int
-) -> list[Bitmap]:
-    """What the images behind the top one tell of the changes since a checkpoint.
+def check_own(path: str, chain: Chain, layers: Sequence[Layer], name: str) -> None:
+    """Refuse a checkpoint that only images behind the top one have.
 
     Args:
-        layers: Those images, from above; the top one itself knows the changes.
+        path: The top image.
+        chain: Its chain.
+        layers: The images behind it.
+        name: The checkpoint.
+
+    Raises:
+        StateError: It is one.
+    """
+    if chain.find(name) is None and any(layer.has(name) for layer in layers):
+        raise StateError(
+            f"the changes since checkpoint '{name}' are not known: '{path}' has no such"
+            " checkpoint, though an image behind it has"
+        )
+
+
+async def stored_changes(
+    image: Qcow2Image, store: BitmapStore, state: DiskState, name: str
+) -> Bitmap:
+    """The changes from a checkpoint to now of an image that nobody writes, as one new bitmap.
+
+    Args:
+        image: The image.
+        store: Its bitmaps.
+        state: What it tells of them and of its chain.
+        name: The checkpoint.
+
+    Raises:
+        StateError: There is no such checkpoint, or the changes since it are not known.
+        OSError, ImageError: A bitmap could not be read.
+    """
+    if state.chain.change is not None:
+        raise StateError(state.chain.change.describe(image.path))
+    layers = await load_layers(image)
+    check_own(image.path, state.chain, layers, name)
+    state.check_since(name)
+    *older, newest = state.chain.checkpoints[state.chain.index(name) :]
+    merged = await store.load_bits(newest.bitmap_name)
+    for link in older:
+        merged.merge(await store.load_bits(link.bitmap_name))
+    await merge_below(merged, layers, name)
+    return merged
+
+
+async def merge_below(
+    merged: Bitmap, layers: Sequence[Layer], name: str, last: str | None = None
+) -> None:
+    """Add to changes what the images behind the top one have recorded of them.
+
+    Args:
+        merged: What the top image itself knows of the changes since the checkpoint.
+        layers: The images behind it, from above.
         name: The checkpoint.
         last: The checkpoint up to which; None for all. An image that does not know it gives all.
-        granularity: Of the top image's bitmap, in bytes.
-
-    Returns:
-        Bitmaps of the size of their images.
 
     Raises:
         StateError: The changes are not known; the text says in which image.
     """
-    found: list[Bitmap] = []
     gap: str | None = None
     for layer in layers:
         if not layer.has(name):
@@ -79,8 +123,8 @@ async def changes_below(
                 f" that name, though '{layer.path}' behind it has"
             )
         else:
-            found += await _changes(layer, name, last, granularity)
-    return found
+            for bits in await _changes(layer, name, last, merged.granularity):
+                merged.merge(bits if bits.size == merged.size else bits.resized(merged.size))
 
 
 async def _changes(layer: Layer, name: str, last: str | None, granularity: int) -> list[Bitmap]:

@@ -22,6 +22,7 @@ from .bitmaps import find_bitmap
 from .chain import check_name
 from .engine import Engine
 from .graph import Graph, GraphNode
+from .still_nodes import ReadOnlyImage
 from .transaction import Action, BitmapNode, Draft
 
 BitmapName = str | tuple[str, str]
@@ -127,6 +128,7 @@ class NodeExports:
         description: str = "",
         writable: bool = False,
         bitmaps: Sequence[BitmapName] = (),
+        changes: Mapping[str, Bitmap] = {},
         allocation_depth: bool = False,
     ) -> None:
         """Export a node.
@@ -139,6 +141,7 @@ class NodeExports:
             description: For people.
             writable: Clients may write.
             bitmaps: What to offer as ``qemu:dirty-bitmap:NAME``.
+            changes: What else to offer so, by its name; of no bitmap of the node.
             allocation_depth: Offer ``qemu:allocation-depth``.
 
         Raises:
@@ -150,6 +153,7 @@ class NodeExports:
         export = _export(node, name, description, writable)
         if allocation_depth:
             export.contexts += (AllocationDepth(export.node),)
+        export.contexts += tuple(DirtyBitmap(each, bits) for each, bits in changes.items())
         self._check_name(export.name)
         held = [self._bitmap(node, each, writable) for each in bitmaps]
         added = NodeExport(id=identity, node=node, export=export)
@@ -164,12 +168,21 @@ class NodeExports:
             self._forget(added)
             raise
 
-    async def add_image(self, name: str, path: Path, bitmaps: Sequence[str]) -> None:
+    async def add_image(
+        self, name: str, path: Path, bitmaps: Sequence[str], since: Sequence[str]
+    ) -> None:
         """Show a qcow2 image for reading only, as node and export of one name, from the start on.
 
+        Args:
+            name: Of both.
+            path: The image.
+            bitmaps: Bitmaps of it to offer.
+            since: Checkpoints of it; what has changed since is offered under their names, which
+                are none of ``bitmaps``.
+
         Raises:
-            StateError: The name is taken, or a bitmap is not there, inconsistent or damaged; the
-                node stays.
+            StateError: The name is taken, a bitmap is not there, inconsistent or damaged, or the
+                changes since a checkpoint are not known; the node stays.
             OSError, ImageError: The image cannot be opened.
         """
         shown = await self._graph.add_image(name, path)
@@ -181,6 +194,7 @@ class NodeExports:
                 name,
                 description=f"read-only image {name}",
                 bitmaps=bitmaps,
+                changes=await _changes(shown, since),
                 allocation_depth=True,
             )
         except StateError as error:
@@ -285,6 +299,18 @@ class NodeExports:
         for each in self:
             if is_meant(each) and not each.is_ending:
                 await self.remove(each.id, hard=True)
+
+
+async def _changes(shown: ReadOnlyImage, since: Sequence[str]) -> dict[str, Bitmap]:
+    """What has changed since checkpoints of an image, by their names.
+
+    Raises:
+        StateError: That is not known.
+    """
+    try:
+        return {each: await shown.changes_since(each) for each in since}
+    except StateError as error:
+        raise StateError(f"{error}; without --since the image can be read in full") from error
 
 
 def _export(node: GraphNode, name: str | None, description: str, writable: bool) -> Export:

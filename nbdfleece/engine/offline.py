@@ -58,6 +58,7 @@ from .chain import (
 from .disk import Disk, ScratchOptions
 from .disk_state import DiskBitmap, DiskState
 from .info import CheckpointInfo, LinkInfo
+from .layers import stored_changes
 
 _log = logging.getLogger("nbdfleece.engine")
 
@@ -144,14 +145,7 @@ class OfflineImage:
             StateError: There is no such checkpoint, or the changes since it are not known.
             OSError, ImageError: A bitmap could not be read.
         """
-        if self.chain.change is not None:
-            raise StateError(self.chain.change.describe(self.path))
-        self._state().check_since(name)
-        first, *others = self.chain.checkpoints[self.chain.index(name) :]
-        merged = await self.store.load_bits(first.bitmap_name)
-        for link in others:
-            merged.merge(await self.store.load_bits(link.bitmap_name))
-        return merged
+        return await stored_changes(self.image, self.store, self._state(), name)
 
     def kept(self) -> list[StoredBitmap]:
         """All bitmaps as they are stored."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.file import FileNode
 from ..errors import ImageLockedError, StateError
 from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
 from .chain import Chain
 from .disk import Disk
 from .disk_state import DiskState
+from .layers import stored_changes
 from .stored_state import stored_state
 
 
@@ -99,8 +103,13 @@ class ReadOnlyImage(StillNode):
         self.state = stored_state(store)
 
     @classmethod
-    async def open(cls, name: str, path: Path) -> Self:
+    async def open(cls, name: str, path: Path, disks: Iterable[Disk]) -> Self:
         """Open an image and find its bitmaps.
+
+        Args:
+            name: What to call the node.
+            path: The image.
+            disks: What this server writes, for the message.
 
         Raises:
             OSError, ImageError: It cannot be opened.
@@ -109,9 +118,7 @@ class ReadOnlyImage(StillNode):
         try:
             image = await Qcow2Image.open(path, read_only=True)
         except ImageLockedError as error:
-            raise ImageLockedError(
-                error.path, "being written by another program: stop it before serving the image"
-            ) from error
+            raise ImageLockedError(error.path, _advice(error.path, disks)) from error
         try:
             return cls(name, image, await BitmapStore.load(image))
         except BaseException:
@@ -131,3 +138,21 @@ class ReadOnlyImage(StillNode):
     async def bits(self, name: str) -> Bitmap:
         """The bits of a bitmap, read from the image if they are not in memory."""
         return self.state.bitmaps[name].bits or await self._store.load_bits(name)
+
+    async def changes_since(self, checkpoint: str) -> Bitmap:
+        """What has changed since a checkpoint; errors as of :func:`stored_changes`."""
+        self.check_undamaged(checkpoint)  # a damaged directory may have taken the chain with it
+        return await stored_changes(self.image, self._store, self.state, checkpoint)
+
+
+def _advice(path: str, disks: Iterable[Disk]) -> str:
+    """Who writes a file, and what to do about it."""
+    found = os.stat(path)
+    for disk in disks:
+        file = disk.image if isinstance(disk.image, FileNode) else disk.image.file
+        if file.identity == (found.st_dev, found.st_ino):
+            return (
+                f"being written by this server itself, as disk '{disk.name}': serve it as one of"
+                " the two only, or export a snapshot of the disk"
+            )
+    return "being written by another program: stop it before serving the image"

@@ -32,6 +32,7 @@ t = "t.qcow2"
 [read-only.u]
 file = "u.qcow2"
 bitmaps = ["b"]
+since = ["k", "l"]
 
 [scratch]
 directory = "."
@@ -69,6 +70,7 @@ def test_whole_file_becomes_the_options_of_serve(tmp_path: Path) -> None:
         "detect_zeroes": ["vdb=on"],
         "images": [f"t={tmp_path}/t.qcow2", f"u={tmp_path}/u.qcow2"],
         "bitmaps": ["u=b"],
+        "since": ["u=k", "u=l"],
         "scratch_dir": str(tmp_path),
         "scratch_quota": "1M",
         "scratch_granularity": "8192",
@@ -102,6 +104,10 @@ def test_whole_file_becomes_the_options_of_serve(tmp_path: Path) -> None:
             ":3: --bitmap names 'x' of 'a' twice",
         ),
         ("[read-only.a]\nfile = 'a'\nbitmaps = ['']\n", ":3: --bitmap is NAME=BITMAP, 'a=' is"),
+        (
+            "[read-only.a]\nfile = 'a'\nbitmaps = ['x']\nsince = ['x']\n",
+            ":4: --bitmap and --since both name 'x' of 'a'",
+        ),
         ("[disks.vda]\ndiscard = 'unmap'\n", ":1: disks: Object missing required field `file`"),
     ],
 )

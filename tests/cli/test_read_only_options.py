@@ -1,4 +1,4 @@
-"""``--read-only`` and ``--bitmap`` of serve: images that are only shown, beside disks or alone."""
+"""``--read-only``, ``--bitmap`` and ``--since`` of serve: images that are only shown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nbdfleece.cli.read_only_options import parse_bitmaps, parse_images
+from nbdfleece.cli.read_only_options import parse_bitmaps, parse_images, parse_since
 from nbdfleece.control.client import ControlClient
 from nbdfleece.control.errors import QmpError
 from nbdfleece.errors import UsageError
@@ -58,6 +58,14 @@ def dirty(folder: Path, export: str, bitmap: str) -> list[tuple[int, int]]:
     context = f"--map=qemu:dirty-bitmap:{bitmap}"
     found = json.loads(execute("nbdinfo", context, "--json", uri(folder, export)))
     return [(each["offset"], each["length"]) for each in found if each["type"]]
+
+
+def damage(image: Path, bitmap: str) -> None:
+    """Let a bitmap be of an unknown type, in every directory that the file has had."""
+    data = bytearray(image.read_bytes())
+    for match in re.finditer(bitmap.encode() + b"\0", data):
+        data[match.start() - 24 + 16] = 9
+    image.write_bytes(data)
 
 
 def test_foreign_clients_read_several_images_beside_a_disk(
@@ -134,7 +142,22 @@ def test_image_that_is_being_written_is_refused(
         refused = run("serve", "--read-only", f"t={image}", *second)
     told = f"{image}: being written by another program: stop it before serving the image"
     assert (refused.status, refused.complaint) == (1, told)
-    both = run("serve", "--disk", f"vda={image}", "--read-only", f"t={image}", *second)
+
+
+@pytest.mark.parametrize(
+    ("shown", "locked"), [("other", "other"), ("template.qcow2", "base.qcow2")]
+)
+def test_image_that_is_a_disk_of_the_same_server_is_refused_by_that_name(
+    tmp_path: Path, image: Path, run: Run, shown: str, locked: str
+) -> None:
+    """Rule 8: also by another file name, and as the backing file; no program is to be sought."""
+    (tmp_path / "other").hardlink_to(tmp_path / "base.qcow2")
+    disks = ("--disk", f"vda={make_image(tmp_path / 'a.qcow2')}", "--disk", "vdb=base.qcow2")
+    both = run("serve", *disks, "--read-only", f"t={tmp_path}/{shown}", *LISTEN)
+    told = (
+        f"{tmp_path}/{locked}: being written by this server itself, as disk 'vdb': serve it as one"
+        " of the two only, or export a snapshot of the disk"
+    )
     assert (both.status, both.complaint) == (1, told)
 
 
@@ -151,10 +174,7 @@ def test_inconsistent_bitmap_is_refused_by_name(
 
 
 def test_damaged_or_missing_bitmap_is_refused_by_name(image: Path, run: Run) -> None:
-    data = bytearray(image.read_bytes())
-    for match in re.finditer(rb"late\0", data):  # older directories are there, too
-        data[match.start() - 24 + 16] = 9
-    image.write_bytes(data)
+    damage(image, "late")
     for bitmap, told in (
         ("late", "Bitmap 'late' is damaged: is of the unknown type 9"),
         ("none", "Bitmap 'none' is not found"),
@@ -189,6 +209,19 @@ def test_missing_and_raw_images_are_refused_as_for_disks(tmp_path: Path, run: Ru
             ["--read-only", "t=a", "--bitmap", "t=b", "--bitmap", "t=b"],
             "--bitmap names 'b' of 't' twice",
         ),
+        (["--read-only", "t=a", "--since", "t="], "--since is NAME=CHECKPOINT, 't=' is not"),
+        (
+            ["--disk", "vda=a", "--since", "vda=k"],
+            "--since: there is no image 'vda' of --read-only",
+        ),
+        (
+            ["--read-only", "t=a", "--since", "t=k", "--since", "t=k"],
+            "--since names 'k' of 't' twice",
+        ),
+        (
+            ["--read-only", "t=a", "--since", "t=k", "--bitmap", "t=k"],
+            "--bitmap and --since both name 'k' of 't': leave one",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_status_2(run: Run, words: list[str], complaint: str) -> None:
@@ -196,10 +229,145 @@ def test_what_cannot_be_meant_is_status_2(run: Run, words: list[str], complaint:
     assert (refused.status, refused.complaint) == (2, complaint)
 
 
-def test_names_of_bitmaps_may_have_the_sign() -> None:
-    assert parse_bitmaps(["t=a=b", "t=c"], ["t", "u"]) == {"t": ["a=b", "c"], "u": []}
+def test_names_of_bitmaps_and_checkpoints_may_have_the_sign() -> None:
+    bitmaps = parse_bitmaps(["t=a=b", "t=c"], ["t", "u"])
+    assert bitmaps == {"t": ["a=b", "c"], "u": []}
+    assert parse_since(["u=a=b", "t=a"], bitmaps) == {"t": ["a"], "u": ["a=b"]}
     with pytest.raises(UsageError, match="'u'"):
         parse_images(["t=a", "u=b"], {"u": Path("c")})
+
+
+# -- what has changed since a checkpoint ----------------------------------------------
+
+
+@pytest.fixture
+def guest(tmp_path: Path, start: Start, run: Run) -> Path:
+    """The image of a guest that is shut down.
+
+    After monday QEMU has written at 1M, after tuesday our server at 3M, after wednesday nobody.
+    """
+    path = make_image(tmp_path / "guest.qcow2")
+    qemu_io(path, "write -q -P 1 0 64k")
+    checkpoint(run, path, "monday")
+    qemu_io(path, "write -q -P 2 1M 64k")
+    checkpoint(run, path, "tuesday")
+    server = start("--disk", f"vda={path}", *LISTEN)
+    qemu_io(uri(tmp_path, "vda"), "write -q -P 3 3M 128k", image_format="raw")
+    assert server.end().status == 0
+    checkpoint(run, path, "wednesday")
+    return path
+
+
+MONDAY, TUESDAY = (MIB, GRANULE), (3 * MIB, 2 * GRANULE)
+
+
+def checkpoint(run: Run, image: Path, name: str) -> None:
+    made = run("checkpoint", "create", name, "--image", image)
+    assert (made.status, made.errors) == (0, "")
+
+
+def killed_writer(image: Path) -> None:
+    """Open for writing by QEMU, which marks all bitmaps as in use, and killed."""
+    words = ["qemu-io", "-f", "qcow2", image]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        writer.stdin.write(b"write 0 64k\n")
+        writer.stdin.flush()
+        writer.stdout.readline()
+        writer.kill()
+
+
+def test_changes_since_a_checkpoint_are_those_of_all_its_successors(
+    tmp_path: Path, guest: Path, start: Start
+) -> None:
+    """Rule 2: not of the checkpoint's own bitmap alone, as --bitmap shows it."""
+    before = guest.read_bytes()
+    since = [
+        word for each in ("monday", "tuesday", "wednesday") for word in ("--since", f"t={each}")
+    ]
+    bitmap = ("--read-only", f"u={guest}", "--bitmap", "u=monday", "--since", "u=tuesday")
+    start("--read-only", f"t={guest}", *since, *bitmap, *LISTEN)
+    names = [f"qemu:dirty-bitmap:{each}" for each in ("monday", "tuesday", "wednesday")]
+    assert exports(tmp_path)["t"]["contexts"] == [*READ_CONTEXTS, *names]
+    assert dirty(tmp_path, "t", "monday") == [MONDAY, TUESDAY]
+    assert dirty(tmp_path, "t", "tuesday") == dirty(tmp_path, "u", "tuesday") == [TUESDAY]
+    assert dirty(tmp_path, "t", "wednesday") == []
+    assert dirty(tmp_path, "u", "monday") == [MONDAY]
+    assert guest.read_bytes() == before
+
+
+def test_increment_is_pulled_from_an_image(
+    tmp_path: Path, guest: Path, start: Start, run: Run
+) -> None:
+    """Of a guest that was shut down for both backups."""
+    pull = ("pull", f"vda={uri(tmp_path, 'vda')}", "--to", "backup", "--json")
+    server = start("--read-only", f"vda={guest}", *LISTEN)
+    assert run(*pull, "--checkpoint", "wednesday").json["disks"][0]["parent"] is None
+    server.end()
+    qemu_io(guest, "write -q -P 4 5M 64k", "write -q -z 3M 64k")
+    start("--read-only", f"vda={guest}", "--since", "vda=wednesday", *LISTEN)
+    pulled = run(*pull, "--since", "wednesday", "--point", "next").json
+    assert pulled["disks"][0]["parent"] == "wednesday"
+    assert content_of(tmp_path / "backup/next.vda.qcow2") == content_of(guest)
+
+
+def test_changes_are_known_after_our_server_was_killed(
+    tmp_path: Path, guest: Path, start: Start
+) -> None:
+    """The log has kept the recording bitmap a superset; nothing is settled in the image."""
+    server = start("--disk", f"vda={guest}", *LISTEN)
+    qemu_io(uri(tmp_path, "vda"), "write -q -P 4 8M 64k", "flush", image_format="raw")
+    server.end(signal.SIGKILL)
+    before = guest.read_bytes()
+    start("--read-only", f"t={guest}", "--since", "t=tuesday", *LISTEN)
+    found = dirty(tmp_path, "t", "tuesday")
+    for offset, length in (TUESDAY, (8 * MIB, GRANULE)):
+        assert any(at <= offset and offset + length <= at + size for at, size in found)
+    assert guest.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("removed", "bitmap 'tuesday' is missing in the image"),
+        ("in use", "bitmap 'monday' is inconsistent: the image was not closed properly"),
+        ("disabled", "bitmap 'wednesday' was disabled and has missed changes"),
+        ("damaged", "Bitmap 'monday' is damaged: is of the unknown type 9"),
+    ],
+)
+def test_changes_that_are_not_known_are_refused_with_the_reason(
+    tmp_path: Path, guest: Path, start: Start, run: Run, how: str, told: str
+) -> None:
+    """Rule 2: a chain that is broken is not shown as if it were good."""
+    if how == "removed":
+        execute("qemu-img", "bitmap", "--remove", guest, "tuesday")
+    elif how == "in use":
+        killed_writer(guest)
+    elif how == "disabled":
+        execute("qemu-img", "bitmap", "--disable", guest, "wednesday")
+    else:
+        damage(guest, "monday")
+    if how != "damaged":
+        told = f"the changes since checkpoint 'monday' are not known: {told}"
+    refused = run("serve", "--read-only", f"t={guest}", "--since", "t=monday", *LISTEN)
+    advice = "without --since the image can be read in full"
+    assert (refused.status, refused.complaint) == (1, f"{guest}: {told}; {advice}")
+    start("--read-only", f"t={guest}", *LISTEN)
+    assert exports(tmp_path)["t"]["contexts"] == READ_CONTEXTS
+
+
+def test_checkpoints_after_a_broken_one_are_good(tmp_path: Path, guest: Path, start: Start) -> None:
+    execute("qemu-img", "bitmap", "--remove", guest, "monday")
+    start("--read-only", f"t={guest}", "--since", "t=tuesday", *LISTEN)
+    assert dirty(tmp_path, "t", "tuesday") == [TUESDAY]
+
+
+def test_unknown_checkpoint_is_named(image: Path, run: Run) -> None:
+    """A bitmap of that name makes none: nobody knows what it stands for."""
+    refused = run("serve", "--read-only", f"t={image}", "--since", "t=late", *LISTEN)
+    told = "there is no checkpoint 'late'; without --since the image can be read in full"
+    assert (refused.status, refused.complaint) == (1, f"{image}: {told}")
 
 
 # -- beside commands ------------------------------------------------------------------
@@ -292,13 +460,19 @@ def test_nbd_server_stop_leaves_the_image_and_its_removal_frees_the_file(
     qemu_io(image, "write -q -P 9 0 64k")
 
 
-def test_config_file_names_images_and_their_bitmaps(
-    tmp_path: Path, image: Path, start: Start, run: Run
+def test_config_file_names_images_and_what_is_shown_with_them(
+    tmp_path: Path, image: Path, guest: Path, start: Start
 ) -> None:
     lines = ["[read-only]", 'base = "base.qcow2"', "[read-only.t]", 'file = "template.qcow2"']
-    lines += ['bitmaps = ["late"]']
+    lines += ['bitmaps = ["late"]', "[read-only.vda]", 'file = "guest.qcow2"']
+    lines += ['since = ["monday"]']
     (tmp_path / "server.toml").write_text("\n".join(lines))
     start("--config", tmp_path / "server.toml", *LISTEN)
     found = exports(tmp_path)
-    assert {name: each["is_read_only"] for name, each in found.items()} == {"base": True, "t": True}
+    assert {name: each["is_read_only"] for name, each in found.items()} == {
+        "base": True,
+        "t": True,
+        "vda": True,
+    }
     assert found["t"]["contexts"][2:] == ["qemu:dirty-bitmap:late"]
+    assert dirty(tmp_path, "vda", "monday") == [MONDAY, TUESDAY]

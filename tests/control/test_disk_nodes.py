@@ -125,6 +125,21 @@ async def test_added_disk_is_written_and_tracked_as_in_qemu(qmp: QMPClient, tmp_
     subprocess.run(["qemu-img", "check", "-q", paths["ours"]], check=True)
 
 
+async def test_image_over_a_disk_of_the_server_is_refused_by_its_name(
+    qmp: QMPClient, tmp_path: Path
+) -> None:
+    """Rule 8: it is this server that writes the file, and not another program."""
+    (tmp_path / "raw").write_bytes(bytes(1 << 20))
+    words = ["-f", "qcow2", "-b", "raw", "-F", "raw", "overlay"]
+    subprocess.run(["qemu-img", "create", "-q", *words], cwd=tmp_path, check=True)
+    await run(qmp, node("file", "f", filename=str(tmp_path / "raw")), node("raw", "r", file="f"))
+    await run(qmp, node("file", "o", filename=str(tmp_path / "overlay")))
+    shown = node("qcow2", "shown", file="o", **{"read-only": True})
+    refused = await reply(qmp, *shown)
+    assert f"{tmp_path}/raw: being written by this server itself, as disk 'r'" in str(refused[1])
+    await run(qmp, ("blockdev-del", {"node-name": "r"}), shown)
+
+
 async def test_raw_disk_has_transient_bitmaps_as_in_qemu(qmp: QMPClient, tmp_path: Path) -> None:
     for side in ("ours", "qemus"):
         os.truncate(os.open(tmp_path / f"{side}.qcow2", os.O_CREAT | os.O_RDWR), 1 << 20)

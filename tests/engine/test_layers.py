@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from nbdfleece.engine.cumulative import adopted
 from nbdfleece.engine.engine import Engine
+from nbdfleece.engine.offline import open_images
 from nbdfleece.errors import StateError
 from tests.engine.rig import (
     CLUSTER,
@@ -70,6 +72,13 @@ async def backup(engine: Engine, since: str) -> dict[str, set[int] | str]:
     return found
 
 
+async def offline_changes(path: Path, since: str) -> set[int]:
+    """What an image that no server has open tells to have changed."""
+    async with open_images([path], read_only=True) as [image]:
+        found = (await image.changes_since(since)).dirty_ranges()
+    return {at // CLUSTER for offset, size in found for at in range(offset, offset + size, CLUSTER)}
+
+
 async def adopt(engine: Engine, disk: str) -> None:
     await engine.change_bitmaps(engine.disk(disk), lambda each: adopted(each, [OLD, NEW]))
 
@@ -86,6 +95,8 @@ async def test_layers_bitmaps_are_merged(tmp_path: Path, base: Path) -> None:
     assert await backup(engine, OLD) == {"top": {1, 2, 3, 4, 5}}
     assert await backup(engine, NEW) == {"top": {2, 3, 4, 5}}
     await engine.close()
+    assert await offline_changes(top, OLD) == {1, 2, 3, 4, 5}
+    assert await offline_changes(top, NEW) == {2, 3, 4, 5}
 
 
 async def test_chain_of_a_backing_image_counts_from_its_checkpoint_on(
@@ -155,3 +166,5 @@ async def test_gap_makes_that_disk_full_and_says_why(
     with pytest.raises(StateError, match="there is no checkpoint 'nobody'"):
         await engine.begin_backup("b", since="nobody")
     await engine.close()
+    with pytest.raises(StateError, match=re.escape(reason)):
+        await offline_changes(top, OLD)
