@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -17,9 +16,6 @@ from .place import Place
 
 CLIENT_SECONDS: Final = 300
 """No run of a client takes longer unless something hangs."""
-
-RATE_MILLISECONDS: Final = 20
-"""What fio's rates are means of."""
 
 SETTLE_SECONDS: Final = 0.3
 """From fio's word that it begins to its first requests."""
@@ -135,27 +131,31 @@ class Fio:
 
 
 class RatedFio(Fio):
-    """A run that also says how fast it was meanwhile, between two moments."""
+    """A run that also says how fast it was meanwhile, between two moments.
+
+    Operations are counted one by one: fio's means over intervals leave out those without any.
+    """
 
     def __init__(self, place: Place, uri: str, workload: str, **options: str | int | float) -> None:
-        self._rates = place.path("")
-        options |= {"write_iops_log": str(self._rates), "per_job_logs": 0}
-        options |= {"log_avg_msec": RATE_MILLISECONDS, "log_unix_epoch": 1}
+        prefix = place.path("")
+        self._log = Path(f"{prefix}_iops.log")
+        self._ends: list[float] = []
+        options |= {"write_iops_log": str(prefix), "per_job_logs": 0, "log_unix_epoch": 1}
         super().__init__(place, uri, workload, **options)
 
-    def finish_rate(self, begin: float, end: float) -> float:
-        """Operations for each second between two moments, in seconds since 1970.
-
-        Raises:
-            CalledProcessError: It failed.
-        """
-        path = Path(f"{self._rates}_iops.log")
+    def finish(self) -> dict[str, Any]:
+        """As of :class:`Fio`."""
         try:
-            self.finish()
-            lines = [line.split(",") for line in path.read_text().splitlines()]
+            figures = super().finish()
+            lines = self._log.read_text().splitlines()
         finally:
-            path.unlink(missing_ok=True)
-        return statistics.mean(int(rate) for at, rate, *_ in lines if begin < int(at) / 1000 <= end)
+            self._log.unlink(missing_ok=True)
+        self._ends = [int(line.split(",", 1)[0]) / 1000 for line in lines]
+        return figures
+
+    def rate(self, begin: float, end: float) -> float:
+        """Operations for each second between two moments of the run, in seconds since 1970."""
+        return sum(begin < at <= end for at in self._ends) / (end - begin)
 
 
 def fio(place: Place, uri: str, workload: str, **options: str | int | float) -> dict[str, Any]:

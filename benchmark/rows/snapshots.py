@@ -74,9 +74,10 @@ class PullWhileWriting(Row):
         begin = time.time()
         seconds = clients.pull(running.uri("snap0"))
         writer.stop()
+        writer.finish()
         return {
             "pull": throughput(self.images.size, seconds),
-            "writer": writer.finish_rate(begin, begin + seconds),
+            "writer": writer.rate(begin, begin + seconds),
         }
 
     def _start_writer(self, running: Running) -> RatedFio:

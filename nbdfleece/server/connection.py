@@ -296,7 +296,7 @@ class Connection:
         self._inbox.give_back()
         if self._is_overlooked or self._channel.has_pending():
             self._loop.call_soon(self._on_readable)
-        elif self._phase.is_answered:
+        elif self._phase.is_answered and not self._is_writing:
             self._host.polling.begin(self)
 
     def _receive_eof(self) -> None:

@@ -5,10 +5,11 @@ To fall asleep and be woken takes as long again. So after such a reply the loop 
 at **all** its sockets, for :data:`POLL_SECONDS`: nobody waits for it, unlike for a look at one
 socket only.
 
-What it costs is bounded (rule 5): when the time is up, or another client's request is found, no
-look is taken after the next small requests, one of them, then three, and in the end 63, until a
-look finds what it is for. A client with pauses between its requests, or with others beside it,
-costs less than a microsecond more for each.
+What it costs is bounded (rule 5). There is one look for a request that has been answered, none for
+a part of one, and none while the client's socket has no room for replies. When the time is up, or
+another client's request is found, no look is taken after the next small requests, one of them,
+then three, and in the end 63, until a look finds what it is for. A client with pauses between its
+requests, or with others beside it, costs less than a microsecond more for each.
 """
 
 from __future__ import annotations

@@ -161,8 +161,9 @@ class Transmission:
 
     @property
     def is_answered(self) -> bool:
-        """Whether the client asks for a little at a time, and waits for nothing now."""
-        return not (self.is_bulk or self.is_busy or self.requests_in_flight)
+        """Whether a client that asks for a little at a time was answered in the last turn."""
+        has_handled = self._turn_left < self._limits.wake_up_bytes_max
+        return has_handled and not (self.is_bulk or self.is_busy or self.requests_in_flight)
 
     @property
     def is_open(self) -> bool:

@@ -42,6 +42,55 @@ async def test_read_of_cached_bytes_does_not_suspend(folder: Path) -> None:
     await node.close()
 
 
+def pieces_of(buffer: bytearray, *offsets: int) -> list[tuple[int, memoryview]]:
+    """Pieces of ten bytes."""
+    view = memoryview(buffer)
+    return [(at, view[10 * n : 10 * n + 10]) for n, at in enumerate(offsets)]
+
+
+async def test_pieces_that_are_at_hand_are_read_at_once(folder: Path) -> None:
+    content = os.urandom(20_000)
+    node = make_file(folder, content)
+    buffer = bytearray(30)
+    assert node.read_pieces_at_once(pieces_of(buffer, 19_990, 5, 7000))
+    assert buffer == content[19_990:] + content[5:15] + content[7000:7010]
+    assert node.read_pieces_at_once([])
+    await node.close()
+
+
+async def test_pieces_past_the_end_of_the_file_are_not_read_at_once(folder: Path) -> None:
+    node = make_file(folder, bytes(100))
+    assert not node.read_pieces_at_once(pieces_of(bytearray(30), 0, 95, 10))
+    await node.close()
+
+
+@pytest.mark.parametrize(
+    "error", [errno.EAGAIN, errno.EOPNOTSUPP, errno.EIO], ids=errno.errorcode.__getitem__
+)
+async def test_piece_that_would_block_is_left_to_a_thread_and_a_bad_one_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    node = make_file(folder, bytes(100))
+    read, seen = os.preadv, []
+
+    def preadv(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
+        seen.append(offset)
+        if offset == 20:
+            raise OSError(error, os.strerror(error))
+        return read(fd, views, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    pieces = pieces_of(bytearray(30), 0, 20, 40)
+    if error == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(error)):
+            node.read_pieces_at_once(pieces)
+    else:
+        assert not node.read_pieces_at_once(pieces)
+    assert seen == [0, 20], "nobody asks for the rest"
+    monkeypatch.undo()
+    await node.close()
+
+
 async def test_write_up_to_the_inline_limit_does_not_suspend(folder: Path) -> None:
     node = make_file(folder, bytes(4096))
     with pytest.raises(StopIteration):

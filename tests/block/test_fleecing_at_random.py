@@ -10,7 +10,7 @@ import asyncio
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,6 +73,14 @@ class MoodyFile(FileNode):
             view[:] = b"?" * len(view)
             return super().read_cached(offset, view[: len(view) // 2])
         return super().read_cached(offset, view)
+
+    def read_pieces_at_once(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
+        if self.chance.random() < 0.4:  # not all of them, and garbage in the last
+            super().read_pieces_at_once(pieces[: len(pieces) // 2])
+            for _, view in pieces[-1:]:
+                view[:] = b"?" * len(view)
+            return False
+        return super().read_pieces_at_once(pieces)
 
     def read_at_once(self, offset: int, view: memoryview) -> bool:
         return self.chance.random() < 0.6 and super().read_at_once(offset, view)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -16,7 +18,7 @@ from nbdfleece.server.polling import POLL_SECONDS, SKIPPED_MAX, Polling
 from nbdfleece.server.turns import BUSY_REQUESTS
 from nbdfleece.testing.memory_node import MemoryNode
 
-from .harness import Client, Serve, pack_request, settled, until
+from .harness import SECONDS_MAX, Client, Serve, pack_request, settled, until
 
 
 class Loop:
@@ -74,6 +76,17 @@ async def test_loop_looks_on_once_however_many_have_been_answered(loop: Loop) ->
         polling.begin("client")
         polling.found("client")
     assert len(loop.callbacks) == 1
+
+
+async def test_client_is_forgotten_when_the_time_is_up(loop: Loop) -> None:
+    """One that has left takes its memory with it."""
+    polling = Polling(loop)
+    client = Count()
+    left = weakref.ref(client)
+    polling.begin(client)
+    del client
+    loop.run(POLL_SECONDS)
+    assert left() is None
 
 
 async def test_looks_that_find_nothing_become_rare(loop: Loop) -> None:
@@ -149,6 +162,22 @@ async def test_all_sockets_are_looked_at_meanwhile(monkeypatch: pytest.MonkeyPat
     await settled(3)
 
 
+async def test_timers_and_threads_are_not_kept_waiting_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 3600.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    polling = Polling(asyncio.get_running_loop())
+    polling.begin("client")
+    try:
+        async with asyncio.timeout(SECONDS_MAX):
+            await asyncio.sleep(0.001)
+            assert await asyncio.to_thread(threading.get_ident) != threading.get_ident()
+    finally:
+        polling.found("client")
+    await settled(3)
+
+
 class Count:
     """Stands in for the server's polling."""
 
@@ -188,6 +217,40 @@ async def test_it_does_not_begin_for_a_client_with_several_requests_at_a_time(
         await client.reply()
     await settled()
     assert (count.begun, count.was_found) == (0, 1)
+
+
+async def test_it_begins_only_when_a_request_is_answered(serve: Serve) -> None:
+    """Rule 5: one who sends a byte now and then does not keep a processor busy."""
+    client, count = await open_counted(serve, MemoryNode(1 << 20))
+    write = pack_request(Command.WRITE, 0, 8) + b"payload."
+    for number in range(len(write)):
+        assert not count.begun
+        await client.send(write[number : number + 1])
+        await until(lambda number=number: count.was_found > number)
+        await settled()
+    assert count.begun == 1
+    assert not (await client.reply()).error
+
+
+async def test_it_does_not_begin_while_replies_wait_for_the_client(serve: Serve) -> None:
+    """It must be woken first."""
+    client, count = await open_counted(serve, MemoryNode(1 << 20))
+    (connection,) = serve.served[-1].server.connections
+
+    async def ask(length: int) -> None:
+        asked = connection.statistics.requests + 1
+        await client.request(Command.READ, 0, length)
+        await until(lambda: connection.statistics.requests == asked)
+        await settled()
+
+    for _ in range(1000):
+        if connection.outbox.queued_bytes:
+            break
+        await ask(64 << 10)
+    begun = count.begun
+    assert begun
+    await ask(512)
+    assert count.begun == begun
 
 
 async def test_it_does_not_begin_while_a_reply_waits_for_the_disk(serve: Serve) -> None:
