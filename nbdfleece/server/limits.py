@@ -34,6 +34,8 @@ class Limits:
             before its transmission phase, so 1000 cost 10 MiB. Above it: closed at once.
         excess_waits: Connections above the maximum are not closed but wait in the kernel's
             queue until one ends, as with qemu-nbd.
+        poll_seconds: How long the loop looks at its sockets before it sleeps, after a request of
+            a client that asks for a little at a time (:mod:`.polling`). 0: not at all.
         closing_seconds: At the end of a connection, for a client that reads nothing of the
             replies that are left. 0: no limit.
         queued_bytes_max: Replies that wait for one client to read them before its requests
@@ -56,6 +58,7 @@ class Limits:
     idle_seconds: float = 0.0
     connections_max: int = 1000
     excess_waits: bool = False
+    poll_seconds: float = 32e-6
     closing_seconds: float = 5.0
     queued_bytes_max: int = 4 * MIB
     flush_bytes: int = 256 * KIB

@@ -1,9 +1,9 @@
 """Looking at the sockets for a moment longer instead of going to sleep.
 
 A client that asks for one small thing at a time sends its next request some 20 us after a reply.
-To fall asleep and be woken takes as long again. So after such a reply the loop goes on looking
-at **all** its sockets, for :data:`POLL_SECONDS`: nobody waits for it, unlike for a look at one
-socket only.
+To fall asleep and be woken takes as long again. So after such a reply the loop goes on looking at
+**all** its sockets, as long as QEMU's I/O threads do: nobody waits for it, unlike for a look at
+one socket only.
 
 What it costs is bounded (rule 5). There is one look for a request that has been answered, none for
 a part of one, and none while the client's socket has no room for replies. When the time is up, or
@@ -18,9 +18,6 @@ import os
 from collections.abc import Callable
 from time import perf_counter
 from typing import Final, Protocol
-
-POLL_SECONDS: Final = 32e-6
-"""How long the loop looks, as long as QEMU's I/O threads do."""
 
 SKIPPED_MAX: Final = 63
 """Small requests after which the loop does not look, at most, before it tries again."""
@@ -38,12 +35,14 @@ class Polling:
 
     Args:
         loop: It looks at its sockets before it calls what it is given.
+        seconds: How long it looks; 0 for not at all.
     """
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, seconds: float) -> None:
         self._loop = loop
-        self._can_client_run = len(os.sched_getaffinity(0)) > 1
-        """Another processor is there for it meanwhile."""
+        self._seconds = seconds
+        # The client needs another processor meanwhile.
+        self._is_useful = seconds > 0 and len(os.sched_getaffinity(0)) > 1
         self._client: object = None
         """Whose next request is looked for; None: nobody's."""
         self._deadline = 0.0
@@ -56,10 +55,10 @@ class Polling:
         if self._skips_left:
             self._skips_left -= 1
             return
-        if not self._can_client_run:
+        if not self._is_useful:
             return
         self._client = client
-        self._deadline = perf_counter() + POLL_SECONDS
+        self._deadline = perf_counter() + self._seconds
         if not self._is_looking:
             self._is_looking = True
             self._loop.call_soon(self._look)

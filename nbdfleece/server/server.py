@@ -87,7 +87,7 @@ class NbdServer:
         self._listeners: list[Listener] = []
         self._loop = asyncio.get_running_loop()
         self.turns = Turns(self._loop)
-        self.polling = Polling(self._loop)
+        self.polling = Polling(self._loop, self.limits.poll_seconds)
         self._watchers: list[asyncio.Event] = []
         self._is_holding_back = False
         self._left = asyncio.Event()

@@ -14,11 +14,14 @@ import pytest
 
 from nbdfleece.nbd.constants import Command
 from nbdfleece.server import polling as module
-from nbdfleece.server.polling import POLL_SECONDS, SKIPPED_MAX, Polling
+from nbdfleece.server.limits import Limits
+from nbdfleece.server.polling import SKIPPED_MAX, Polling
 from nbdfleece.server.turns import BUSY_REQUESTS
 from nbdfleece.testing.memory_node import MemoryNode
 
 from .harness import SECONDS_MAX, Client, Serve, pack_request, settled, until
+
+POLL_SECONDS = Limits().poll_seconds
 
 
 class Loop:
@@ -61,7 +64,7 @@ def looks(loop: Loop, polling: Polling) -> bool:
 
 
 async def test_loop_stays_awake_until_the_time_is_up(loop: Loop) -> None:
-    polling = Polling(loop)
+    polling = Polling(loop, POLL_SECONDS)
     polling.begin("client")
     for _ in range(3):
         loop.run(POLL_SECONDS / 4)
@@ -71,7 +74,7 @@ async def test_loop_stays_awake_until_the_time_is_up(loop: Loop) -> None:
 
 
 async def test_loop_looks_on_once_however_many_have_been_answered(loop: Loop) -> None:
-    polling = Polling(loop)
+    polling = Polling(loop, POLL_SECONDS)
     for _ in range(10):
         polling.begin("client")
         polling.found("client")
@@ -80,7 +83,7 @@ async def test_loop_looks_on_once_however_many_have_been_answered(loop: Loop) ->
 
 async def test_client_is_forgotten_when_the_time_is_up(loop: Loop) -> None:
     """One that has left takes its memory with it."""
-    polling = Polling(loop)
+    polling = Polling(loop, POLL_SECONDS)
     client = Count()
     left = weakref.ref(client)
     polling.begin(client)
@@ -91,7 +94,7 @@ async def test_client_is_forgotten_when_the_time_is_up(loop: Loop) -> None:
 
 async def test_looks_that_find_nothing_become_rare(loop: Loop) -> None:
     """Rule 5: a client with pauses between its requests costs next to nothing more."""
-    polling = Polling(loop)
+    polling = Polling(loop, POLL_SECONDS)
     taken = [number for number in range(1000) if looks(loop, polling)]
     gaps = [after - before - 1 for before, after in pairwise(taken)]
     assert gaps[:6] == [1, 3, 7, 15, 31, SKIPPED_MAX]
@@ -99,7 +102,7 @@ async def test_looks_that_find_nothing_become_rare(loop: Loop) -> None:
 
 
 async def test_one_that_finds_something_is_taken_again(loop: Loop) -> None:
-    polling = Polling(loop)
+    polling = Polling(loop, POLL_SECONDS)
     while looks(loop, polling):
         pass  # one has found nothing, one is left out
     polling.begin("client")
@@ -113,7 +116,7 @@ async def test_one_that_finds_something_is_taken_again(loop: Loop) -> None:
 
 async def test_one_that_finds_another_client_is_not(loop: Loop) -> None:
     """With others beside it the loop is awake anyway, and processors are not idle."""
-    polling = Polling(loop)
+    polling = Polling(loop, POLL_SECONDS)
     polling.begin("client")
     polling.found("another")
     loop.run()
@@ -122,7 +125,7 @@ async def test_one_that_finds_another_client_is_not(loop: Loop) -> None:
 
 
 async def test_what_arrives_when_nobody_looks_changes_nothing(loop: Loop) -> None:
-    polling = Polling(loop)
+    polling = Polling(loop, POLL_SECONDS)
     while looks(loop, polling):
         pass
     polling.found("client")
@@ -134,15 +137,18 @@ async def test_with_one_processor_the_client_has_it(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
-    assert not looks(loop, Polling(loop))
+    assert not looks(loop, Polling(loop, POLL_SECONDS))
+
+
+async def test_it_can_be_switched_off(loop: Loop) -> None:
+    assert not looks(loop, Polling(loop, 0))
 
 
 async def test_all_sockets_are_looked_at_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule 5: what others send while the loop looks on is handled at once."""
-    monkeypatch.setattr(module, "POLL_SECONDS", 60.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     loop = asyncio.get_running_loop()
-    polling = Polling(loop)
+    polling = Polling(loop, 60.0)
     near, far = socket.socketpair()
     arrived = loop.create_future()
 
@@ -165,9 +171,8 @@ async def test_all_sockets_are_looked_at_meanwhile(monkeypatch: pytest.MonkeyPat
 async def test_timers_and_threads_are_not_kept_waiting_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "POLL_SECONDS", 3600.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    polling = Polling(asyncio.get_running_loop())
+    polling = Polling(asyncio.get_running_loop(), 3600.0)
     polling.begin("client")
     try:
         async with asyncio.timeout(SECONDS_MAX):
