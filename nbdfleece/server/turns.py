@@ -27,8 +27,8 @@ extents takes as long as to read about so much."""
 BUSY_REQUESTS: Final = 3
 """So many requests in one turn make a client busy."""
 
-STREAM_TURNS: Final = 8
-"""Turns of those who stream before all who are busy have theirs: a millisecond, about."""
+STREAM_TURNS: Final = 5
+"""Turns of those who stream before all who are busy have theirs: half a millisecond, about."""
 
 COPIES_PER_SENDFILE: Final = 8
 """So much more do the two copies of other data cost: 25 to 200 us for 256 KiB."""
