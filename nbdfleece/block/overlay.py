@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 
@@ -27,10 +28,10 @@ from .node import BlockNode
 from .range_lock import RangeLock
 from .scratch import Scratch
 
-COMMIT_BYTES_MAX = 1 << 20
+COMMIT_BYTES_MAX: Final = 1 << 20
 """Bytes committed at once: a bound on memory."""
 
-_GRANULARITY = 4096
+_GRANULARITY: Final = 4096
 """Bytes of a granule, a power of two."""
 
 
