@@ -87,8 +87,8 @@ class Replies(ABC):
         """The request is done and there is nothing (more) to send for it."""
 
     @abstractmethod
-    def error(self, request: Request, error: Error, text: str) -> bytes:
-        """The request has failed as a whole; its reply ends here."""
+    def error(self, request: Request, error: int, text: str) -> bytes:
+        """The request has failed as a whole; its reply ends here. ``error`` is sent as it is."""
 
     @abstractmethod
     def error_at(
@@ -161,7 +161,7 @@ class SimpleReplies(Replies):
         """See :class:`Replies`."""
         return _SIMPLE.pack(SIMPLE_REPLY_MAGIC, 0, request[3])
 
-    def error(self, request: Request, error: Error, text: str) -> bytes:
+    def error(self, request: Request, error: int, text: str) -> bytes:
         """See :class:`Replies`; the text is lost."""
         return _SIMPLE.pack(SIMPLE_REPLY_MAGIC, error, request[3])
 
@@ -218,7 +218,7 @@ class ChunkedReplies(Replies):
         """See :class:`Replies`."""
         return self._chunk(request, ReplyType.NONE, True)
 
-    def error(self, request: Request, error: Error, text: str) -> bytes:
+    def error(self, request: Request, error: int, text: str) -> bytes:
         """See :class:`Replies`."""
         return self._chunk(request, ReplyType.ERROR, True, _error_payload(error, text))
 
@@ -335,6 +335,6 @@ class ExtendedReplies(ChunkedReplies):
         )
 
 
-def _error_payload(error: Error, text: str) -> bytes:
+def _error_payload(error: int, text: str) -> bytes:
     message = encode_error_text(text)
     return _ERROR.pack(error, len(message)) + message

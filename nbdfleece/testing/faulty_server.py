@@ -13,7 +13,6 @@ import numpy as np
 from ..export.export import ExportTable
 from ..extents import Extents
 from ..nbd.constants import Command, Error
-from ..nbd.errors import RequestError
 from ..nbd.outcomes import Negotiated
 from ..nbd.replies import Replies
 from ..nbd.requests import Request
@@ -75,7 +74,7 @@ class FaultyReplies(Replies):
         """See :class:`Replies`."""
         return self._spoil(request, self._inner.success(request))
 
-    def error(self, request: Request, error: Error, text: str) -> bytes:
+    def error(self, request: Request, error: int, text: str) -> bytes:
         """See :class:`Replies`."""
         return self._spoil(request, self._inner.error(request, error, text))
 
@@ -148,8 +147,8 @@ class FaultyTransmission(Transmission):
         try:
             for fault in faults:
                 if isinstance(fault, Fail):
-                    # Any number, not only those that NBD knows.
-                    self._refuse(request, RequestError(fault.error, fault.text))  # type: ignore[arg-type]
+                    self.statistics.errors += 1
+                    self._outbox.put(self._replies.error(request, fault.error, fault.text))
                     return
             await handler(request, *payload)
         finally:
