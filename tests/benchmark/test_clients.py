@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import time
 
@@ -33,7 +32,6 @@ def test_program_that_hangs_is_killed() -> None:
         clients.timed(["sleep", "3600"], seconds_max=0.1)
 
 
-@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
 def test_rate_is_that_of_all_the_time_with_its_pauses(images: Images) -> None:
     """The mean of what fio says of intervals with operations was several times as much."""
     with LiveServer(1 << 20) as server:

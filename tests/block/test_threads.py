@@ -29,9 +29,8 @@ async def test_what_failed_in_a_thread_is_let_go_without_the_garbage_collector()
         except OSError:
             del held
         deadline = time.monotonic() + SECONDS_MAX
-        while (
-            gone() is not None and time.monotonic() < deadline
-        ):  # the thread has it a little longer
+        # The thread has it a little longer.
+        while gone() is not None and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         assert gone() is None
     finally:
