@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
@@ -27,8 +27,7 @@ from ..qcow2.bitmap_store import BitmapStore
 from ..qcow2.image import Qcow2Image
 from .chain import Chain, Checkpoint, pack_chain, unpack_chain
 from .disk_state import DiskBitmap, DiskState
-from .layers import Layer as BackingLayer
-from .layers import check_own, load_layers, merge_below
+from .layers import LayersBelow, check_own, merge_below
 from .raw_store import RawStore
 
 GRANULARITY_RANGE: Final = (512, 1 << 20)
@@ -122,7 +121,7 @@ class Disk:
         self.chain_problem: str | None = None
         self.busy: Counter[str] = Counter()
         self._store = store
-        self._layers: Sequence[BackingLayer] | None = None
+        self._below = LayersBelow(self.image)
 
     @classmethod
     async def open(
@@ -404,7 +403,7 @@ class Disk:
             StateError: The checkpoint is unknown or newer than the instant, or the changes
                 since it are not known.
         """
-        layers = await self._backing_layers()
+        layers = await self._below.load()
         check_own(self.image.path, self.state.chain, layers, name)
         self.state.check_since(name)
         links = self.state.chain.checkpoints[self.state.chain.index(name) :]
@@ -429,20 +428,14 @@ class Disk:
         for link in links[1:]:
             await asyncio.sleep(0)
             merged.merge(await self.bits(link.bitmap_name))
-        await merge_below(merged, await self._backing_layers(), first, last)
+        await merge_below(merged, await self._below.load(), first, last)
         return merged
 
     async def knows(self, name: str) -> bool:
         """Whether the disk, or an image behind it, has a checkpoint."""
         if self.state.chain.find(name) is not None:
             return True
-        return any(layer.has(name) for layer in await self._backing_layers())
-
-    async def _backing_layers(self) -> Sequence[BackingLayer]:
-        """The images behind the disk's own, which nobody writes."""
-        if self._layers is None:
-            self._layers = await load_layers(self.image)
-        return self._layers
+        return any(layer.has(name) for layer in await self._below.load())
 
     def instant(self, *, freezing: bool) -> Instant:
         """What must be remembered of this instant to tell later what had changed until it.

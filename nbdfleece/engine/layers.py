@@ -11,6 +11,7 @@ all links from there on; otherwise it is a bitmap's, which has recorded from the
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,20 +37,40 @@ class Layer(NamedTuple):
         return self.state.chain.find(name) is not None or name in self.state.bitmaps
 
 
-async def load_layers(top: BlockNode) -> Sequence[Layer]:
-    """The images behind the top one that can hold bitmaps, from above; once for an open image.
+class LayersBelow:
+    """The images behind an open one.
 
-    Raises:
-        OSError: One could not be read.
-        StateError: The record of a chain cannot be understood.
+    Args:
+        top: That image, or another node, which has none.
     """
-    found = []
-    node = top.backing if isinstance(top, Qcow2Image) else None
-    while isinstance(node, Qcow2Image):
-        store = await BitmapStore.load(node)
-        found.append(Layer(node.path, store, stored_state(store)))
-        node = node.backing
-    return found
+
+    def __init__(self, top: BlockNode) -> None:
+        self._top = top
+        self._found: list[Layer] | None = None
+        self._loading = asyncio.Lock()
+
+    async def load(self) -> Sequence[Layer]:
+        """Those that can hold bitmaps, from above; they are read once, when first asked for.
+
+        Read again, their bitmaps would be taken for damaged: for lying in clusters that are in use.
+
+        Raises:
+            OSError: One could not be read.
+            StateError: The record of a chain cannot be understood.
+        """
+        async with self._loading:
+            if self._found is None:
+                self._found = await self._load()
+        return self._found
+
+    async def _load(self) -> list[Layer]:
+        found = []
+        node = self._top.backing if isinstance(self._top, Qcow2Image) else None
+        while isinstance(node, Qcow2Image):
+            store = await BitmapStore.load(node)
+            found.append(Layer(node.path, store, stored_state(store)))
+            node = node.backing
+        return found
 
 
 def check_own(path: str, chain: Chain, layers: Sequence[Layer], name: str) -> None:
@@ -72,12 +93,13 @@ def check_own(path: str, chain: Chain, layers: Sequence[Layer], name: str) -> No
 
 
 async def stored_changes(
-    image: Qcow2Image, store: BitmapStore, state: DiskState, name: str
+    path: str, below: LayersBelow, store: BitmapStore, state: DiskState, name: str
 ) -> Bitmap:
     """The changes from a checkpoint to now of an image that nobody writes, as one new bitmap.
 
     Args:
-        image: The image.
+        path: The image.
+        below: The images behind it.
         store: Its bitmaps.
         state: What it tells of them and of its chain.
         name: The checkpoint.
@@ -87,9 +109,9 @@ async def stored_changes(
         OSError, ImageError: A bitmap could not be read.
     """
     if state.chain.change is not None:
-        raise StateError(state.chain.change.describe(image.path))
-    layers = await load_layers(image)
-    check_own(image.path, state.chain, layers, name)
+        raise StateError(state.chain.change.describe(path))
+    layers = await below.load()
+    check_own(path, state.chain, layers, name)
     state.check_since(name)
     *older, newest = state.chain.checkpoints[state.chain.index(name) :]
     merged = await store.load_bits(newest.bitmap_name)

@@ -58,7 +58,7 @@ from .chain import (
 from .disk import Disk, ScratchOptions
 from .disk_state import DiskBitmap, DiskState
 from .info import CheckpointInfo, LinkInfo
-from .layers import stored_changes
+from .layers import LayersBelow, stored_changes
 
 _log = logging.getLogger("nbdfleece.engine")
 
@@ -81,6 +81,7 @@ class OfflineImage:
     chain: Chain
     has_record: bool
     is_fresh: bool
+    _below: LayersBelow
 
     @property
     def path(self) -> str:
@@ -105,7 +106,7 @@ class OfflineImage:
             await image.close()
             raise
         is_fresh = record is not None and record.matches_directory
-        return cls(image, store, chain, record is not None, is_fresh)
+        return cls(image, store, chain, record is not None, is_fresh, LayersBelow(image))
 
     async def replace(self, bitmaps: Sequence[StoredBitmap], chain: Chain) -> None:
         """Put bitmaps and chain into force together; errors as of the store."""
@@ -145,7 +146,7 @@ class OfflineImage:
             StateError: There is no such checkpoint, or the changes since it are not known.
             OSError, ImageError: A bitmap could not be read.
         """
-        return await stored_changes(self.image, self.store, self._state(), name)
+        return await stored_changes(self.path, self._below, self.store, self._state(), name)
 
     def kept(self) -> list[StoredBitmap]:
         """All bitmaps as they are stored."""

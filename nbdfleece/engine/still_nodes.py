@@ -16,7 +16,7 @@ from ..qcow2.image import Qcow2Image
 from .chain import Chain
 from .disk import Disk
 from .disk_state import DiskState
-from .layers import stored_changes
+from .layers import LayersBelow, stored_changes
 from .stored_state import stored_state
 
 
@@ -100,6 +100,7 @@ class ReadOnlyImage(StillNode):
         super().__init__(name, image.size, min(max(image.cluster_size, 4096), 65536))
         self.image = image
         self._store = store
+        self._below = LayersBelow(image)
         self.state = stored_state(store)
 
     @classmethod
@@ -142,7 +143,9 @@ class ReadOnlyImage(StillNode):
     async def changes_since(self, checkpoint: str) -> Bitmap:
         """What has changed since a checkpoint; errors as of :func:`stored_changes`."""
         self.check_undamaged(checkpoint)  # a damaged directory may have taken the chain with it
-        return await stored_changes(self.image, self._store, self.state, checkpoint)
+        return await stored_changes(
+            self.image.path, self._below, self._store, self.state, checkpoint
+        )
 
 
 def _advice(path: str, disks: Iterable[Disk]) -> str:

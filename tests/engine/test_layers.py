@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from nbdfleece.bitmaps.bitmap import Bitmap
 from nbdfleece.engine.cumulative import adopted
 from nbdfleece.engine.engine import Engine
 from nbdfleece.engine.offline import open_images
+from nbdfleece.engine.still_nodes import ReadOnlyImage
 from nbdfleece.errors import StateError
 from tests.engine.rig import (
     CLUSTER,
@@ -75,7 +77,12 @@ async def backup(engine: Engine, since: str) -> dict[str, set[int] | str]:
 async def offline_changes(path: Path, since: str) -> set[int]:
     """What an image that no server has open tells to have changed."""
     async with open_images([path], read_only=True) as [image]:
-        found = (await image.changes_since(since)).dirty_ranges()
+        return clusters_of(await image.changes_since(since))
+
+
+def clusters_of(bitmap: Bitmap) -> set[int]:
+    """The clusters that are dirty."""
+    found = bitmap.dirty_ranges()
     return {at // CLUSTER for offset, size in found for at in range(offset, offset + size, CLUSTER)}
 
 
@@ -97,6 +104,23 @@ async def test_layers_bitmaps_are_merged(tmp_path: Path, base: Path) -> None:
     await engine.close()
     assert await offline_changes(top, OLD) == {1, 2, 3, 4, 5}
     assert await offline_changes(top, NEW) == {2, 3, 4, 5}
+
+
+async def test_changes_of_an_image_that_stays_open_can_be_asked_for_again(
+    tmp_path: Path, base: Path
+) -> None:
+    """The images behind are looked at once: their bitmaps' own clusters are known then."""
+    top = make_overlay(tmp_path / "top.qcow2", base, OLD, NEW)
+    write_by_qemu(top, 4)
+    engine = await open_engine(tmp_path, top)
+    await adopt(engine, "top")
+    await engine.close()
+    shown = await ReadOnlyImage.open("top", top, [])
+    async with open_images([top], read_only=True) as [image]:
+        for each in (image, shown):
+            assert clusters_of(await each.changes_since(OLD)) == {1, 2, 4}
+            assert clusters_of(await each.changes_since(NEW)) == {2, 4}
+    await shown.image.close()
 
 
 async def test_chain_of_a_backing_image_counts_from_its_checkpoint_on(
