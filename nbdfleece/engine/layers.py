@@ -137,6 +137,11 @@ async def merge_below(
     """
     gap: str | None = None
     for layer in layers:
+        if reason := layer.store.damage_of(name):
+            raise StateError(
+                f"the changes since checkpoint '{name}' are not known: {layer.path}: bitmap"
+                f" '{name}' is damaged: {reason}"
+            )
         if not layer.has(name):
             gap = gap or layer.path
         elif gap is not None:

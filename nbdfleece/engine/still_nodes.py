@@ -132,9 +132,8 @@ class ReadOnlyImage(StillNode):
         Raises:
             StateError: It is one.
         """
-        for damaged in self._store.damaged:
-            if name not in self.state.bitmaps and damaged.name in (name, None):
-                raise StateError(f"Bitmap '{name}' is damaged: {damaged.reason}")
+        if reason := self._store.damage_of(name):
+            raise StateError(f"Bitmap '{name}' is damaged: {reason}")
 
     async def bits(self, name: str) -> Bitmap:
         """The bits of a bitmap, read from the image if they are not in memory."""

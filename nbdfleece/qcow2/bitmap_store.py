@@ -170,6 +170,12 @@ class BitmapStore:
 
     # What there is
 
+    def damage_of(self, name: str) -> str | None:
+        """Why a bitmap is not there because of damage, or may not be; None if that is not so."""
+        if name in self._held:
+            return None
+        return next((each.reason for each in self.damaged if each.name in (name, None)), None)
+
     @property
     def entries(self) -> list[BitmapDescriptor]:
         """All bitmaps that are not damaged, in the directory's order."""

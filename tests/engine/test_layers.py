@@ -33,12 +33,22 @@ def write_by_qemu(path: Path, cluster: int) -> None:
 
 
 def mark_in_use(path: Path, name: str) -> None:
-    """As a program that was killed leaves a bitmap, in every directory that the file has had."""
+    """As a program that was killed leaves a bitmap."""
+    _set_bit(path, name, 9)  # its flags' last byte
+
+
+def damage(path: Path, name: str) -> None:
+    """A bitmap's table lies at no cluster."""
+    _set_bit(path, name, 17)  # the last byte of its offset
+
+
+def _set_bit(path: Path, name: str, before: int) -> None:
+    """Change a byte of a bitmap's entry, in every directory that the file has had."""
     data = bytearray(path.read_bytes())
     at = data.find(name.encode())
     while at >= 0:
         if data[at - 8] == 1:  # the type of the entry that ends with this name
-            data[at - 9] |= 1  # its flags' last byte
+            data[at - before] |= 1
         at = data.find(name.encode(), at + 1)
     path.write_bytes(data)
 
@@ -153,35 +163,38 @@ async def test_checkpoint_of_the_overlay_alone_needs_no_other(tmp_path: Path, ba
 
 
 @pytest.mark.parametrize(
-    ("damage", "reason"),
+    ("fault", "reason"),
     [
         ("missing in the middle", "middle.qcow2' has no bitmap of that name, though"),
         ("disabled", "base.qcow2: bitmap 'old' was disabled and has missed changes"),
         ("granularity", "base.qcow2: bitmap 'old' is not of granularity 65536"),
         ("in use", "base.qcow2: bitmap 'old' is inconsistent"),
+        ("damaged", "base.qcow2: bitmap 'old' is damaged: "),
         ("missing at the top", "top.qcow2' has no such checkpoint, though an image behind it has"),
     ],
 )
 async def test_gap_makes_that_disk_full_and_says_why(
-    tmp_path: Path, base: Path, damage: str, reason: str
+    tmp_path: Path, base: Path, fault: str, reason: str
 ) -> None:
     """The other disk's backup is incremental all the same."""
-    if damage == "disabled":
+    if fault == "disabled":
         qemu_img("bitmap", "--disable", base, OLD)
-    if damage == "granularity":
+    if fault == "granularity":
         qemu_img("bitmap", "--remove", base, OLD)
         qemu_img("bitmap", "--add", "-g", "128k", base, OLD)
-    if damage == "in use":
+    if fault == "in use":
         mark_in_use(base, OLD)
-    names = [NEW] if damage == "missing in the middle" else [OLD, NEW]
+    names = [NEW] if fault == "missing in the middle" else [OLD, NEW]
     middle = make_overlay(tmp_path / "middle.qcow2", base, *names)
     top = make_overlay(tmp_path / "top.qcow2", middle, OLD, NEW)
     other = make_image(tmp_path / "other.qcow2")
     for name in (OLD, NEW):
         qemu_img("bitmap", "--add", other, name)
+    if fault == "damaged":
+        damage(base, OLD)  # only now: qemu-img would not open it
     engine = await open_engine(tmp_path, top, other)
     await adopt(engine, "other")
-    if damage != "missing at the top":
+    if fault != "missing at the top":
         await adopt(engine, "top")
     await write(engine, "other", 0, b"x")
     found = await backup(engine, OLD)
