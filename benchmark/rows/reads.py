@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 from .. import clients
-from ..clients import Fio, fio, percentile_microseconds
+from ..clients import LoggedFio, fio, percentile_microseconds
 from ..images import Images
 from ..measure import Metric
 from ..place import make_cold, resident_bytes, warm
@@ -167,15 +169,16 @@ class NeighbourLatency(Row):
         make_cold(setup.disks["vdb"])
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
-        reader = Fio(
+        reader = LoggedFio(
             self.place, running.uri("vda"), "randread", iodepth=1, runtime=60, time_based=1,
             size=self.images.size, norandommap=1,
         )  # fmt: skip
         reader.wait_until_running()
+        begin = time.time()
         seconds = clients.pull(running.uri("vdb"))
         reader.stop()
-        figures = reader.finish()
+        reader.finish()
         return {
-            "p99": percentile_microseconds(figures, 99),
+            "p99": reader.percentile(begin, begin + seconds, 99),
             "stream": throughput(self.images.size, seconds),
         }

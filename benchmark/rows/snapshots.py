@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from .. import clients
-from ..clients import RatedFio, fio
+from ..clients import LoggedFio, fio
 from ..images import Images
 from ..measure import Metric
 from ..servers import Running, Server, Setup
@@ -80,8 +80,8 @@ class PullWhileWriting(Row):
             "writer": writer.rate(begin, begin + seconds),
         }
 
-    def _start_writer(self, running: Running) -> RatedFio:
-        writer = RatedFio(
+    def _start_writer(self, running: Running) -> LoggedFio:
+        writer = LoggedFio(
             self.place, running.uri(), "randwrite", iodepth=8, size=self.images.size,
             norandommap=1, runtime=120, time_based=1,
         )  # fmt: skip
