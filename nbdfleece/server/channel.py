@@ -97,7 +97,7 @@ class SocketChannel(PlainChannel):
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             # Spec: "TCP_NODELAY ... SHOULD be set": a reply must not wait for the next one.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock = sock
+        self.sock = sock
         self.peer = peer
         self.reader_fd = self.writer_fd = sock.fileno()
         self.recv_into = sock.recv_into
@@ -106,8 +106,8 @@ class SocketChannel(PlainChannel):
         """Send what the socket takes."""
         # MSG_NOSIGNAL: a peer that is gone is an error here, whatever SIGPIPE is set to.
         if len(views) == 1:
-            return self._sock.send(views[0], socket.MSG_NOSIGNAL)
-        return self._sock.sendmsg(views, [], socket.MSG_NOSIGNAL)
+            return self.sock.send(views[0], socket.MSG_NOSIGNAL)
+        return self.sock.sendmsg(views, [], socket.MSG_NOSIGNAL)
 
     def sendfile(self, fd: int, offset: int, length: int, /) -> int:
         """Send a part of a file without copying it; see :data:`outbox.SendFile`."""
@@ -116,7 +116,7 @@ class SocketChannel(PlainChannel):
     def finish(self) -> None:
         """Shut the sending side down; what was sent still reaches the peer."""
         try:
-            self._sock.shutdown(socket.SHUT_WR)
+            self.sock.shutdown(socket.SHUT_WR)
         except OSError:
             # The peer closed first: there is nobody left to tell.
             return
@@ -127,7 +127,7 @@ class SocketChannel(PlainChannel):
 
     def close(self) -> None:
         """Close the socket."""
-        self._sock.close()
+        self.sock.close()
 
 
 class PipeChannel(PlainChannel):

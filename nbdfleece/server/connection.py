@@ -23,7 +23,7 @@ LINGERING      :meth:`_close_channel`, if the end is ours to begin: the client i
                A socket that is closed with bytes unread takes sent replies with it
 CLOSED         :meth:`_release`; from any state when the channel breaks. Descriptors
                and buffers are given up at once; requests in flight still finish, and
-               their replies are thrown away
+               their replies are thrown away. From HANDSHAKE by :meth:`_hand_over`, too
 =============  ======================================================================
 
 **Pausing.** When the phase is not open (too many replies unread, too many requests
@@ -38,26 +38,23 @@ import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from enum import Enum
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from ..errors import ProtocolError
 from ..export.export import Export
 from ..nbd.export_info import Lookup
-from ..nbd.negotiation import MayAccess, Negotiation
-from ..nbd.outcomes import Closed, Negotiated, StartTls, TlsMode
-from .buffers import BufferPool
-from .catalogue import Catalogue
+from ..nbd.negotiation import Negotiation
+from ..nbd.outcomes import Closed, Negotiated, StartTls
+from .catalogue import ServedExport
 from .channel import Channel, SocketChannel
 from .connection_log import ConnectionLog
 from .handshake import Handshake
+from .host import Host
 from .inbox import BrokenChannelError, Inbox
-from .limits import Limits
 from .outbox import Outbox
-from .polling import Polling
-from .sessions import Session
 from .statistics import Statistics
 from .transmission import Transmission
-from .turns import Turn, Turns
+from .turns import Turn
 
 logger = logging.getLogger("nbdfleece.server")
 
@@ -73,35 +70,6 @@ class State(Enum):
     CLOSING = "closing"
     LINGERING = "lingering"
     CLOSED = "closed"
-
-
-class Host(Protocol):
-    """What a connection needs of its server."""
-
-    limits: Limits
-    pool: BufferPool
-    turns: Turns
-    polling: Polling
-    catalogue: Catalogue
-    tls_mode: TlsMode
-
-    def may_access(self, connection: Connection) -> MayAccess:
-        """The check of what this client may have."""
-
-    def new_session(self, connection: Connection) -> Session | None:
-        """The connection's own view of what is served; None if it sees what all see."""
-
-    def start_tls(self, channel: Channel) -> Channel:
-        """TLS over a channel, as the server's side."""
-
-    def open_export(self, connection: Connection, export: Export) -> str | None:
-        """The connection's transmission phase begins; says why not, if it must not."""
-
-    def drained(self, connection: Connection) -> None:
-        """What was asked before :meth:`Connection.shut_down` is answered."""
-
-    def closed(self, connection: Connection) -> None:
-        """The connection is over and nothing of it is left."""
 
 
 class Connection:
@@ -423,7 +391,8 @@ class Connection:
         assert isinstance(self._phase, Handshake)
         outcome = self._phase.outcome
         if isinstance(outcome, Negotiated):
-            self._begin_transmission(outcome)
+            if not self._hand_over(outcome):
+                self._begin_transmission(outcome)
         elif isinstance(outcome, Closed):
             level = logging.DEBUG if outcome.clean else logging.WARNING
             self._begin_closing(outcome.reason, level=level)
@@ -448,6 +417,27 @@ class Connection:
         """Everything received so far is forgotten; the handshake begins anew inside TLS."""
         self._channel = self._inbox.source = self._host.start_tls(self._channel)
         self._phase = self._new_handshake(outcome)
+
+    def _hand_over(self, negotiated: Negotiated) -> bool:
+        """Give the client to the deputy of its export; whether that has one."""
+        if not isinstance(self._channel, SocketChannel) or self.session is not None:
+            return False
+        assert isinstance(negotiated.export, ServedExport)
+        deputy = self._host.deputy(negotiated.export.export)
+        if deputy is None:
+            return False
+        if not self.outbox.queued_bytes:  # else once the client has read what it was answered
+            refusal = self._host.hand_over(self, self._channel.sock, negotiated, deputy)
+            if refusal is None:
+                self._release()
+            else:
+                self._begin_our_end(refusal, level=logging.WARNING)
+        return True
+
+    def go_on(self, negotiated: Negotiated) -> None:
+        """Begin, in place of :meth:`start`, after a handshake that another process has done."""
+        self._begin_transmission(negotiated)
+        self._settle()
 
     def _begin_transmission(self, negotiated: Negotiated) -> None:
         self.state = State.TRANSMISSION

@@ -13,11 +13,12 @@ from typing import Final
 from ..export.export import Export, ExportTable
 from ..nbd.export_info import ExportInfo
 from ..nbd.negotiation import MayAccess
-from ..nbd.outcomes import TlsMode
+from ..nbd.outcomes import Negotiated, TlsMode
 from .buffers import BufferPool
 from .catalogue import Catalogue, ServedExport
 from .channel import Channel, SocketChannel
 from .connection import Connection
+from .delegation import DelegatedClient, Deputy
 from .limits import Limits
 from .listener import Listener
 from .polling import Polling
@@ -26,6 +27,9 @@ from .tls import Authorization, Authorizer, TlsChannel, TlsSettings
 from .turns import Turns
 
 logger = logging.getLogger("nbdfleece.server")
+
+Client = Connection | DelegatedClient
+"""Who is connected: served here, or by a deputy."""
 
 LINGER_SECONDS: Final = 0.5
 """On shutting down, once all that was asked before is answered: how long what is on its way is
@@ -56,9 +60,10 @@ class NbdServer:
         authorization: Who may have which export; None for everybody all.
         sessions: Makes the exports that each connection has of its own; ``exports`` is then
             not looked at.
+        deputy: Says who serves an export's clients in place of this server, if anybody.
 
     Attributes:
-        connections: All that are open, in the order of their arrival.
+        connections: All that are open, those of deputies among them.
         exports: As given.
         connection_class: What serves one client; a subclass of the server may have another one.
     """
@@ -73,6 +78,7 @@ class NbdServer:
         tls: TlsSettings | None = None,
         authorization: Authorizer | None = None,
         sessions: SessionFactory | None = None,
+        deputy: Callable[[Export], Deputy | None] = lambda export: None,
     ) -> None:
         self.exports = exports
         self.limits = limits or Limits()
@@ -83,7 +89,8 @@ class NbdServer:
         self._tls = tls
         self._authorization = authorization or Authorization()
         self._sessions = sessions
-        self.connections: dict[Connection, None] = {}
+        self.deputy = deputy
+        self.connections: dict[Client, None] = {}
         self._listeners: list[Listener] = []
         self._loop = asyncio.get_running_loop()
         self.turns = Turns(self._loop)
@@ -162,10 +169,20 @@ class NbdServer:
 
     def add_channel(self, channel: Channel) -> Connection:
         """Serve one client on a channel that is connected already."""
+        connection = self._add(channel)
+        connection.start()
+        return connection
+
+    def adopt(self, channel: Channel, negotiated: Negotiated) -> Connection:
+        """Serve one client with which another process has negotiated."""
+        connection = self._add(channel)
+        connection.go_on(negotiated)
+        return connection
+
+    def _add(self, channel: Channel) -> Connection:
         connection = self.connection_class(self, channel)
         self.connections[connection] = None
         logger.debug("%s: connected", channel.peer)
-        connection.start()
         return connection
 
     # What connections ask for.
@@ -200,11 +217,32 @@ class NbdServer:
             export.connections += 1
         return refusal
 
-    def drained(self, connection: Connection) -> None:
+    def hand_over(
+        self, connection: Connection, sock: socket.socket, negotiated: Negotiated, to: Deputy
+    ) -> str | None:
+        """Have a deputy serve the client of a connection, unless its export was closed or filled.
+
+        The connection is to be released when this returns.
+        """
+        assert isinstance(negotiated.export, ServedExport)
+        export = negotiated.export.export
+        refusal = self.open_export(connection, export)
+        if refusal is not None:
+            return refusal
+        client = DelegatedClient(self, to, export, connection.peer)
+        try:
+            to.serve(client, sock, negotiated)
+        except OSError as error:
+            export.connections -= 1
+            return f"cannot be handed over: {error.strerror}"
+        self.connections[client] = None
+        return None
+
+    def drained(self, connection: Client) -> None:
         """Note that a connection has nothing left to finish."""
         self._wake_watchers()
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: Client) -> None:
         """Note that a connection is over."""
         del self.connections[connection]
         if connection.session is not None:
@@ -213,7 +251,8 @@ class NbdServer:
             connection.export.connections -= 1
             if not self.connections:
                 self._left.set()
-        logger.debug("%s: closed: %s", connection.peer, connection.statistics)
+        if isinstance(connection, Connection):
+            logger.debug("%s: closed: %s", connection.peer, connection.statistics)
         if self._is_holding_back:
             self._is_holding_back = False
             for listener in self._listeners:
@@ -257,7 +296,7 @@ class NbdServer:
             self.remove_listener(listener)
         await self._end(list(self.connections), "the server is shutting down", grace_seconds)
 
-    async def _end(self, clients: list[Connection], reason: str, grace_seconds: float) -> None:
+    async def _end(self, clients: list[Client], reason: str, grace_seconds: float) -> None:
         """End connections: refuse what is new and finish what is not, and in the end cancel.
 
         None is closed before all have finished: as long as it takes, each is told why (rule 8).
@@ -268,11 +307,9 @@ class NbdServer:
             connection.abort(f"{reason}, and {grace_seconds:g} s of grace are over")
         await self._wait_closed(clients, CANCEL_SECONDS)
         for connection in self._still_open(clients):
-            logger.error(
-                "%s: %d requests do not end", connection.peer, connection.requests_in_flight
-            )
+            logger.error("%s: its requests do not end", connection.peer)
 
-    async def _finish(self, clients: list[Connection], reason: str, deadline: float) -> None:
+    async def _finish(self, clients: list[Client], reason: str, deadline: float) -> None:
         for connection in clients:
             connection.shut_down(reason)
         await self._wait_until(
@@ -284,10 +321,10 @@ class NbdServer:
             connection.finish(reason)
         await self._wait_closed(clients, deadline - self._loop.time())
 
-    def _still_open(self, clients: list[Connection]) -> list[Connection]:
+    def _still_open(self, clients: list[Client]) -> list[Client]:
         return [connection for connection in clients if connection in self.connections]
 
-    async def _wait_closed(self, clients: list[Connection], seconds: float) -> None:
+    async def _wait_closed(self, clients: list[Client], seconds: float) -> None:
         """Wait until all of the clients are closed, or the time is over."""
         await self._wait_until(lambda: not self._still_open(clients), seconds)
 
@@ -313,7 +350,7 @@ class NbdServer:
         """Wait until no client is connected."""
         await self._wait_until(lambda: not self.connections, None)
 
-    async def wait_closed(self, connection: Connection) -> None:
+    async def wait_closed(self, connection: Client) -> None:
         """Wait until one connection is over."""
         await self._wait_until(lambda: connection not in self.connections, None)
 

@@ -261,7 +261,7 @@ class HoardingChannel(SocketChannel):
 
     def _take(self, view: memoryview) -> int:
         if not self._hoard:
-            self._hoard += self._sock.recv(MIB)
+            self._hoard += self.sock.recv(MIB)
         count = min(28, len(self._hoard), len(view))
         view[:count] = self._hoard[:count]
         del self._hoard[:count]
