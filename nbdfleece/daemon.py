@@ -27,6 +27,7 @@ from .block.node import BlockNode
 from .control.commands import all_commands
 from .control.dispatcher import Dispatcher
 from .control.server import ControlServer
+from .deputies.deputies import Deputies
 from .engine.disk import ScratchOptions
 from .engine.engine import Engine
 from .engine.graph import Graph
@@ -42,6 +43,7 @@ from .server.catalogue import describe_export
 from .server.channel import open_standard_channel
 from .server.limits import Limits
 from .server.listener import Listener, SocketFile, listen_systemd, listen_unix, listen_uri
+from .server.loop import LoopChoice
 from .server.server import NbdServer
 from .server.tls import AllOf, Authorizer, TlsSettings
 from .standalone.objects import Objects
@@ -74,6 +76,8 @@ class DaemonOptions:
         authorization: Who may have which export; None for everybody all.
         export_rules: What holds for exports by their names.
         more_exports: What else is served, for as long as each of these contexts is entered.
+        processes: So many processes of their own serve ``images``; 0 for this one.
+        loop: Their event loop.
         grace_seconds: At the end, how long NBD requests in flight may take.
     """
 
@@ -94,6 +98,8 @@ class DaemonOptions:
     authorization: Authorizer | None = None
     export_rules: Sequence[ExportRule] = ()
     more_exports: Sequence[AbstractAsyncContextManager[Sequence[Export]]] = ()
+    processes: int = 0
+    loop: LoopChoice = "auto"
     grace_seconds: float = 10.0
 
 
@@ -102,6 +108,7 @@ class Daemon:
 
     Attributes:
         exports: What is served.
+        deputies: The processes that serve some of it.
         engine: Its disks, snapshots and checkpoints.
         overlays: What is written beside them.
         graph: The nodes of QEMU's commands over them.
@@ -115,11 +122,13 @@ class Daemon:
     def __init__(self, options: DaemonOptions) -> None:
         self.options = options
         self.exports = ExportTable(prepare=self._prepare_export)
+        self.deputies = Deputies(options.processes, options.limits, options.loop)
         self.server = NbdServer(
             self.exports,
             limits=options.limits,
             tls=options.tls,
             authorization=options.authorization,
+            deputy=self.deputies.of,
         )
         self.engine = Engine(
             self.exports,
@@ -174,6 +183,7 @@ class Daemon:
         """End an export on all servers."""
         for server in (self.server, *self._added):
             await server.close_export(name, hard=hard)
+        await self.deputies.remove(name)
 
     def _prepare_export(self, export: Export) -> None:
         """Let the operator's rules hold for a new export.
@@ -230,7 +240,13 @@ class Daemon:
             listeners = listen_uri(uri, options.socket_file)
         except UsageError as error:
             raise StateError(str(error)) from error
-        server = NbdServer(self.exports, limits=limits, tls=tls, authorization=AllOf(tuple(rules)))
+        server = NbdServer(
+            self.exports,
+            limits=limits,
+            tls=tls,
+            authorization=AllOf(tuple(rules)),
+            deputy=self.deputies.of,
+        )
         for listener in listeners:
             server.add_listener(listener)
         self._added = [each for each in self._added if each.connections]
@@ -267,9 +283,11 @@ class Daemon:
             policy = self.options.policies.get(name, DEFAULT_POLICY)
             await self.engine.open_disk(name, path, policy, data=self.options.nodes.get(name))
         await self.engine.recover()
+        await self._more.enter_async_context(self.deputies)
         for name, path in self.options.images.items():
             bitmaps, since = (of.get(name, ()) for of in (self.options.bitmaps, self.options.since))
-            await self.node_exports.add_image(name, path, bitmaps, since)
+            shown = await self.node_exports.add_image(name, path, bitmaps, since)
+            await self.deputies.add(*shown)
         for more in self.options.more_exports:
             for export in await self._more.enter_async_context(more):
                 self.exports.add(export)

@@ -34,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "standalone": {"bitmaps", "block", "qcow2", "export", "server", "nbd"},
     "nbdkit": {"block", "qcow2", "engine", "export", "nbd", "server", "standalone"},
     "testing": {"bitmaps", "block", "export", "nbd", "server", "standalone"},
-    "daemon": {"server", "engine", "control", "export", "nbd", "block", "standalone"},
+    "deputies": {"server", "export", "nbd", "qcow2", "block", "bitmaps"},
+    "daemon": {"deputies", "server", "engine", "control", "export", "nbd", "block", "standalone"},
     "cli": {"daemon", "control", "backup", "engine", "qcow2", "nbd", "server", "block", "export"}
     | {"standalone", "nbdkit"},
 }

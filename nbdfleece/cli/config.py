@@ -33,7 +33,7 @@ import re
 import tomllib
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import click
 import msgspec
@@ -42,7 +42,7 @@ from ..errors import UsageError
 from .addresses import NO_CONTROL, parse_listen
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
-from .read_only_options import parse_bitmaps, parse_images, parse_since
+from .read_only_options import PROCESSES_MAX, parse_bitmaps, parse_images, parse_since
 from .sizes import parse_size
 
 Scalar = bool | int | float | str
@@ -97,6 +97,7 @@ class ServerConfig(_Part):
 
     disks: dict[str, str | DiskConfig] = {}
     read_only: dict[str, str | ImageConfig] = {}
+    processes: Annotated[int, msgspec.Meta(ge=0, le=PROCESSES_MAX)] | None = None
     backups: list[str] = []
     listen: list[str] = []
     control: str | None = None
@@ -173,6 +174,7 @@ class _Checked:
         found: dict[str, Any] = {
             **self._disks(config.disks),
             **self._images(config.read_only, config.disks),
+            "processes": config.processes,
             "backups": [self._file(backup) for backup in config.backups],
             "listen": config.listen,
             "control": config.control

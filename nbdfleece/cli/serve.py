@@ -162,6 +162,10 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
         raise UsageError("there is nothing to serve: say --disk, --read-only or --backup")
     if values["stdio"] and (values["as_json"] or values["print_uri"]):
         raise UsageError("--stdio: stdout is the client's; leave --json and --print-uri out")
+    if values["processes"] and not values["images"]:
+        raise UsageError("--processes are for --read-only images: there is none")
+    if values["processes"] and values["stdio"]:
+        raise UsageError("--stdio serves one client only: leave --processes out")
     is_activated = os.environ.get("LISTEN_PID") == str(os.getpid())
     listen = [parse_listen(text) for text in values["listen"]]
     if not (listen or is_activated or values["stdio"]):
@@ -176,6 +180,8 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
         images=images,
         bitmaps=bitmaps,
         since=parse_since(values["since"], bitmaps),
+        processes=values["processes"],
+        loop=values["loop"],
         listen=listen,
         control=choose_control(values["control"]),
         limits=parse_limits(values["limits"]),

@@ -18,6 +18,7 @@ from ..block.node import BlockNode
 from ..errors import StateError
 from ..export.contexts import AllocationDepth, BaseAllocation, DirtyBitmap, MetadataContext
 from ..export.export import Export, ExportTable
+from ..qcow2.image import Qcow2Image
 from .bitmaps import find_bitmap
 from .chain import check_name
 from .engine import Engine
@@ -170,7 +171,7 @@ class NodeExports:
 
     async def add_image(
         self, name: str, path: Path, bitmaps: Sequence[str], since: Sequence[str]
-    ) -> None:
+    ) -> tuple[Export, Qcow2Image]:
         """Show a qcow2 image for reading only, as node and export of one name, from the start on.
 
         Args:
@@ -179,6 +180,9 @@ class NodeExports:
             bitmaps: Bitmaps of it to offer.
             since: Checkpoints of it; what has changed since is offered under their names, which
                 are none of ``bitmaps``.
+
+        Returns:
+            The export and the image that it shows.
 
         Raises:
             StateError: The name is taken, a bitmap is not there, inconsistent or damaged, or the
@@ -199,7 +203,9 @@ class NodeExports:
             )
         except StateError as error:
             raise StateError(f"{path}: {error}") from error
-        self._exports[name].is_of_start = True
+        added = self._exports[name]
+        added.is_of_start = True
+        return added.export, shown.image
 
     def _check_name(self, name: str) -> None:
         if self._table.has(name):

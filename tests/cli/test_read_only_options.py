@@ -7,9 +7,11 @@ import random
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import nbd
 import pytest
 
 from nbdfleece.cli.read_only_options import parse_bitmaps, parse_images, parse_since
@@ -20,13 +22,24 @@ from tests.backup.conftest import tmp_path as in_memory
 from tests.backup.programs import content_of, qemu_io, qemu_nbd
 from tests.backup.programs import run as execute
 
-from .conftest import SIZE, Run, Server, Start, make_image
+from .conftest import SECONDS_MAX, SIZE, Run, Server, Start, make_image
 
 tmp_path = in_memory
 MIB = 1 << 20
 GRANULE = 65536
 LISTEN = ("--listen", "unix:n")
 READ_CONTEXTS = ["base:allocation", "qemu:allocation-depth"]
+
+
+@pytest.fixture(params=[0, 2], ids=["alone", "processes"])
+def start(request: pytest.FixtureRequest, start: Start) -> Start:
+    """Start servers, in the second round with processes that serve the images."""
+
+    def call(*words: str | Path) -> Server:
+        more = ("--processes", request.param) if "--read-only" in words else ()
+        return start(*words, *more)
+
+    return call
 
 
 @pytest.fixture
@@ -58,6 +71,12 @@ def dirty(folder: Path, export: str, bitmap: str) -> list[tuple[int, int]]:
     context = f"--map=qemu:dirty-bitmap:{bitmap}"
     found = json.loads(execute("nbdinfo", context, "--json", uri(folder, export)))
     return [(each["offset"], each["length"]) for each in found if each["type"]]
+
+
+def children(server: Server) -> list[int]:
+    """The processes of a server beside its own."""
+    pid = server.process.pid
+    return [int(it) for it in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def damage(image: Path, bitmap: str) -> None:
@@ -132,6 +151,22 @@ def test_two_servers_and_qemu_read_one_image_and_no_writer_comes_in(
     server.end()
     assert other.end().status == 0
     assert start(*writer).end().status == 0
+
+
+def test_processes_end_with_a_server_that_is_killed(
+    tmp_path: Path, image: Path, start: Start
+) -> None:
+    """Rule 7: nothing of it holds the image any more."""
+    server = start("--read-only", f"t={image}", *LISTEN)
+    client = nbd.NBD()
+    client.connect_uri(uri(tmp_path, "t"))
+    found = children(server)
+    assert server.end(signal.SIGKILL).status == -signal.SIGKILL
+    deadline = time.monotonic() + SECONDS_MAX
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in found):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    qemu_io(image, "write -q 0 512")
 
 
 def test_image_that_is_being_written_is_refused(
@@ -221,6 +256,14 @@ def test_missing_and_raw_images_are_refused_as_for_disks(tmp_path: Path, run: Ru
         (
             ["--read-only", "t=a", "--since", "t=k", "--bitmap", "t=k"],
             "--bitmap and --since both name 'k' of 't': leave one",
+        ),
+        (
+            ["--disk", "vda=a", "--processes", "2"],
+            "--processes are for --read-only images: there is none",
+        ),
+        (
+            ["--read-only", "t=a", "--processes", "2", "--stdio"],
+            "--stdio serves one client only: leave --processes out",
         ),
     ],
 )
@@ -463,11 +506,13 @@ def test_nbd_server_stop_leaves_the_image_and_its_removal_frees_the_file(
 def test_config_file_names_images_and_what_is_shown_with_them(
     tmp_path: Path, image: Path, guest: Path, start: Start
 ) -> None:
-    lines = ["[read-only]", 'base = "base.qcow2"', "[read-only.t]", 'file = "template.qcow2"']
+    lines = ["processes = 3", "[read-only]", 'base = "base.qcow2"']
+    lines += ["[read-only.t]", 'file = "template.qcow2"']
     lines += ['bitmaps = ["late"]', "[read-only.vda]", 'file = "guest.qcow2"']
     lines += ['since = ["monday"]']
     (tmp_path / "server.toml").write_text("\n".join(lines))
-    start("--config", tmp_path / "server.toml", *LISTEN)
+    server = start("--config", tmp_path / "server.toml", *LISTEN)
+    assert len(children(server)) == 3
     found = exports(tmp_path)
     assert {name: each["is_read_only"] for name, each in found.items()} == {
         "base": True,

@@ -1,0 +1,322 @@
+"""Read-only images served by processes of their own.
+
+One process has one event loop and Python's one lock: a stream out of an image delays what others
+ask of the same process, up to a millisecond when processors are short (rule 5). An image
+that is only read has no state that its clients share with anybody, so that another process can
+serve them: the deputy of its export. Who writes, or reads a snapshot, stays with the server.
+
+All processes open all images, so that any may serve any client. A client goes to the one that has
+the fewest clients of other exports, and among those the fewest of its own: images stay apart as
+long as there are processes enough, and the connections of one client are spread.
+
+A deputy that ends by itself takes its clients with it, and the log says so. Those that come later
+go to the others, or else the server serves them itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final, Self
+
+import msgspec
+
+from ..block.threads import in_thread
+from ..errors import StateError
+from ..export.contexts import DIRTY_BITMAP_PREFIX, DirtyBitmap
+from ..export.export import Export
+from ..nbd.outcomes import Negotiated
+from ..qcow2.image import Qcow2Image
+from ..server.delegation import DelegatedClient, Ending
+from ..server.limits import Limits
+from ..server.loop import LoopChoice
+from .link import Link
+from .messages import (
+    FROM_DEPUTY,
+    Begin,
+    Bits,
+    Close,
+    Closed,
+    Done,
+    Drained,
+    End,
+    Failed,
+    Logged,
+    Message,
+    Open,
+    Serve,
+)
+
+END_SECONDS: Final = 10.0
+"""How long a process may take to close a file or to end, once it has no clients, before it is
+killed."""
+
+_SETTINGS: Final = (
+    *("name", "description", "can_multi_conn", "minimum_block_size", "preferred_block_size"),
+    *("maximum_payload", "requires_block_size", "rotational", "tls_only"),
+)
+"""The attributes of an export that its deputy's has, too."""
+
+logger = logging.getLogger("nbdfleece.server")
+
+
+class Deputies:
+    """The processes of one server; used as a context, inside a running event loop.
+
+    Args:
+        processes: How many.
+        limits: What clients may take.
+        loop: The event loop of the processes.
+    """
+
+    def __init__(self, processes: int, limits: Limits, loop: LoopChoice = "auto") -> None:
+        self._wanted = processes
+        self._limits = limits
+        self._loop_choice = loop
+        self._processes: list[ProcessDeputy] = []
+
+    async def __aenter__(self) -> Self:
+        """Start the processes.
+
+        Raises:
+            OSError: One cannot be started.
+        """
+        for _ in range(self._wanted):
+            self._processes.append(ProcessDeputy(self._limits, self._loop_choice))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """End them, and what clients they have left."""
+        await asyncio.gather(*(each.close() for each in self._processes))
+
+    def of(self, export: Export) -> ProcessDeputy | None:
+        """Who serves an export's clients; None for the server."""
+        able = [each for each in self._processes if each.has(export)]
+        return min(able, key=lambda each: each.load(export), default=None)
+
+    async def add(self, export: Export, image: Qcow2Image) -> None:
+        """Have the processes serve one more export.
+
+        Raises:
+            StateError: One cannot open the image, or has ended.
+        """
+        await asyncio.gather(*(each.open(export, image) for each in self._processes))
+
+    async def remove(self, name: str) -> None:
+        """No client of the export of that name is left: the processes close its image."""
+        await asyncio.gather(*(each.close_export(name) for each in self._processes))
+
+
+@dataclass(eq=False, slots=True)
+class _Served:
+    """An export of a process, and which of its bitmaps the process has been told of."""
+
+    export: Export
+    bitmaps: list[DirtyBitmap] = field(default_factory=list)
+
+
+class ProcessDeputy:
+    """One process; a :class:`~..server.delegation.Deputy`.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+
+    def __init__(self, limits: Limits, loop: LoopChoice) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._process = _start(theirs.fileno(), loop)
+            except BaseException:
+                ours.close()
+                raise
+        self._link = Link(ours, self._receive, self._end)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FROM_DEPUTY)
+        self._numbers = count()
+        self._exports: dict[int, _Served] = {}
+        self._clients: dict[int, DelegatedClient] = {}
+        self._waiters: dict[int, asyncio.Future[None]] = {}
+        self._tell(Begin(limits=limits, log_level=logging.getLogger().level))
+
+    # What the server asks for.
+
+    def load(self, export: Export) -> tuple[int, int]:
+        """How many clients it has: of other exports, and of this one."""
+        own = sum(each.export is export for each in self._clients.values())
+        return len(self._clients) - own, own
+
+    def has(self, export: Export) -> bool:
+        """Whether it serves an export."""
+        return any(each.export is export for each in self._exports.values())
+
+    async def open(self, export: Export, image: Qcow2Image) -> None:
+        """Serve one more export.
+
+        Args:
+            export: It shows an image, and no bitmaps but such that do not change.
+            image: That image.
+
+        Raises:
+            StateError: The process cannot open the image, or has ended.
+        """
+        number = next(self._numbers)
+        settings = {name: getattr(export, name) for name in _SETTINGS}
+        file = image.file
+        await self._ask(
+            Open(export=number, path=image.path, identity=file.identity, settings=settings)
+        )
+        self._exports[number] = _Served(export)
+
+    async def close_export(self, name: str) -> None:
+        """Serve an export no longer, of which no client is left; if it serves one of the name."""
+        for number, served in list(self._exports.items()):
+            if served.export.name == name:
+                del self._exports[number]
+                try:
+                    async with asyncio.timeout(END_SECONDS):
+                        await self._ask(Close(export=number))
+                except StateError:
+                    return  # it has ended, and its files are closed
+                except TimeoutError:
+                    logger.error("process %d does not answer: killed", self._process.pid)
+                    self._process.kill()
+
+    async def close(self) -> None:
+        """End the process, and the clients that it has."""
+        self._exports.clear()
+        self._link.close()
+        self._lose("the server is shutting down")
+        await in_thread(_wait, self._process)
+
+    def serve(self, client: DelegatedClient, sock: socket.socket, negotiated: Negotiated) -> None:
+        """See :class:`~..server.delegation.Deputy`."""
+        (export,) = (
+            number for number, each in self._exports.items() if each.export is client.export
+        )
+        contexts = [(each.context_id, each.name) for each in negotiated.contexts]
+        self._tell_bits(export, [name for _, name in contexts])
+        number = next(self._numbers)
+        message = Serve(
+            client=number,
+            export=export,
+            peer=client.peer,
+            transmission_flags=int(negotiated.transmission_flags),
+            structured_replies=negotiated.structured_replies,
+            extended_headers=negotiated.extended_headers,
+            contexts=contexts,
+            leftover=negotiated.leftover,
+        )
+        self._tell(message, sock.fileno())
+        self._clients[number] = client
+
+    def end(self, client: DelegatedClient, how: Ending, reason: str) -> None:
+        """See :class:`~..server.delegation.Deputy`."""
+        for number, each in self._clients.items():
+            if each is client:
+                self._tell(End(client=number, how=how, reason=reason))
+
+    def _tell_bits(self, number: int, names: list[str]) -> None:
+        """Tell the process of those bitmaps that it does not know yet: some are large."""
+        served = self._exports[number]
+        for context in served.export.contexts:
+            if not isinstance(context, DirtyBitmap) or context.name not in names:
+                continue
+            if any(context is each for each in served.bitmaps):
+                continue
+            served.bitmaps.append(context)
+            self._tell(
+                Bits(
+                    export=number,
+                    leaf=context.name.removeprefix(DIRTY_BITMAP_PREFIX),
+                    size=context.bitmap.size,
+                    granularity=context.bitmap.granularity,
+                    data=bytes(context.bitmap.data),
+                )
+            )
+
+    def _tell(self, message: Message, descriptor: int | None = None) -> None:
+        self._link.send(self._encoder.encode(message), descriptor)
+
+    async def _ask(self, message: Open | Close) -> None:
+        """Send what is answered by :class:`Done` or :class:`Failed`.
+
+        Raises:
+            StateError: It failed, or the process has ended.
+        """
+        if not self._link.is_open:
+            raise StateError("the process has ended")
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters[message.export] = waiter
+        self._tell(message)
+        await waiter
+
+    # What it says.
+
+    def _receive(self, data: memoryview) -> None:
+        message = self._decoder.decode(data)
+        match message:
+            case Done():
+                self._waiters.pop(message.export).set_result(None)
+            case Failed():
+                error = StateError(message.reason)
+                self._waiters.pop(message.export).set_exception(error)
+            case Drained():
+                self._clients[message.client].drained()
+            case Closed():
+                self._clients.pop(message.client).closed()
+            case Logged():
+                _log(message)
+
+    def _end(self) -> None:
+        """The process has ended by itself."""
+        logger.error(
+            "process %d has ended: its %d clients are disconnected, and it serves no more",
+            self._process.pid,
+            len(self._clients),
+        )
+        self._exports.clear()
+        self._lose(f"process {self._process.pid} has ended")
+
+    def _lose(self, reason: str) -> None:
+        """Nothing more is heard of the process."""
+        for waiter in self._waiters.values():
+            if not waiter.done():
+                waiter.set_exception(StateError(reason))
+        self._waiters.clear()
+        for client in self._clients.values():
+            client.closed()
+        self._clients.clear()
+
+
+def _start(descriptor: int, loop: LoopChoice) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", f"{__package__}.process", str(descriptor), loop],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[descriptor],
+    )
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that is about to end, or kill it."""
+    try:
+        process.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        logger.error("process %d does not end: killed", process.pid)
+        process.kill()
+        process.wait()
+
+
+def _log(message: Logged) -> None:
+    """Write a line of a process, unless nobody wants it."""
+    target = logging.getLogger(message.logger)
+    if target.isEnabledFor(message.level):
+        level = logging.getLevelName(message.level)
+        fields = {"levelno": message.level, "levelname": level, "msg": message.text}
+        target.handle(logging.makeLogRecord({"name": message.logger, **fields}))

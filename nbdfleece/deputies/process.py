@@ -1,0 +1,237 @@
+"""A deputy's process: ``python -m nbdfleece.deputies.process FD LOOP``.
+
+The server that started it tells it which images to open, and gives it clients that it has
+negotiated with. The process ends with the server, and not at signals: a terminal or a service
+manager sends those that end a server to all of its processes, and clients may finish first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from typing import cast
+
+import msgspec
+
+from ..bitmaps.bitmap import Bitmap
+from ..errors import ImageError, StateError
+from ..export.contexts import AllocationDepth, BaseAllocation, DirtyBitmap
+from ..export.export import Export, ExportTable
+from ..nbd.constants import TransmissionFlag
+from ..nbd.outcomes import Negotiated, SelectedContext
+from ..qcow2.image import Qcow2Image
+from ..server.catalogue import describe_export
+from ..server.channel import SocketChannel
+from ..server.limits import Limits, allow_descriptors
+from ..server.loop import LoopChoice, run
+from ..server.server import Client, NbdServer
+from .link import Link
+from .messages import (
+    TO_DEPUTY,
+    Begin,
+    Bits,
+    Close,
+    Closed,
+    Done,
+    Drained,
+    End,
+    Failed,
+    Logged,
+    Message,
+    Open,
+    Serve,
+)
+
+logger = logging.getLogger("nbdfleece.server")
+
+Tell = Callable[[Message], None]
+
+
+class LogHandler(logging.Handler):
+    """Has who started this process write into its log, from any thread.
+
+    Args:
+        tell: Sends a message there.
+    """
+
+    def __init__(self, tell: Tell) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+        self._tell = tell
+        self._formatter = logging.Formatter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a line, and the traceback that belongs to it."""
+        message = Logged(
+            logger=record.name, level=record.levelno, text=self._formatter.format(record)
+        )
+        with contextlib.suppress(RuntimeError):  # nobody listens any more
+            self._loop.call_soon_threadsafe(self._tell, message)
+
+
+class DeputyServer(NbdServer):
+    """A server whose clients are given to it, and have numbers.
+
+    Args:
+        limits: What clients may take.
+        tell: Sends a message to who gives them.
+    """
+
+    def __init__(self, limits: Limits, tell: Tell) -> None:
+        super().__init__(ExportTable(), limits=limits)
+        self._tell = tell
+        self._numbers: dict[Client, int] = {}
+        self._clients: dict[int, Client] = {}
+
+    def serve(self, number: int, channel: SocketChannel, negotiated: Negotiated) -> None:
+        """Serve a client from now on."""
+        client = self.adopt(channel, negotiated)
+        if client in self.connections:
+            self._numbers[client], self._clients[number] = number, client
+        else:
+            self._tell(Closed(client=number))
+
+    def end(self, message: End) -> None:
+        """End a client, unless it has ended meanwhile."""
+        client = self._clients.get(message.client)
+        if client is not None:
+            getattr(client, message.how)(message.reason)
+
+    def drained(self, connection: Client) -> None:
+        """Tell it."""
+        super().drained(connection)
+        self._tell(Drained(client=self._numbers[connection]))
+
+    def closed(self, connection: Client) -> None:
+        """Tell it."""
+        super().closed(connection)
+        number = self._numbers.pop(connection, None)
+        if number is not None:
+            del self._clients[number]
+            self._tell(Closed(client=number))
+
+
+class DeputyProcess:
+    """What one end of a link asks for, done.
+
+    Args:
+        sock: The link's.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._link = Link(sock, self._receive, self._end)
+        self._decoder = msgspec.msgpack.Decoder(TO_DEPUTY)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._server: DeputyServer | None = None
+        self._exports: dict[int, Export] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = asyncio.Event()
+
+    async def wait_end(self) -> None:
+        """Serve until the other end is gone, then end all clients at once."""
+        await self._ended.wait()
+        if self._server is not None:
+            await self._server.shut_down(grace_seconds=0)
+        await asyncio.gather(*self._tasks)
+        for export in self._exports.values():
+            await export.node.close()
+
+    def _end(self) -> None:
+        self._ended.set()
+
+    def _tell(self, message: Message) -> None:
+        self._link.send(self._encoder.encode(message))
+
+    def _receive(self, data: memoryview) -> None:
+        message = self._decoder.decode(data)
+        match message:
+            case Begin():
+                root = logging.getLogger()
+                root.handlers[:] = [LogHandler(self._tell)]
+                root.setLevel(message.log_level)
+                allow_descriptors(message.limits)
+                self._server = DeputyServer(message.limits, self._tell)
+            case Open():
+                self._start(self._open(message))
+            case Bits():
+                bitmap = Bitmap(message.size, message.granularity, message.data)
+                self._exports[message.export].contexts += (DirtyBitmap(message.leaf, bitmap),)
+            case Serve():
+                self._serve(message, self._link.take_descriptor())
+            case End():
+                self._begun.end(message)
+            case Close():
+                self._start(self._close(message.export))
+
+    @property
+    def _begun(self) -> DeputyServer:
+        assert self._server is not None, "Begin comes first"
+        return self._server
+
+    def _start(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _open(self, message: Open) -> None:
+        try:
+            image = await Qcow2Image.open(message.path, read_only=True)
+        except (OSError, ImageError, StateError) as error:
+            self._tell(Failed(export=message.export, reason=str(error)))
+            return
+        if image.file.identity != message.identity:
+            await image.close()
+            reason = f"{message.path}: another file has taken its place"
+            self._tell(Failed(export=message.export, reason=reason))
+            return
+        contexts = (BaseAllocation(image), AllocationDepth(image))
+        export = Export(node=image, contexts=contexts, **message.settings)
+        self._exports[message.export] = export
+        self._begun.exports.add(export)
+        self._tell(Done(export=message.export))
+
+    async def _close(self, number: int) -> None:
+        export = self._exports.pop(number)
+        await self._begun.close_export(export.name, hard=True)
+        await export.node.close()
+        self._tell(Done(export=number))
+
+    def _serve(self, message: Serve, descriptor: int | None) -> None:
+        server, export = self._begun, self._exports[message.export]
+        try:
+            if descriptor is None:
+                raise OSError("no more descriptors are allowed")
+            channel = SocketChannel(socket.socket(fileno=descriptor), message.peer)
+        except OSError as error:
+            logger.error("%s: connection lost: %s", message.peer, error)
+            self._tell(Closed(client=message.client))
+            return
+        negotiated = Negotiated(
+            export=describe_export(export, server.limits.wire),
+            transmission_flags=TransmissionFlag(message.transmission_flags),
+            structured_replies=message.structured_replies,
+            extended_headers=message.extended_headers,
+            contexts=tuple(SelectedContext(*each) for each in message.contexts),
+            leftover=message.leftover,
+        )
+        server.serve(message.client, channel, negotiated)
+
+
+def main(descriptor: int, loop: LoopChoice) -> None:
+    """Serve at one end of a link until the other is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+    async def serve() -> None:
+        await DeputyProcess(socket.socket(fileno=descriptor)).wait_end()
+
+    run(serve(), loop)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), cast(LoopChoice, sys.argv[2]))
