@@ -70,10 +70,15 @@ class Process:
         raise KeyError(name)
 
     def user_and_system_seconds(self) -> tuple[float, float]:
-        """The processor time that all its threads have used, outside and inside the kernel."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        """The processor time that it and its processes have used, outside and inside the kernel."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        user = system = 0
+        for pid in (self.pid, *children):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            user += int(fields[11])
+            system += int(fields[12])
         ticks = os.sysconf("SC_CLK_TCK")
-        return int(fields[11]) / ticks, int(fields[12]) / ticks
+        return user / ticks, system / ticks
 
 
 def can_connect(address: Path | int) -> bool:

@@ -61,7 +61,7 @@ class Profile:
         """Take stacks as py-spy's raw format has them: ``outer;inner COUNT``."""
         for line in lines:
             stack, _, number = line.rstrip().rpartition(" ")
-            frames = [_shorten(frame) for frame in stack.split(";")]
+            frames = [_shorten(frame) for frame in stack.split(";") if not _is_process(frame)]
             if frames[-1] in WAITING:
                 continue
             if frames[-1] == UVLOOP:
@@ -70,6 +70,11 @@ class Profile:
             for frame in set(frames):
                 self.whole[frame] += int(number)
             self.count += int(number)
+
+
+def _is_process(frame: str) -> bool:
+    """Whether a frame is none, but names the process that it is of."""
+    return re.match(r"process \d+:", frame) is not None
 
 
 def _shorten(frame: str) -> str:
@@ -88,13 +93,20 @@ def find_py_spy() -> Path:
 
 @contextmanager
 def spying(pid: int, output: Path) -> Iterator[None]:
-    """Have py-spy sample a process while this context is entered.
+    """Have py-spy sample a process and its children while this context is entered.
 
     Raises:
         CalledProcessError: It could not.
     """
     argv = [str(find_py_spy()), "record", "--pid", str(pid), "--format", "raw", "--nolineno"]
-    argv += ["--full-filenames", "--rate", str(RATE_HERTZ), "--output", str(output)]
+    argv += [
+        "--subprocesses",
+        "--full-filenames",
+        "--rate",
+        str(RATE_HERTZ),
+        "--output",
+        str(output),
+    ]
     spy = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert spy.stdout is not None
     first = spy.stdout.readline()  # it says that it samples, or why it cannot

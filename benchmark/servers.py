@@ -7,8 +7,8 @@ What "best" is was found by trying; ``docs/performance.md`` says what each peer 
   in an I/O thread of its own from version 10 on; several connections; ``discard=unmap``.
 * **nbdkit**: the file plugin with its default of 16 threads per connection. It cannot read
   qcow2 and serves the same disk as raw bytes: shown, but no peer for a qcow2 row.
-* **nbdfleece**: as it comes, ``nbdfleece nbd -r`` where nobody writes to one disk,
-  ``nbdfleece serve`` else; with ``--read-only`` where nobody writes to several.
+* **nbdfleece**: ``nbdfleece serve``; where nobody writes with ``--read-only`` and
+  ``--processes 2``, one for each processor, but ``nbdfleece nbd -r`` over TLS and for bitmaps.
 * **the raw limit**: no server, and no peer: what the kernel and the client allow.
 """
 
@@ -151,6 +151,10 @@ class Server(ABC):
         return path
 
 
+PROCESSES = 2
+"""Ours for read-only images: one for each processor."""
+
+
 class Nbdfleece(Server):
     """Ours, from the checkout."""
 
@@ -163,7 +167,7 @@ class Nbdfleece(Server):
         return True
 
     def _enter(self, setup: Setup, address: Path | int, stack: ExitStack) -> Running:
-        if len(setup.disks) == 1 and (setup.bitmaps or not setup.writable):
+        if setup.bitmaps or setup.transport is Transport.TLS:
             words = _nbd_words(setup, address)
             return self._start([*_nbdfleece(), "nbd", *words], address, setup, stack)
         control = self.place.path(".c")
@@ -173,6 +177,8 @@ class Nbdfleece(Server):
         for name, path in setup.disks.items():
             argv += ["--disk" if setup.writable else "--read-only", f"{name}={path}"]
             argv += [word for bitmap in setup.bitmaps for word in ("--bitmap", f"{name}={bitmap}")]
+        if not setup.writable:
+            argv += ["--processes", str(PROCESSES)]
         running = self._start(argv, address, setup, stack)
         running.control = stack.enter_context(Qmp(control))
         for number in range(setup.checkpoints):
