@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from .linux import ResidencyMap
 from .threads import in_thread
@@ -51,6 +51,13 @@ class StableFile:
         """Whether what was fetched has stayed: ZFS, DAX and direct I/O do without a page cache."""
         return self._lost < _LOST_MAX
 
+    def reopen(self) -> int:
+        """A descriptor of the caller's, for which the kernel reads ahead separately if it can."""
+        try:
+            return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # not allowed to us, or /proc is not there
+            return os.dup(self.fd)
+
     def note_fetch(self, *, is_kept: bool) -> None:
         """What was fetched just now is in the page cache, or gone already."""
         self._lost = 0 if is_kept else self._lost + 1
@@ -75,22 +82,53 @@ class StablePlace(NamedTuple):
         return self.file.is_at_hand(self.offset, self.length)
 
 
+class Fetcher:
+    """Has threads bring what is cold into the page cache; used as a context.
+
+    The kernel reads ahead for each open file by what was read of it last. Streams that are
+    fetched at the same time through one of them spoil that for each other, so each fetcher opens
+    what it fetches once more. The locks stay with the :class:`StableFile`.
+    """
+
+    def __init__(self) -> None:
+        self._opened: dict[StableFile, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._opened.values():
+            os.close(fd)
+        self._opened.clear()
+
+    async def bring_to_hand(self, places: Sequence[StablePlace]) -> bool:
+        """Fetch what is cold of some places; whether all can be sent then."""
+        cold = [place for place in places if not place.is_at_hand]
+        if not cold:
+            return True
+        if not cold[0].file.is_cached:
+            return False
+        try:
+            # The thread gets no places: it would let go of them some time after it has ended, and a
+            # file's locks last as long.
+            ranges = [(self._open(place.file), place.offset, place.length) for place in cold]
+            await in_thread(_fetch_all, ranges)
+        except OSError:  # whoever reads it now will say the same
+            return False
+        is_kept = all(place.is_at_hand for place in places)
+        cold[0].file.note_fetch(is_kept=is_kept)
+        return is_kept
+
+    def _open(self, file: StableFile) -> int:
+        if file not in self._opened:
+            self._opened[file] = file.reopen()
+        return self._opened[file]
+
+
 async def bring_to_hand(places: Sequence[StablePlace]) -> bool:
-    """Have a thread bring what is cold into the page cache; whether all can be sent then."""
-    cold = [place for place in places if not place.is_at_hand]
-    if not cold:
-        return True
-    if not cold[0].file.is_cached:
-        return False
-    try:
-        # The thread gets no places: it would let go of them some time after it has ended, and a
-        # file's locks last as long.
-        await in_thread(_fetch_all, [(place.file.fd, place.offset, place.length) for place in cold])
-    except OSError:  # whoever reads it now will say the same
-        return False
-    is_kept = all(place.is_at_hand for place in places)
-    cold[0].file.note_fetch(is_kept=is_kept)
-    return is_kept
+    """As :meth:`Fetcher.bring_to_hand`, for this once."""
+    with Fetcher() as fetcher:
+        return await fetcher.bring_to_hand(places)
 
 
 def _fetch_all(ranges: list[tuple[int, int, int]]) -> None:

@@ -14,14 +14,14 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol
 
-from ..block.stable import StablePlace, bring_to_hand
+from ..block.stable import Fetcher, StablePlace
 from ..nbd.requests import Request
 from .outbox import Outbox
 from .turns import COPIES_PER_SENDFILE, REQUEST_COST
 
-FETCHES_MAX: Final = 4
-"""Runs of one connection that are fetched at a time, of the 16 that threads fetch for all: with
-two or four, a stream is faster than with one or eight."""
+FETCHES_MAX: Final = 2
+"""Runs of one connection that are fetched at a time, of the 16 that threads fetch for all: while
+one is waited for, the kernel reads ahead for the other. More only disturb each other."""
 
 
 class Host(Protocol):
@@ -84,22 +84,26 @@ class ColdReads:
 
     async def _fetch_runs(self) -> None:
         try:
-            while self._queue and not self._outbox.is_closed:
-                run, whole = self._next_run()
-                try:
-                    is_at_hand = await bring_to_hand([whole])
-                    await self._host.next_turn()
-                finally:
-                    for _, place in run:
-                        self._host.let_go(place.length)
-                self._end_run(run, is_at_hand=is_at_hand)
-                self._host.flush()
+            with Fetcher() as fetcher:
+                while self._queue and not self._outbox.is_closed:
+                    await self._fetch_run(fetcher)
         finally:
             self._fetches -= 1
             if self._outbox.is_closed:
                 for _, place in self._queue:
                     self._host.let_go(place.length)
                 self._queue.clear()
+
+    async def _fetch_run(self, fetcher: Fetcher) -> None:
+        run, whole = self._next_run()
+        try:
+            is_at_hand = await fetcher.bring_to_hand([whole])
+            await self._host.next_turn()
+        finally:
+            for _, place in run:
+                self._host.let_go(place.length)
+        self._end_run(run, is_at_hand=is_at_hand)
+        self._host.flush()
 
     def _next_run(self) -> tuple[list[tuple[Request, StablePlace]], StablePlace]:
         """Take the next READs from the queue; returns where the data of all of them lie, too."""

@@ -14,7 +14,7 @@ import pytest
 from nbdfleece.block import stable as stable_module
 from nbdfleece.block.file import FileNode
 from nbdfleece.block.raw import RawNode
-from nbdfleece.block.stable import StableFile, StablePlace, bring_to_hand
+from nbdfleece.block.stable import Fetcher, StableFile, StablePlace, bring_to_hand
 from nbdfleece.errors import ImageLockedError
 from nbdfleece.qcow2.create import create_image
 from nbdfleece.qcow2.image import Qcow2Image
@@ -220,6 +220,53 @@ async def test_file_that_a_thread_fetches_stays_open_when_the_node_is_closed(
     assert seen == [True]
     del fetching
     await FileNode.open(file, read_only=False).close()  # nobody has the locks any more
+
+
+async def test_each_fetcher_has_an_open_file_of_its_own(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel follows one stream for each; those through one descriptor would disturb it."""
+    positions: list[int] = []
+
+    def fetch(fd: int, offset: int, length: int) -> None:
+        positions.append(os.lseek(fd, 0, os.SEEK_CUR))
+        os.lseek(fd, offset + length, os.SEEK_SET)
+
+    monkeypatch.setattr(stable_module, "fetch", fetch)
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: False)
+    monkeypatch.setattr(StableFile, "is_cached", True)
+    node = FileNode.open(file, read_only=True)
+    (place,) = node.stable_places(0, MIB) or []
+    os.lseek(place.file.fd, 17, os.SEEK_SET)
+    before = len(os.listdir("/proc/self/fd"))
+    with Fetcher() as one, Fetcher() as other:
+        for fetcher in (one, other, one, other):
+            await fetcher.bring_to_hand([place])
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert positions == [0, 0, MIB, MIB]
+    assert os.lseek(place.file.fd, 0, os.SEEK_CUR) == 17
+    assert len(os.listdir("/proc/self/fd")) == before
+    await node.close()
+
+
+async def test_file_that_may_not_be_opened_again_is_fetched_all_the_same(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptor may come from a server with more rights, and /proc may be missing."""
+    node = FileNode.open(file, read_only=True)
+    (place,) = node.stable_places(0, MIB) or []
+    may_open = os.open
+
+    def refuse(path: str, *rest: int) -> int:
+        if path.startswith("/proc"):
+            raise PermissionError(errno.EACCES, "no")
+        return may_open(path, *rest)
+
+    answers = iter([False, True])
+    monkeypatch.setattr(StableFile, "is_at_hand", lambda *range_: next(answers))
+    monkeypatch.setattr(os, "open", refuse)
+    assert await bring_to_hand([place])
+    await node.close()
 
 
 async def test_where_nothing_can_be_thrown_away_bytes_are_read(
