@@ -12,6 +12,7 @@ from .reads import (
     PullTcp,
     PullTls,
     PullUnix,
+    PullUnixByFour,
     RandomReads,
     ReadLatency,
 )
@@ -26,6 +27,7 @@ def all_rows(images: Images) -> list[Row]:
     """Every row."""
     return [
         PullUnix(images),
+        PullUnixByFour(images),
         PullTcp(images),
         PullTls(images),
         RandomReads(images),

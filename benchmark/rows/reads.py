@@ -14,9 +14,14 @@ from .base import Row, throughput
 
 
 class _Pull(Row):
-    """nbdcopy reads a whole disk, with its own defaults: 4 connections, 256 KiB requests."""
+    """nbdcopy reads a whole disk, with its own defaults: requests of 256 KiB, 64 in flight.
+
+    It opens four connections, but no more than it has threads, of which it has one for each
+    processor.
+    """
 
     transport = Transport.UNIX
+    options: tuple[str, ...] = ()
 
     def setup(self) -> Setup:
         images = self.images
@@ -31,7 +36,8 @@ class _Pull(Row):
         )
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
-        return {"throughput": throughput(self.images.size, clients.pull(running.uri()))}
+        seconds = clients.pull(running.uri(), *self.options)
+        return {"throughput": throughput(self.images.size, seconds)}
 
     def check(self, server: Server) -> None:
         with server.serve(self.setup()) as running:
@@ -44,15 +50,23 @@ class PullUnix(_Pull):
     """Over a Unix socket."""
 
     name = "pull-unix"
-    title = "full pull, 256 KiB requests, 4 connections"
+    title = "full pull, 256 KiB requests, nbdcopy's defaults"
     metrics = (Metric("throughput", "MB/s", at_least=2.0, aim=3.0, of_raw=0.8),)
+
+
+class PullUnixByFour(PullUnix):
+    """With four connections, whatever the number of processors."""
+
+    name = "pull-unix-4"
+    title = "the same with 4 threads and 4 connections"
+    options = ("--threads=4", "--connections=4")
 
 
 class PullTcp(_Pull):
     """Over TCP."""
 
     name = "pull-tcp"
-    title = "the same over TCP loopback"
+    title = "full pull over TCP loopback"
     metrics = (Metric("throughput", "MB/s", at_least=1.0, aim=1.5, of_raw=0.8),)
     transport = Transport.TCP
 
