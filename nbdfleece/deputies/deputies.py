@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from ..server.loop import LoopChoice
 from .link import Link
 from .messages import (
     FROM_DEPUTY,
+    IGNORED_SIGNALS,
     Begin,
     Bits,
     Close,
@@ -295,12 +297,23 @@ class ProcessDeputy:
 
 
 def _start(descriptor: int, loop: LoopChoice) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.process", str(descriptor), loop],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=[descriptor],
-    )
+    """Start a process that finds modules where this one does, and never where it happens to be.
+
+    It begins with those signals blocked that it is going to ignore.
+    """
+    program = f"import sys; sys.path = sys.argv[3:]; from {__package__} import process; "
+    program += "process.main(int(sys.argv[1]), sys.argv[2])"
+    isolation = "-I" if sys.flags.isolated else "-P"
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
+    try:
+        return subprocess.Popen(
+            [sys.executable, isolation, "-c", program, str(descriptor), loop, *sys.path],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[descriptor],
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""A deputy's process: ``python -m nbdfleece.deputies.process FD LOOP``.
+"""A deputy's process, which calls :func:`main`.
 
 The server that started it tells it which images to open, and gives it clients that it has
 negotiated with. The process ends with the server, and not at signals: a terminal or a service
@@ -12,9 +12,7 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine
-from typing import cast
 
 import msgspec
 
@@ -32,6 +30,7 @@ from ..server.loop import LoopChoice, run
 from ..server.server import Client, NbdServer
 from .link import Link
 from .messages import (
+    IGNORED_SIGNALS,
     TO_DEPUTY,
     Begin,
     Bits,
@@ -224,14 +223,11 @@ class DeputyProcess:
 
 def main(descriptor: int, loop: LoopChoice) -> None:
     """Serve at one end of a link until the other is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
 
     async def serve() -> None:
         await DeputyProcess(socket.socket(fileno=descriptor)).wait_end()
 
     run(serve(), loop)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), cast(LoopChoice, sys.argv[2]))

@@ -253,6 +253,45 @@ async def test_what_ends_a_server_does_not_end_its_processes(options: DaemonOpti
         assert all(is_alive(pid) for pid in pids(daemon))
 
 
+async def test_signals_do_not_end_a_process_that_has_just_begun(options: DaemonOptions) -> None:
+    """Nor do they leave a traceback of one that was importing."""
+    image = await Qcow2Image.open(options.images["a"], read_only=True)
+    try:
+        async with Deputies(1, Limits()) as started:
+            pid = started._processes[0]._process.pid
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(pid, number)
+            await started.add(Export(name="a", node=image), image)
+            assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        await image.close()
+
+
+@pytest.mark.parametrize("isolation", [(), ("-I",)], ids=["usual", "isolated"])
+def test_processes_import_nothing_from_where_the_server_was_started(
+    options: DaemonOptions, tmp_path: Path, isolation: tuple[str, ...]
+) -> None:
+    """Whoever may write there must not be able to have the server run it."""
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('not this one')")
+    words = ["serve", "--read-only", f"a={options.images['a']}", "--processes", "1"]
+    words += ["--listen", "unix:here", "--control", "none"]
+    program = f"import sys; sys.path = {sys.path!r}; from nbdfleece.cli.main import main; main()"
+    with subprocess.Popen(
+        [sys.executable, *isolation, "-c", program, *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        try:
+            ready = server.stdout.readline()
+        finally:
+            server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=SECONDS_MAX)
+    assert (ready.startswith("nbdfleece: ready: "), errors, server.returncode) == (True, "", 0)
+
+
 async def test_killed_process_takes_its_clients_along_and_no_others(
     options: DaemonOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
