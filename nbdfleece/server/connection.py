@@ -420,6 +420,8 @@ class Connection:
 
     def _hand_over(self, negotiated: Negotiated) -> bool:
         """Give the client to the deputy of its export; whether that has one."""
+        if self._is_shutting_down:
+            return False  # who ends this connection must not be left with another one
         if not isinstance(self._channel, SocketChannel) or self.session is not None:
             return False
         assert isinstance(negotiated.export, ServedExport)
@@ -574,6 +576,7 @@ class Connection:
         if self.requests_in_flight or self._is_released:
             return
         self._is_released = True
+        self.is_draining = False
         if self._tick is not None:
             self._tick.cancel()
         self._log.close()
