@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -88,8 +89,12 @@ class Deputies:
         Raises:
             OSError: One cannot be started.
         """
-        for _ in range(self._wanted):
-            self._processes.append(ProcessDeputy(self._limits, self._loop_choice))
+        try:
+            for _ in range(self._wanted):
+                self._processes.append(ProcessDeputy(self._limits, self._loop_choice))
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -171,7 +176,12 @@ class ProcessDeputy:
         settings = {name: getattr(export, name) for name in _SETTINGS}
         file = image.file
         await self._ask(
-            Open(export=number, path=image.path, identity=file.identity, settings=settings)
+            Open(
+                export=number,
+                path=os.fsencode(image.path),
+                identity=file.identity,
+                settings=settings,
+            )
         )
         self._exports[number] = _Served(export)
 
@@ -180,14 +190,19 @@ class ProcessDeputy:
         for number, served in list(self._exports.items()):
             if served.export.name == name:
                 del self._exports[number]
-                try:
-                    async with asyncio.timeout(END_SECONDS):
-                        await self._ask(Close(export=number))
-                except StateError:
-                    return  # it has ended, and its files are closed
-                except TimeoutError:
-                    logger.error("process %d does not answer: killed", self._process.pid)
-                    self._process.kill()
+                await self._close_file(number)
+
+    async def _close_file(self, number: int) -> None:
+        """Return once the process has no file of an export any more, and be it by its end."""
+        try:
+            async with asyncio.timeout(END_SECONDS):
+                await self._ask(Close(export=number))
+        except StateError:
+            await in_thread(_wait, self._process)
+        except TimeoutError:
+            logger.error("process %d does not answer: killed", self._process.pid)
+            self._process.kill()
+            await in_thread(_wait, self._process)
 
     async def close(self) -> None:
         """End the process, and the clients that it has."""
@@ -253,9 +268,8 @@ class ProcessDeputy:
         """
         if not self._link.is_open:
             raise StateError("the process has ended")
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters[message.export] = waiter
         self._tell(message)
+        waiter = self._waiters[message.export] = asyncio.get_running_loop().create_future()
         await waiter
 
     # What it says.
@@ -263,11 +277,14 @@ class ProcessDeputy:
     def _receive(self, data: memoryview) -> None:
         message = self._decoder.decode(data)
         match message:
-            case Done():
-                self._waiters.pop(message.export).set_result(None)
-            case Failed():
-                error = StateError(message.reason)
-                self._waiters.pop(message.export).set_exception(error)
+            case Done() | Failed():
+                waiter = self._waiters.pop(message.export)
+                if waiter.done():
+                    return  # nobody waits any more
+                if isinstance(message, Failed):
+                    waiter.set_exception(StateError(message.reason))
+                else:
+                    waiter.set_result(None)
             case Drained():
                 self._clients[message.client].drained()
             case Closed():

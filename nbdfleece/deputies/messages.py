@@ -47,7 +47,7 @@ class Open(Message):
     """
 
     export: int
-    path: str
+    path: bytes
     identity: tuple[int, int]
     settings: dict[str, Any]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine
@@ -66,9 +67,8 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send a line, and the traceback that belongs to it."""
-        message = Logged(
-            logger=record.name, level=record.levelno, text=self._formatter.format(record)
-        )
+        text = _printable(self._formatter.format(record))
+        message = Logged(logger=record.name, level=record.levelno, text=text)
         with contextlib.suppress(RuntimeError):  # nobody listens any more
             self._loop.call_soon_threadsafe(self._tell, message)
 
@@ -178,14 +178,15 @@ class DeputyProcess:
         task.add_done_callback(self._tasks.discard)
 
     async def _open(self, message: Open) -> None:
+        path = os.fsdecode(message.path)
         try:
-            image = await Qcow2Image.open(message.path, read_only=True)
+            image = await Qcow2Image.open(path, read_only=True)
         except (OSError, ImageError, StateError) as error:
-            self._tell(Failed(export=message.export, reason=str(error)))
+            self._tell(Failed(export=message.export, reason=_printable(str(error))))
             return
         if image.file.identity != message.identity:
             await image.close()
-            reason = f"{message.path}: another file has taken its place"
+            reason = _printable(f"{path}: another file has taken its place")
             self._tell(Failed(export=message.export, reason=reason))
             return
         contexts = (BaseAllocation(image), AllocationDepth(image))
@@ -219,6 +220,11 @@ class DeputyProcess:
             leftover=message.leftover,
         )
         server.serve(message.client, channel, negotiated)
+
+
+def _printable(text: str) -> str:
+    """A text for a message: names of files need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def main(descriptor: int, loop: LoopChoice) -> None:

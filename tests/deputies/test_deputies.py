@@ -104,6 +104,12 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def is_negotiated(connection: object) -> bool:
+    """Whether all options of a client are answered, and it has not read all of that."""
+    is_here = isinstance(connection, Connection) and isinstance(connection._phase, Handshake)
+    return is_here and connection._phase.outcome is not None
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_processes_serve_and_end_with_the_server(options: DaemonOptions, loop: LoopChoice) -> None:
     async def main() -> list[int]:
@@ -161,11 +167,6 @@ async def test_client_that_has_not_read_its_handshake_is_handed_over_once_it_has
     """What it is owed is sent by the server, and then the process goes on."""
     monkeypatch.setattr(channel, "SOCKET_BUFFER_BYTES", 4096)
     lists = 250
-
-    def is_negotiated(connection: object) -> bool:
-        is_here = isinstance(connection, Connection) and isinstance(connection._phase, Handshake)
-        return is_here and connection._phase.outcome is not None
-
     async with Daemon(options) as daemon:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(options.listen[0].socket)
@@ -228,6 +229,27 @@ async def test_client_is_told_why_it_ends_when_the_server_ends(options: DaemonOp
         assert refused.value.errnum == errno.ESHUTDOWN
         await ending
         assert not daemon.server.connections
+
+
+async def test_client_that_reads_its_handshake_when_the_server_ends_is_not_handed_over(
+    options: DaemonOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who ends the server's clients would not know of one that begins anew elsewhere."""
+    monkeypatch.setattr(channel, "SOCKET_BUFFER_BYTES", 4096)
+    async with Daemon(options) as daemon:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(options.listen[0].socket)
+        go = _IHAVEOPT + struct.pack(">II", _EXPORT_NAME, 1) + b"a"
+        sock.sendall(struct.pack(">I", 3) + (_IHAVEOPT + struct.pack(">II", _LIST, 0)) * 250 + go)
+        await until(lambda: any(map(is_negotiated, daemon.server.connections)))
+        reader, writer = await asyncio.open_unix_connection(sock=sock)
+        ending = asyncio.create_task(daemon.server.shut_down(SECONDS_MAX))
+        await asyncio.sleep(0)
+        reading = asyncio.create_task(reader.read())
+        await ending
+        assert not daemon.server.connections
+        await reading
+        writer.close()
 
 
 async def test_client_that_reads_nothing_does_not_hold_the_end_up(options: DaemonOptions) -> None:
@@ -329,7 +351,7 @@ async def test_process_that_hangs_is_killed_when_its_image_is_to_be_closed(
         (first, second) = pids(daemon)
         os.kill(first, signal.SIGSTOP)
         await daemon.node_exports.remove("a", hard=True)
-        await until(lambda: not is_alive(first))
+        assert processes(daemon)[0]._process.returncode == -signal.SIGKILL
         await daemon.graph.remove("a")
         subprocess.run(["qemu-io", "-c", "write -q 0 512", options.images["a"]], check=True)
         assert await read(await connect(daemon, "b")) == CONTENT
@@ -406,6 +428,71 @@ async def test_image_that_was_replaced_meanwhile_is_refused(options: DaemonOptio
                 await started.add(shown, image)
     finally:
         await image.close()
+
+
+async def test_answer_that_nobody_waits_for_any_more_is_no_trouble(
+    options: DaemonOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It comes when the process was given up already."""
+    image = await Qcow2Image.open(options.images["a"], read_only=True)
+    try:
+        async with Deputies(1, Limits()) as started:
+            (process,) = started._processes
+            await started.add(Export(name="a", node=image), image)
+            os.kill(process._process.pid, signal.SIGSTOP)
+            closing = asyncio.create_task(started.remove("a"))
+            await until(lambda: bool(process._waiters))
+            closing.cancel()
+            os.kill(process._process.pid, signal.SIGCONT)
+            await until(lambda: not process._waiters)
+            async with asyncio.timeout(SECONDS_MAX):
+                await started.add(Export(name="a", node=image), image)
+    finally:
+        await image.close()
+    assert not caplog.messages
+
+
+async def test_names_of_files_need_not_be_utf8(options: DaemonOptions, tmp_path: Path) -> None:
+    """In what a process says of them, too."""
+    path = tmp_path / "\udce9.qcow2"
+    options.images["a"].rename(path)
+    images = {"a": path}
+    async with Daemon(replace(options, images=images)) as daemon:
+        assert await read(await connect(daemon, "a")) == CONTENT
+        assert sum(clients(daemon, "a")) == 1
+    image = await Qcow2Image.open(path, read_only=True)
+    try:
+        async with Deputies(1, Limits()) as started:
+            os.replace(options.images["b"], path)
+            with pytest.raises(
+                StateError, match=r"\\udce9.qcow2: another file has taken its place"
+            ):
+                await started.add(Export(name="a", node=image), image)
+            path.unlink()
+            with pytest.raises(StateError, match=r"No such file or directory: .*udce9.qcow2"):
+                await started.add(Export(name="a", node=image), image)
+    finally:
+        await image.close()
+
+
+async def test_second_process_that_does_not_start_ends_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin, begun = deputies._start, []
+
+    def fail(descriptor: int, loop: LoopChoice) -> subprocess.Popen[bytes]:
+        if begun:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        begun.append(begin(descriptor, loop))
+        return begun[0]
+
+    monkeypatch.setattr(deputies, "_start", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(BlockingIOError):
+        async with Deputies(2, Limits()):
+            pass
+    assert not is_alive(begun[0].pid)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 async def test_process_that_does_not_start_is_told(
