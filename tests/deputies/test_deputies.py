@@ -22,6 +22,7 @@ import pytest
 from nbdfleece.daemon import Daemon, DaemonOptions
 from nbdfleece.deputies import deputies
 from nbdfleece.deputies.deputies import Deputies, ProcessDeputy
+from nbdfleece.deputies.link import Link
 from nbdfleece.errors import StateError
 from nbdfleece.export.export import Export
 from nbdfleece.export.policy import ExportRule
@@ -204,6 +205,23 @@ async def test_limits_of_connections_count_the_clients_of_processes(
         await until(lambda: export(daemon, "a").connections == 0)
         assert await read(await connect(daemon, "a"), 5, 100) == CONTENT[5:105]
         assert await read(second, 5, 100) == CONTENT[5:105]
+
+
+async def test_client_that_there_is_no_descriptor_for_is_refused_and_does_not_count(
+    options: DaemonOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(link: Link, message: bytes, descriptor: int | None = None) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with Daemon(options) as daemon:
+        with monkeypatch.context() as full:
+            full.setattr(Link, "send", fail)
+            with pytest.raises(nbd.Error):
+                await read(await connect(daemon, "a"))
+        await daemon.server.wait_idle()
+        assert (export(daemon, "a").connections, clients(daemon, "a")) == (0, [0, 0])
+        assert await read(await connect(daemon, "a")) == CONTENT
+    assert any("cannot be handed over: Too many open files" in it for it in caplog.messages)
 
 
 async def test_settings_of_an_export_hold_in_its_process(options: DaemonOptions) -> None:
