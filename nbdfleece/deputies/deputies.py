@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +40,7 @@ from ..server.loop import LoopChoice
 from .link import Link
 from .messages import (
     FROM_DEPUTY,
+    IGNORED_SIGNALS,
     Begin,
     Bits,
     Close,
@@ -86,8 +89,12 @@ class Deputies:
         Raises:
             OSError: One cannot be started.
         """
-        for _ in range(self._wanted):
-            self._processes.append(ProcessDeputy(self._limits, self._loop_choice))
+        try:
+            for _ in range(self._wanted):
+                self._processes.append(ProcessDeputy(self._limits, self._loop_choice))
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -169,7 +176,12 @@ class ProcessDeputy:
         settings = {name: getattr(export, name) for name in _SETTINGS}
         file = image.file
         await self._ask(
-            Open(export=number, path=image.path, identity=file.identity, settings=settings)
+            Open(
+                export=number,
+                path=os.fsencode(image.path),
+                identity=file.identity,
+                settings=settings,
+            )
         )
         self._exports[number] = _Served(export)
 
@@ -178,14 +190,19 @@ class ProcessDeputy:
         for number, served in list(self._exports.items()):
             if served.export.name == name:
                 del self._exports[number]
-                try:
-                    async with asyncio.timeout(END_SECONDS):
-                        await self._ask(Close(export=number))
-                except StateError:
-                    return  # it has ended, and its files are closed
-                except TimeoutError:
-                    logger.error("process %d does not answer: killed", self._process.pid)
-                    self._process.kill()
+                await self._close_file(number)
+
+    async def _close_file(self, number: int) -> None:
+        """Return once the process has no file of an export any more, and be it by its end."""
+        try:
+            async with asyncio.timeout(END_SECONDS):
+                await self._ask(Close(export=number))
+        except StateError:
+            await in_thread(_wait, self._process)
+        except TimeoutError:
+            logger.error("process %d does not answer: killed", self._process.pid)
+            self._process.kill()
+            await in_thread(_wait, self._process)
 
     async def close(self) -> None:
         """End the process, and the clients that it has."""
@@ -251,9 +268,8 @@ class ProcessDeputy:
         """
         if not self._link.is_open:
             raise StateError("the process has ended")
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters[message.export] = waiter
         self._tell(message)
+        waiter = self._waiters[message.export] = asyncio.get_running_loop().create_future()
         await waiter
 
     # What it says.
@@ -261,11 +277,14 @@ class ProcessDeputy:
     def _receive(self, data: memoryview) -> None:
         message = self._decoder.decode(data)
         match message:
-            case Done():
-                self._waiters.pop(message.export).set_result(None)
-            case Failed():
-                error = StateError(message.reason)
-                self._waiters.pop(message.export).set_exception(error)
+            case Done() | Failed():
+                waiter = self._waiters.pop(message.export)
+                if waiter.done():
+                    return  # nobody waits any more
+                if isinstance(message, Failed):
+                    waiter.set_exception(StateError(message.reason))
+                else:
+                    waiter.set_result(None)
             case Drained():
                 self._clients[message.client].drained()
             case Closed():
@@ -295,12 +314,23 @@ class ProcessDeputy:
 
 
 def _start(descriptor: int, loop: LoopChoice) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.process", str(descriptor), loop],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=[descriptor],
-    )
+    """Start a process that finds modules where this one does, and never where it happens to be.
+
+    It begins with those signals blocked that it is going to ignore.
+    """
+    program = f"import sys; sys.path = sys.argv[3:]; from {__package__} import process; "
+    program += "process.main(int(sys.argv[1]), sys.argv[2])"
+    isolation = "-I" if sys.flags.isolated else "-P"
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
+    try:
+        return subprocess.Popen(
+            [sys.executable, isolation, "-c", program, str(descriptor), loop, *sys.path],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[descriptor],
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,8 @@ of two messages, so that they keep their order.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import socket
 import struct
@@ -18,6 +20,8 @@ from typing import Final
 _LENGTH: Final = struct.Struct("=I")
 _DESCRIPTOR: Final = struct.Struct("=i")
 _RECEIVE_BYTES: Final = 256 << 10
+
+logger = logging.getLogger("nbdfleece.server")
 
 
 class Link:
@@ -83,6 +87,15 @@ class Link:
         _close_all(descriptor for _, descriptor in self._waiting)
         self._waiting.clear()
 
+    def _break(self) -> None:
+        """End it, for a message cannot be sent: all that the other end has said is still received.
+
+        The other end must not take what would come next for the rest of that message.
+        """
+        self._forget_waiting()
+        with contextlib.suppress(OSError):  # it is gone already
+            self._sock.shutdown(socket.SHUT_WR)
+
     def _flush(self) -> None:
         while self._waiting:
             view, descriptor = self._waiting[0]
@@ -92,7 +105,7 @@ class Link:
                 self._loop.add_writer(self._sock, self._flush)
                 return
             except OSError:
-                self._forget_waiting()  # what it has said is still received, then the end
+                self._break()
                 break
             if descriptor is not None:
                 os.close(descriptor)
@@ -136,9 +149,13 @@ class Link:
                 end = begin + _LENGTH.unpack_from(view, position)[0]
                 if len(view) < end:
                     break
-                with view[begin:end] as message:
-                    self._receive(message)
                 position = end
+                with view[begin:end] as message:
+                    try:
+                        self._receive(message)
+                    except Exception:
+                        # A bug of ours. The next message may be all right.
+                        logger.exception("internal error")
         del self._received[:position]
 
 

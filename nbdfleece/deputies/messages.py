@@ -5,12 +5,16 @@ Exports and clients have numbers, which the server gives them.
 
 from __future__ import annotations
 
+import signal
 from typing import Any, Final
 
 import msgspec
 
 from ..server.delegation import Ending
 from ..server.limits import Limits
+
+IGNORED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""A terminal or a service manager sends them to all processes of a server: it ends the others."""
 
 
 class Message(msgspec.Struct, tag=True, kw_only=True):
@@ -43,7 +47,7 @@ class Open(Message):
     """
 
     export: int
-    path: str
+    path: bytes
     identity: tuple[int, int]
     settings: dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""A deputy's process: ``python -m nbdfleece.deputies.process FD LOOP``.
+"""A deputy's process, which calls :func:`main`.
 
 The server that started it tells it which images to open, and gives it clients that it has
 negotiated with. The process ends with the server, and not at signals: a terminal or a service
@@ -10,11 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine
-from typing import cast
 
 import msgspec
 
@@ -32,6 +31,7 @@ from ..server.loop import LoopChoice, run
 from ..server.server import Client, NbdServer
 from .link import Link
 from .messages import (
+    IGNORED_SIGNALS,
     TO_DEPUTY,
     Begin,
     Bits,
@@ -67,9 +67,8 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send a line, and the traceback that belongs to it."""
-        message = Logged(
-            logger=record.name, level=record.levelno, text=self._formatter.format(record)
-        )
+        text = _printable(self._formatter.format(record))
+        message = Logged(logger=record.name, level=record.levelno, text=text)
         with contextlib.suppress(RuntimeError):  # nobody listens any more
             self._loop.call_soon_threadsafe(self._tell, message)
 
@@ -179,14 +178,15 @@ class DeputyProcess:
         task.add_done_callback(self._tasks.discard)
 
     async def _open(self, message: Open) -> None:
+        path = os.fsdecode(message.path)
         try:
-            image = await Qcow2Image.open(message.path, read_only=True)
+            image = await Qcow2Image.open(path, read_only=True)
         except (OSError, ImageError, StateError) as error:
-            self._tell(Failed(export=message.export, reason=str(error)))
+            self._tell(Failed(export=message.export, reason=_printable(str(error))))
             return
         if image.file.identity != message.identity:
             await image.close()
-            reason = f"{message.path}: another file has taken its place"
+            reason = _printable(f"{path}: another file has taken its place")
             self._tell(Failed(export=message.export, reason=reason))
             return
         contexts = (BaseAllocation(image), AllocationDepth(image))
@@ -222,16 +222,18 @@ class DeputyProcess:
         server.serve(message.client, channel, negotiated)
 
 
+def _printable(text: str) -> str:
+    """A text for a message: names of files need not be UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def main(descriptor: int, loop: LoopChoice) -> None:
     """Serve at one end of a link until the other is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
 
     async def serve() -> None:
         await DeputyProcess(socket.socket(fileno=descriptor)).wait_end()
 
     run(serve(), loop)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), cast(LoopChoice, sys.argv[2]))

@@ -262,7 +262,8 @@ class Connection:
             return
         # The usual end of a turn: all that was received is handled.
         self._inbox.give_back()
-        if self._is_overlooked or self._channel.has_pending():
+        is_amid = len(self._inbox) or self._phase.is_skipping  # maybe the last of a broken socket
+        if is_amid or self._is_overlooked or self._channel.has_pending():
             self._loop.call_soon(self._on_readable)
         elif self._phase.is_answered and not self._is_writing:
             self._host.polling.begin(self)
@@ -420,6 +421,8 @@ class Connection:
 
     def _hand_over(self, negotiated: Negotiated) -> bool:
         """Give the client to the deputy of its export; whether that has one."""
+        if self._is_shutting_down:
+            return False  # who ends this connection must not be left with another one
         if not isinstance(self._channel, SocketChannel) or self.session is not None:
             return False
         assert isinstance(negotiated.export, ServedExport)
@@ -574,6 +577,7 @@ class Connection:
         if self.requests_in_flight or self._is_released:
             return
         self._is_released = True
+        self.is_draining = False
         if self._tick is not None:
             self._tick.cancel()
         self._log.close()

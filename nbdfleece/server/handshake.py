@@ -17,7 +17,7 @@ class Handshake:
     """The handshake phase: bytes go to the state machine, its replies to the outbox."""
 
     needed = 1
-    is_bulk = is_busy = is_answered = False
+    is_bulk = is_busy = is_answered = is_skipping = False
 
     def __init__(
         self, negotiation: Negotiation, outbox: Outbox, limits: Limits, log: ConnectionLog

@@ -160,6 +160,11 @@ class Transmission:
     # Framing.
 
     @property
+    def is_skipping(self) -> bool:
+        """Whether the rest of a refused payload is still to come."""
+        return self._skip_left > 0
+
+    @property
     def is_answered(self) -> bool:
         """Whether a client that asks for a little at a time was answered in the last turn."""
         has_handled = self._turn_left < self._limits.wake_up_bytes_max

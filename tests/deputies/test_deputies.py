@@ -22,6 +22,7 @@ import pytest
 from nbdfleece.daemon import Daemon, DaemonOptions
 from nbdfleece.deputies import deputies
 from nbdfleece.deputies.deputies import Deputies, ProcessDeputy
+from nbdfleece.deputies.link import Link
 from nbdfleece.errors import StateError
 from nbdfleece.export.export import Export
 from nbdfleece.export.policy import ExportRule
@@ -104,6 +105,12 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def is_negotiated(connection: object) -> bool:
+    """Whether all options of a client are answered, and it has not read all of that."""
+    is_here = isinstance(connection, Connection) and isinstance(connection._phase, Handshake)
+    return is_here and connection._phase.outcome is not None
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_processes_serve_and_end_with_the_server(options: DaemonOptions, loop: LoopChoice) -> None:
     async def main() -> list[int]:
@@ -161,11 +168,6 @@ async def test_client_that_has_not_read_its_handshake_is_handed_over_once_it_has
     """What it is owed is sent by the server, and then the process goes on."""
     monkeypatch.setattr(channel, "SOCKET_BUFFER_BYTES", 4096)
     lists = 250
-
-    def is_negotiated(connection: object) -> bool:
-        is_here = isinstance(connection, Connection) and isinstance(connection._phase, Handshake)
-        return is_here and connection._phase.outcome is not None
-
     async with Daemon(options) as daemon:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(options.listen[0].socket)
@@ -205,6 +207,23 @@ async def test_limits_of_connections_count_the_clients_of_processes(
         assert await read(second, 5, 100) == CONTENT[5:105]
 
 
+async def test_client_that_there_is_no_descriptor_for_is_refused_and_does_not_count(
+    options: DaemonOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(link: Link, message: bytes, descriptor: int | None = None) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with Daemon(options) as daemon:
+        with monkeypatch.context() as full:
+            full.setattr(Link, "send", fail)
+            with pytest.raises(nbd.Error):
+                await read(await connect(daemon, "a"))
+        await daemon.server.wait_idle()
+        assert (export(daemon, "a").connections, clients(daemon, "a")) == (0, [0, 0])
+        assert await read(await connect(daemon, "a")) == CONTENT
+    assert any("cannot be handed over: Too many open files" in it for it in caplog.messages)
+
+
 async def test_settings_of_an_export_hold_in_its_process(options: DaemonOptions) -> None:
     """An unaligned request is refused as the server would."""
     rule = ExportRule(pattern="a", minimum_block_size=4096, maximum_payload=65536)
@@ -230,6 +249,27 @@ async def test_client_is_told_why_it_ends_when_the_server_ends(options: DaemonOp
         assert not daemon.server.connections
 
 
+async def test_client_that_reads_its_handshake_when_the_server_ends_is_not_handed_over(
+    options: DaemonOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who ends the server's clients would not know of one that begins anew elsewhere."""
+    monkeypatch.setattr(channel, "SOCKET_BUFFER_BYTES", 4096)
+    async with Daemon(options) as daemon:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(options.listen[0].socket)
+        go = _IHAVEOPT + struct.pack(">II", _EXPORT_NAME, 1) + b"a"
+        sock.sendall(struct.pack(">I", 3) + (_IHAVEOPT + struct.pack(">II", _LIST, 0)) * 250 + go)
+        await until(lambda: any(map(is_negotiated, daemon.server.connections)))
+        reader, writer = await asyncio.open_unix_connection(sock=sock)
+        ending = asyncio.create_task(daemon.server.shut_down(SECONDS_MAX))
+        await asyncio.sleep(0)
+        reading = asyncio.create_task(reader.read())
+        await ending
+        assert not daemon.server.connections
+        await reading
+        writer.close()
+
+
 async def test_client_that_reads_nothing_does_not_hold_the_end_up(options: DaemonOptions) -> None:
     async with Daemon(replace(options, grace_seconds=0.3)) as daemon:
         dead = await connect(daemon, "a")
@@ -251,6 +291,45 @@ async def test_what_ends_a_server_does_not_end_its_processes(options: DaemonOpti
                 os.kill(pid, number)
         assert await read(handle) == CONTENT
         assert all(is_alive(pid) for pid in pids(daemon))
+
+
+async def test_signals_do_not_end_a_process_that_has_just_begun(options: DaemonOptions) -> None:
+    """Nor do they leave a traceback of one that was importing."""
+    image = await Qcow2Image.open(options.images["a"], read_only=True)
+    try:
+        async with Deputies(1, Limits()) as started:
+            pid = started._processes[0]._process.pid
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(pid, number)
+            await started.add(Export(name="a", node=image), image)
+            assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        await image.close()
+
+
+@pytest.mark.parametrize("isolation", [(), ("-I",)], ids=["usual", "isolated"])
+def test_processes_import_nothing_from_where_the_server_was_started(
+    options: DaemonOptions, tmp_path: Path, isolation: tuple[str, ...]
+) -> None:
+    """Whoever may write there must not be able to have the server run it."""
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('not this one')")
+    words = ["serve", "--read-only", f"a={options.images['a']}", "--processes", "1"]
+    words += ["--listen", "unix:here", "--control", "none"]
+    program = f"import sys; sys.path = {sys.path!r}; from nbdfleece.cli.main import main; main()"
+    with subprocess.Popen(
+        [sys.executable, *isolation, "-c", program, *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        try:
+            ready = server.stdout.readline()
+        finally:
+            server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=SECONDS_MAX)
+    assert (ready.startswith("nbdfleece: ready: "), errors, server.returncode) == (True, "", 0)
 
 
 async def test_killed_process_takes_its_clients_along_and_no_others(
@@ -290,7 +369,7 @@ async def test_process_that_hangs_is_killed_when_its_image_is_to_be_closed(
         (first, second) = pids(daemon)
         os.kill(first, signal.SIGSTOP)
         await daemon.node_exports.remove("a", hard=True)
-        await until(lambda: not is_alive(first))
+        assert processes(daemon)[0]._process.returncode == -signal.SIGKILL
         await daemon.graph.remove("a")
         subprocess.run(["qemu-io", "-c", "write -q 0 512", options.images["a"]], check=True)
         assert await read(await connect(daemon, "b")) == CONTENT
@@ -367,6 +446,71 @@ async def test_image_that_was_replaced_meanwhile_is_refused(options: DaemonOptio
                 await started.add(shown, image)
     finally:
         await image.close()
+
+
+async def test_answer_that_nobody_waits_for_any_more_is_no_trouble(
+    options: DaemonOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It comes when the process was given up already."""
+    image = await Qcow2Image.open(options.images["a"], read_only=True)
+    try:
+        async with Deputies(1, Limits()) as started:
+            (process,) = started._processes
+            await started.add(Export(name="a", node=image), image)
+            os.kill(process._process.pid, signal.SIGSTOP)
+            closing = asyncio.create_task(started.remove("a"))
+            await until(lambda: bool(process._waiters))
+            closing.cancel()
+            os.kill(process._process.pid, signal.SIGCONT)
+            await until(lambda: not process._waiters)
+            async with asyncio.timeout(SECONDS_MAX):
+                await started.add(Export(name="a", node=image), image)
+    finally:
+        await image.close()
+    assert not caplog.messages
+
+
+async def test_names_of_files_need_not_be_utf8(options: DaemonOptions, tmp_path: Path) -> None:
+    """In what a process says of them, too."""
+    path = tmp_path / "\udce9.qcow2"
+    options.images["a"].rename(path)
+    images = {"a": path}
+    async with Daemon(replace(options, images=images)) as daemon:
+        assert await read(await connect(daemon, "a")) == CONTENT
+        assert sum(clients(daemon, "a")) == 1
+    image = await Qcow2Image.open(path, read_only=True)
+    try:
+        async with Deputies(1, Limits()) as started:
+            os.replace(options.images["b"], path)
+            with pytest.raises(
+                StateError, match=r"\\udce9.qcow2: another file has taken its place"
+            ):
+                await started.add(Export(name="a", node=image), image)
+            path.unlink()
+            with pytest.raises(StateError, match=r"No such file or directory: .*udce9.qcow2"):
+                await started.add(Export(name="a", node=image), image)
+    finally:
+        await image.close()
+
+
+async def test_second_process_that_does_not_start_ends_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin, begun = deputies._start, []
+
+    def fail(descriptor: int, loop: LoopChoice) -> subprocess.Popen[bytes]:
+        if begun:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        begun.append(begin(descriptor, loop))
+        return begun[0]
+
+    monkeypatch.setattr(deputies, "_start", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(BlockingIOError):
+        async with Deputies(2, Limits()):
+            pass
+    assert not is_alive(begun[0].pid)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 async def test_process_that_does_not_start_is_told(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import socket
@@ -152,6 +153,52 @@ async def test_nothing_is_left_of_a_link_whose_other_end_never_received() -> Non
         await ours.until(lambda: ours.is_over)
         ours.link.send(b"z", writer)
     assert descriptors() == before
+    theirs.link.close()
+
+
+async def test_message_that_cannot_be_sent_ends_the_link_on_both_sides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What comes behind half a message would be taken for the rest of it."""
+    ours, theirs = pair()
+    send = ours.link._send
+
+    def fail(view: memoryview, descriptor: int | None) -> int:
+        if len(view) < 5 << 20:
+            raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+        return send(view, descriptor)
+
+    monkeypatch.setattr(ours.link, "_send", fail)
+    theirs.link.send(b"heard")
+    ours.link.send(b"x" * (5 << 20))
+    ours.link.send(b"y" * (5 << 20))
+    await theirs.until(lambda: theirs.is_over)
+    await ours.until(lambda: ours.is_over)
+    assert (ours.messages, theirs.messages) == ([b"heard"], [])
+
+
+async def test_message_that_makes_trouble_is_received_once_and_the_next_too(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ours, theirs = pair()
+    receive = theirs.receive
+
+    def fail(message: memoryview) -> None:
+        receive(message)
+        if message == b"bad":
+            raise KeyError("a bug")
+
+    theirs.link._receive = fail
+    for message in (b"good", b"bad", b"next"):
+        ours.link.send(message)
+    await theirs.until(lambda: len(theirs.messages) == 3)
+    ours.link.send(b"last")
+    await theirs.until(lambda: theirs.messages[-1] == b"last")
+    assert theirs.messages == [b"good", b"bad", b"next", b"last"]
+    assert [(each.message, each.exc_info is not None) for each in caplog.records] == [
+        ("internal error", True)
+    ]
+    ours.link.close()
     theirs.link.close()
 
 

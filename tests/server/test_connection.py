@@ -17,7 +17,7 @@ from nbdfleece.server.connection_log import FAILURES_LOGGED_MAX, LIMITS_LOGGED_M
 from nbdfleece.server.limits import Limits
 from nbdfleece.testing.memory_node import MemoryNode
 
-from .harness import Client, Serve, export_of, pack_request, settled
+from .harness import Client, Serve, export_of, pack_request, settled, until
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -443,3 +443,19 @@ async def test_failing_disk_does_not_flood_the_log(
     await served.server.wait_idle()
     assert caplog.text.count("dead disk") == FAILURES_LOGGED_MAX
     assert "90 more requests failed" in caplog.text
+
+
+@pytest.mark.parametrize("read_only", [False, True], ids=["writable", "refused"])
+@pytest.mark.parametrize("payload", [0, 512, 100 * KIB, MIB])
+async def test_client_that_breaks_off_amid_a_request_is_noticed(
+    serve: Serve, payload: int, read_only: bool
+) -> None:
+    """With a reply unread the socket is broken, which libuv tells once, together with the rest."""
+    served = serve([export_of(MemoryNode(2 * MIB), read_only=read_only)])
+    client = await served.open()
+    await client.request(Command.READ, 0, 512)
+    await settled()
+    request = pack_request(Command.WRITE, 0, payload or 512) + bytes(payload)
+    client.sock.send(request[: min(len(request), 64 * KIB) - 20])
+    client.close()
+    await until(lambda: not served.server.connections)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import Any
 
 import pytest
 
@@ -292,3 +293,33 @@ async def test_client_that_reads_nothing_does_not_use_up_the_grace_time(serve: S
     await busy_client(served)
     async with asyncio.timeout(SECONDS_MAX):
         await served.server.shut_down(2 * SECONDS_MAX)
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_client_that_is_over_is_not_drained_afterwards(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has left before the reply that the server's end waits for."""
+    node = MemoryNode(MIB)
+    served = serve(node)
+    client = await served.open()
+    heard: list[str] = []
+    for name in ("drained", "closed"):
+        tell = getattr(served.server, name)
+
+        def note(connection: object, name: str = name, tell: Any = tell) -> None:
+            heard.append(name)
+            tell(connection)
+
+        monkeypatch.setattr(served.server, name, note)
+    gate = asyncio.get_running_loop().create_future()
+    node.pause = lambda operation: gate
+    await client.request(Command.FLUSH)
+    await settled()
+    ending = asyncio.ensure_future(served.server.shut_down(SECONDS_MAX))
+    await settled()
+    client.close()
+    await settled()
+    gate.set_result(None)
+    await ending
+    assert heard == ["closed"]
