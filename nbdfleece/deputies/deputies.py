@@ -59,11 +59,8 @@ END_SECONDS: Final = 10.0
 """How long a process may take to close a file or to end, once it has no clients, before it is
 killed."""
 
-_SETTINGS: Final = (
-    *("name", "description", "can_multi_conn", "minimum_block_size", "preferred_block_size"),
-    *("maximum_payload", "requires_block_size", "rotational", "tls_only"),
-)
-"""The attributes of an export that its deputy's has, too."""
+_SETTINGS: Final = ("name", "minimum_block_size", "preferred_block_size", "maximum_payload")
+"""The attributes of an export that matter once a client has been negotiated with."""
 
 logger = logging.getLogger("nbdfleece.server")
 
@@ -148,6 +145,7 @@ class ProcessDeputy:
         self._numbers = count()
         self._exports: dict[int, _Served] = {}
         self._clients: dict[int, DelegatedClient] = {}
+        self._client_numbers: dict[DelegatedClient, int] = {}
         self._waiters: dict[int, asyncio.Future[None]] = {}
         self._tell(Begin(limits=limits, log_level=logging.getLogger().level))
 
@@ -230,13 +228,13 @@ class ProcessDeputy:
             leftover=negotiated.leftover,
         )
         self._tell(message, sock.fileno())
-        self._clients[number] = client
+        self._clients[number], self._client_numbers[client] = client, number
 
     def end(self, client: DelegatedClient, how: Ending, reason: str) -> None:
         """See :class:`~..server.delegation.Deputy`."""
-        for number, each in self._clients.items():
-            if each is client:
-                self._tell(End(client=number, how=how, reason=reason))
+        number = self._client_numbers.get(client)
+        if number is not None:
+            self._tell(End(client=number, how=how, reason=reason))
 
     def _tell_bits(self, number: int, names: list[str]) -> None:
         """Tell the process of those bitmaps that it does not know yet: some are large."""
@@ -288,7 +286,9 @@ class ProcessDeputy:
             case Drained():
                 self._clients[message.client].drained()
             case Closed():
-                self._clients.pop(message.client).closed()
+                client = self._clients.pop(message.client)
+                del self._client_numbers[client]
+                client.closed()
             case Logged():
                 _log(message)
 
@@ -308,9 +308,11 @@ class ProcessDeputy:
             if not waiter.done():
                 waiter.set_exception(StateError(reason))
         self._waiters.clear()
-        for client in self._clients.values():
-            client.closed()
+        clients = list(self._clients.values())
         self._clients.clear()
+        self._client_numbers.clear()
+        for client in clients:
+            client.closed()
 
 
 def _start(descriptor: int, loop: LoopChoice) -> subprocess.Popen[bytes]:

@@ -61,8 +61,10 @@ class Link:
         if not self.is_open:
             return
         duplicate = None if descriptor is None else os.dup(descriptor)
-        self._waiting.append((memoryview(_LENGTH.pack(len(message)) + message), duplicate))
-        if len(self._waiting) == 1:
+        is_first = not self._waiting
+        self._waiting.append((memoryview(_LENGTH.pack(len(message))), duplicate))
+        self._waiting.append((memoryview(message), None))
+        if is_first:
             self._flush()
 
     def take_descriptor(self) -> int | None:

@@ -26,7 +26,7 @@ from ..nbd.outcomes import Negotiated, SelectedContext
 from ..qcow2.image import Qcow2Image
 from ..server.catalogue import describe_export
 from ..server.channel import SocketChannel
-from ..server.limits import Limits, allow_descriptors
+from ..server.limits import Limits
 from ..server.loop import LoopChoice, run
 from ..server.server import Client, NbdServer
 from .link import Link
@@ -89,11 +89,9 @@ class DeputyServer(NbdServer):
 
     def serve(self, number: int, channel: SocketChannel, negotiated: Negotiated) -> None:
         """Serve a client from now on."""
-        client = self.adopt(channel, negotiated)
-        if client in self.connections:
-            self._numbers[client], self._clients[number] = number, client
-        else:
-            self._tell(Closed(client=number))
+        client = self.add(channel)
+        self._numbers[client], self._clients[number] = number, client
+        client.go_on(negotiated)
 
     def end(self, message: End) -> None:
         """End a client, unless it has ended meanwhile."""
@@ -109,10 +107,9 @@ class DeputyServer(NbdServer):
     def closed(self, connection: Client) -> None:
         """Tell it."""
         super().closed(connection)
-        number = self._numbers.pop(connection, None)
-        if number is not None:
-            del self._clients[number]
-            self._tell(Closed(client=number))
+        number = self._numbers.pop(connection)
+        del self._clients[number]
+        self._tell(Closed(client=number))
 
 
 class DeputyProcess:
@@ -153,7 +150,6 @@ class DeputyProcess:
                 root = logging.getLogger()
                 root.handlers[:] = [LogHandler(self._tell)]
                 root.setLevel(message.log_level)
-                allow_descriptors(message.limits)
                 self._server = DeputyServer(message.limits, self._tell)
             case Open():
                 self._start(self._open(message))
@@ -175,7 +171,14 @@ class DeputyProcess:
     def _start(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # a bug of ours: who asked must not wait for ever
+            logger.error("internal error", exc_info=error)
+            self._end()
 
     async def _open(self, message: Open) -> None:
         path = os.fsdecode(message.path)

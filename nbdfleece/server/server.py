@@ -169,17 +169,12 @@ class NbdServer:
 
     def add_channel(self, channel: Channel) -> Connection:
         """Serve one client on a channel that is connected already."""
-        connection = self._add(channel)
+        connection = self.add(channel)
         connection.start()
         return connection
 
-    def adopt(self, channel: Channel, negotiated: Negotiated) -> Connection:
-        """Serve one client with which another process has negotiated."""
-        connection = self._add(channel)
-        connection.go_on(negotiated)
-        return connection
-
-    def _add(self, channel: Channel) -> Connection:
+    def add(self, channel: Channel) -> Connection:
+        """A connection that begins once it is told to."""
         connection = self.connection_class(self, channel)
         self.connections[connection] = None
         logger.debug("%s: connected", channel.peer)

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import random
+import resource
 import signal
 import socket
 import struct
@@ -23,6 +24,7 @@ from nbdfleece.daemon import Daemon, DaemonOptions
 from nbdfleece.deputies import deputies
 from nbdfleece.deputies.deputies import Deputies, ProcessDeputy
 from nbdfleece.deputies.link import Link
+from nbdfleece.deputies.messages import Open
 from nbdfleece.errors import StateError
 from nbdfleece.export.export import Export
 from nbdfleece.export.policy import ExportRule
@@ -280,6 +282,41 @@ async def test_client_that_reads_nothing_does_not_hold_the_end_up(options: Daemo
         found = pids(daemon)
     assert not any(is_alive(pid) for pid in found)
     assert dead.aio_in_flight() == 8
+
+
+async def test_client_that_a_process_has_no_descriptor_for_is_closed_and_counts_no_more(
+    options: DaemonOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next one is served all the same."""
+    async with Daemon(replace(options, processes=1)) as daemon:
+        (pid,) = pids(daemon)
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        used = len(os.listdir(f"/proc/{pid}/fd"))
+        kept = await connect(daemon, "a")
+        soft = resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1, hard))
+        lost = await connect(daemon, "a")
+        with pytest.raises(nbd.Error):
+            await read(lost)
+        await until(lambda: clients(daemon, "a") == [1])
+        assert export(daemon, "a").connections == 1
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, soft)
+        assert await read(kept) == CONTENT
+        assert await read(await connect(daemon, "a")) == CONTENT
+        assert clients(daemon, "a") == [2]
+    assert any("no more descriptors are allowed" in each for each in caplog.messages)
+
+
+async def test_nobody_waits_for_a_process_that_cannot_understand(options: DaemonOptions) -> None:
+    """A bug of ours is told and ends the process, and with it who asked for something."""
+    image = await Qcow2Image.open(options.images["a"], read_only=True)
+    path, identity = os.fsencode(image.path), image.file.identity
+    try:
+        async with Deputies(1, Limits()) as started:
+            odd = Open(export=7, path=path, identity=identity, settings={"unknown": 1})
+            with pytest.raises(StateError, match=r"process \d+ has ended"):
+                await started._processes[0]._ask(odd)
+    finally:
+        await image.close()
 
 
 async def test_what_ends_a_server_does_not_end_its_processes(options: DaemonOptions) -> None:

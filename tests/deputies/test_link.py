@@ -202,6 +202,17 @@ async def test_message_that_makes_trouble_is_received_once_and_the_next_too(
     theirs.link.close()
 
 
+async def test_descriptors_that_nobody_took_are_closed_with_the_link() -> None:
+    before = descriptors()
+    ours, theirs = pair()
+    with pipe() as (_, writer):
+        ours.link.send(b"x", writer)
+    await theirs.until(lambda: len(theirs.messages) == 1)
+    theirs.link.close()
+    ours.link.close()
+    assert descriptors() == before
+
+
 async def test_receiver_may_close_the_link() -> None:
     """What came behind that message is not looked at."""
     ours, theirs = pair()

@@ -11,9 +11,11 @@ import pytest
 from nbdfleece.bitmaps.bitmap import Bitmap
 from nbdfleece.export.contexts import DirtyBitmap
 from nbdfleece.nbd.constants import Command, Option, OptionReply
+from nbdfleece.nbd.outcomes import Negotiated
 from nbdfleece.server import connection as connection_module
 from nbdfleece.server import server as server_module
 from nbdfleece.server.channel import SocketChannel
+from nbdfleece.server.delegation import DelegatedClient, Ending
 from nbdfleece.server.limits import Limits
 from nbdfleece.testing.memory_node import MemoryNode
 
@@ -323,3 +325,51 @@ async def test_client_that_is_over_is_not_drained_afterwards(
     gate.set_result(None)
     await ending
     assert heard == ["closed"]
+
+
+class FakeDeputy:
+    """Notes what it is told, and does nothing."""
+
+    def __init__(self) -> None:
+        self.clients: list[DelegatedClient] = []
+        self.told: list[str] = []
+
+    def serve(self, client: DelegatedClient, sock: socket.socket, negotiated: Negotiated) -> None:
+        self.clients.append(client)
+
+    def end(self, client: DelegatedClient, how: Ending, reason: str) -> None:
+        self.told.append(how)
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_clients_of_a_deputy_finish_before_they_are_ended(serve: Serve) -> None:
+    """Rule 8: as long as one has something in flight, each is told why no more is done."""
+    deputy = FakeDeputy()
+    served = serve(MemoryNode(MIB))
+    served.server.deputy = lambda export: deputy
+    for _ in range(2):
+        await served.open()
+    assert list(served.server.connections) == deputy.clients
+    ending = asyncio.ensure_future(served.server.shut_down(SECONDS_MAX))
+    await settled()
+    first, second = deputy.clients
+    first.drained()
+    await asyncio.sleep(0.2)
+    assert deputy.told == ["shut_down", "shut_down"]
+    second.drained()
+    await until(lambda: deputy.told[2:] == ["finish", "finish"])
+    for client in (first, second):
+        client.closed()
+    await ending
+    assert not served.server.connections
+
+
+async def test_clients_of_a_deputy_that_do_not_end_are_aborted(serve: Serve) -> None:
+    deputy = FakeDeputy()
+    served = serve(MemoryNode(MIB))
+    served.server.deputy = lambda export: deputy
+    await served.open()
+    ending = asyncio.ensure_future(served.server.shut_down(0.05))
+    await until(lambda: deputy.told == ["shut_down", "finish", "abort"])
+    deputy.clients[0].closed()
+    await ending
