@@ -27,7 +27,7 @@ from .version import ours
 
 BEHIND: Final = (
     "pull-fleece", "allocating", "incremental", "block-status", "cold-read", "neighbour-p99",
-    "pull-tls", "randwrite-100",
+    "pull-tls", "randwrite-100", "pull-unix-4",
 )  # fmt: skip
 """The rows that are profiled where none is named."""
 
@@ -38,6 +38,9 @@ WAITING: Final = frozenset(
     {"_worker (concurrent/futures/thread.py)", "Condition.wait (threading.py)"}
 )
 """Where a thread of a pool has nothing to do, which py-spy at times takes for running."""
+
+PROCESSES: Final = re.compile(r"(process \d+:\"[^\"]*\";?)+")
+"""How a stack begins where py-spy looks at several processes: with their command lines."""
 
 UVLOOP: Final = "Runner.run (asyncio/runners.py)"
 """What py-spy sees where uvloop runs code of its own, and its wait for the next event."""
@@ -61,7 +64,7 @@ class Profile:
         """Take stacks as py-spy's raw format has them: ``outer;inner COUNT``."""
         for line in lines:
             stack, _, number = line.rstrip().rpartition(" ")
-            frames = [_shorten(frame) for frame in stack.split(";") if not _is_process(frame)]
+            frames = [_shorten(frame) for frame in PROCESSES.sub("", stack).split(";")]
             if frames[-1] in WAITING:
                 continue
             if frames[-1] == UVLOOP:
@@ -70,11 +73,6 @@ class Profile:
             for frame in set(frames):
                 self.whole[frame] += int(number)
             self.count += int(number)
-
-
-def _is_process(frame: str) -> bool:
-    """Whether a frame is none, but names the process that it is of."""
-    return re.match(r"process \d+:", frame) is not None
 
 
 def _shorten(frame: str) -> str:
