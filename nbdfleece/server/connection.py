@@ -262,8 +262,9 @@ class Connection:
             return
         # The usual end of a turn: all that was received is handled.
         self._inbox.give_back()
-        is_amid = len(self._inbox) or self._phase.is_skipping  # maybe the last of a broken socket
-        if is_amid or self._is_overlooked or self._channel.has_pending():
+        is_amid = len(self._inbox) or self._phase.is_skipping
+        may_be_broken = is_amid and not self._inbox.is_dry  # and that was the last of it
+        if may_be_broken or self._is_overlooked or self._channel.has_pending():
             self._loop.call_soon(self._on_readable)
         elif self._phase.is_answered and not self._is_writing:
             self._host.polling.begin(self)

@@ -84,6 +84,7 @@ class Inbox:
         "_pool",
         "buffer",
         "end",
+        "is_dry",
         "source",
         "start",
         "view",
@@ -97,6 +98,8 @@ class Inbox:
         """The memory of ``buffer``."""
         self.start = 0
         self.end = 0
+        self.is_dry = False
+        """The last look found nothing, and no end either."""
         self._large: Buffer | None = None
         self._large_length = 0
         self._large_end = 0
@@ -153,6 +156,7 @@ class Inbox:
         """
         assert self.source is not None, "received after the end"
         count = self.source.recv_into(self.space(needed))
+        self.is_dry = False
         self.received(count)
         return count
 
@@ -176,6 +180,7 @@ class Inbox:
         try:
             return self.receive(needed)
         except BlockingIOError:
+            self.is_dry = True
             return 0
         except OSError as error:
             raise BrokenChannelError(str(error)) from error
