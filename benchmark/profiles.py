@@ -97,14 +97,8 @@ def spying(pid: int, output: Path) -> Iterator[None]:
         CalledProcessError: It could not.
     """
     argv = [str(find_py_spy()), "record", "--pid", str(pid), "--format", "raw", "--nolineno"]
-    argv += [
-        "--subprocesses",
-        "--full-filenames",
-        "--rate",
-        str(RATE_HERTZ),
-        "--output",
-        str(output),
-    ]
+    argv += ["--subprocesses", "--full-filenames"]
+    argv += ["--rate", str(RATE_HERTZ), "--output", str(output)]
     spy = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert spy.stdout is not None
     first = spy.stdout.readline()  # it says that it samples, or why it cannot

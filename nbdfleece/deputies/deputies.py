@@ -26,8 +26,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final, Self
 
-import msgspec
-
 from ..block.threads import in_thread
 from ..errors import StateError
 from ..export.contexts import DIRTY_BITMAP_PREFIX, DirtyBitmap
@@ -37,23 +35,9 @@ from ..qcow2.image import Qcow2Image
 from ..server.delegation import DelegatedClient, Ending
 from ..server.limits import Limits
 from ..server.loop import LoopChoice
+from . import messages
 from .link import Link
-from .messages import (
-    FROM_DEPUTY,
-    IGNORED_SIGNALS,
-    Begin,
-    Bits,
-    Close,
-    Closed,
-    Done,
-    Drained,
-    End,
-    Failed,
-    Logged,
-    Message,
-    Open,
-    Serve,
-)
+from .process import IGNORED_SIGNALS
 
 END_SECONDS: Final = 10.0
 """How long a process may take to close a file or to end, once it has no clients, before it is
@@ -140,14 +124,11 @@ class ProcessDeputy:
                 ours.close()
                 raise
         self._link = Link(ours, self._receive, self._end)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(FROM_DEPUTY)
         self._numbers = count()
         self._exports: dict[int, _Served] = {}
         self._clients: dict[int, DelegatedClient] = {}
-        self._client_numbers: dict[DelegatedClient, int] = {}
         self._waiters: dict[int, asyncio.Future[None]] = {}
-        self._tell(Begin(limits=limits, log_level=logging.getLogger().level))
+        self._tell(messages.Begin(limits=limits, log_level=logging.getLogger().level))
 
     # What the server asks for.
 
@@ -158,7 +139,13 @@ class ProcessDeputy:
 
     def has(self, export: Export) -> bool:
         """Whether it serves an export."""
-        return any(each.export is export for each in self._exports.values())
+        return self._number_of(export) is not None
+
+    def _number_of(self, export: Export) -> int | None:
+        for number, served in self._exports.items():
+            if served.export is export:
+                return number
+        return None
 
     async def open(self, export: Export, image: Qcow2Image) -> None:
         """Serve one more export.
@@ -174,7 +161,7 @@ class ProcessDeputy:
         settings = {name: getattr(export, name) for name in _SETTINGS}
         file = image.file
         await self._ask(
-            Open(
+            messages.Open(
                 export=number,
                 path=os.fsencode(image.path),
                 identity=file.identity,
@@ -194,7 +181,7 @@ class ProcessDeputy:
         """Return once the process has no file of an export any more, and be it by its end."""
         try:
             async with asyncio.timeout(END_SECONDS):
-                await self._ask(Close(export=number))
+                await self._ask(messages.Close(export=number))
         except StateError:
             await in_thread(_wait, self._process)
         except TimeoutError:
@@ -211,14 +198,12 @@ class ProcessDeputy:
 
     def serve(self, client: DelegatedClient, sock: socket.socket, negotiated: Negotiated) -> None:
         """See :class:`~..server.delegation.Deputy`."""
-        (export,) = (
-            number for number, each in self._exports.items() if each.export is client.export
-        )
+        export = self._number_of(client.export)
+        assert export is not None, "only the clients of what it serves are given to it"
         contexts = [(each.context_id, each.name) for each in negotiated.contexts]
         self._tell_bits(export, [name for _, name in contexts])
-        number = next(self._numbers)
-        message = Serve(
-            client=number,
+        message = messages.Serve(
+            client=client.number,
             export=export,
             peer=client.peer,
             transmission_flags=int(negotiated.transmission_flags),
@@ -228,13 +213,12 @@ class ProcessDeputy:
             leftover=negotiated.leftover,
         )
         self._tell(message, sock.fileno())
-        self._clients[number], self._client_numbers[client] = client, number
+        self._clients[client.number] = client
 
     def end(self, client: DelegatedClient, how: Ending, reason: str) -> None:
         """See :class:`~..server.delegation.Deputy`."""
-        number = self._client_numbers.get(client)
-        if number is not None:
-            self._tell(End(client=number, how=how, reason=reason))
+        if client.number in self._clients:
+            self._tell(messages.End(client=client.number, how=how, reason=reason))
 
     def _tell_bits(self, number: int, names: list[str]) -> None:
         """Tell the process of those bitmaps that it does not know yet: some are large."""
@@ -242,11 +226,11 @@ class ProcessDeputy:
         for context in served.export.contexts:
             if not isinstance(context, DirtyBitmap) or context.name not in names:
                 continue
-            if any(context is each for each in served.bitmaps):
+            if context in served.bitmaps:
                 continue
             served.bitmaps.append(context)
             self._tell(
-                Bits(
+                messages.Bits(
                     export=number,
                     leaf=context.name.removeprefix(DIRTY_BITMAP_PREFIX),
                     size=context.bitmap.size,
@@ -255,11 +239,11 @@ class ProcessDeputy:
                 )
             )
 
-    def _tell(self, message: Message, descriptor: int | None = None) -> None:
-        self._link.send(self._encoder.encode(message), descriptor)
+    def _tell(self, message: messages.Message, descriptor: int | None = None) -> None:
+        self._link.send(messages.encode(message), descriptor)
 
-    async def _ask(self, message: Open | Close) -> None:
-        """Send what is answered by :class:`Done` or :class:`Failed`.
+    async def _ask(self, message: messages.Open | messages.Close) -> None:
+        """Send what is answered by :class:`~.messages.Done` or :class:`~.messages.Failed`.
 
         Raises:
             StateError: It failed, or the process has ended.
@@ -273,23 +257,21 @@ class ProcessDeputy:
     # What it says.
 
     def _receive(self, data: memoryview) -> None:
-        message = self._decoder.decode(data)
+        message = messages.decode_of_deputy(data)
         match message:
-            case Done() | Failed():
+            case messages.Done() | messages.Failed():
                 waiter = self._waiters.pop(message.export)
                 if waiter.done():
                     return  # nobody waits any more
-                if isinstance(message, Failed):
+                if isinstance(message, messages.Failed):
                     waiter.set_exception(StateError(message.reason))
                 else:
                     waiter.set_result(None)
-            case Drained():
+            case messages.Drained():
                 self._clients[message.client].drained()
-            case Closed():
-                client = self._clients.pop(message.client)
-                del self._client_numbers[client]
-                client.closed()
-            case Logged():
+            case messages.Closed():
+                self._clients.pop(message.client).closed()
+            case messages.Logged():
                 _log(message)
 
     def _end(self) -> None:
@@ -310,7 +292,6 @@ class ProcessDeputy:
         self._waiters.clear()
         clients = list(self._clients.values())
         self._clients.clear()
-        self._client_numbers.clear()
         for client in clients:
             client.closed()
 
@@ -345,7 +326,7 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _log(message: Logged) -> None:
+def _log(message: messages.Logged) -> None:
     """Write a line of a process, unless nobody wants it."""
     target = logging.getLogger(message.logger)
     if target.isEnabledFor(message.level):

@@ -1,20 +1,17 @@
 """What a server and its deputies tell each other, as MessagePack.
 
-Exports and clients have numbers, which the server gives them.
+Exports have numbers that the server gives them; clients have those of
+:class:`~..server.delegation.DelegatedClient`.
 """
 
 from __future__ import annotations
 
-import signal
 from typing import Any, Final
 
 import msgspec
 
 from ..server.delegation import Ending
 from ..server.limits import Limits
-
-IGNORED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""A terminal or a service manager sends them to all processes of a server: it ends the others."""
 
 
 class Message(msgspec.Struct, tag=True, kw_only=True):
@@ -142,5 +139,6 @@ class Logged(Message):
     text: str
 
 
-TO_DEPUTY: Final = Begin | Open | Bits | Serve | End | Close
-FROM_DEPUTY: Final = Done | Failed | Drained | Closed | Logged
+encode: Final = msgspec.msgpack.Encoder().encode
+decode_for_deputy: Final = msgspec.msgpack.Decoder(Begin | Open | Bits | Serve | End | Close).decode
+decode_of_deputy: Final = msgspec.msgpack.Decoder(Done | Failed | Drained | Closed | Logged).decode

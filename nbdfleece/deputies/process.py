@@ -14,8 +14,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine
-
-import msgspec
+from typing import Final
 
 from ..bitmaps.bitmap import Bitmap
 from ..errors import ImageError, StateError
@@ -29,27 +28,15 @@ from ..server.channel import SocketChannel
 from ..server.limits import Limits
 from ..server.loop import LoopChoice, run
 from ..server.server import Client, NbdServer
+from . import messages
 from .link import Link
-from .messages import (
-    IGNORED_SIGNALS,
-    TO_DEPUTY,
-    Begin,
-    Bits,
-    Close,
-    Closed,
-    Done,
-    Drained,
-    End,
-    Failed,
-    Logged,
-    Message,
-    Open,
-    Serve,
-)
+
+IGNORED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""A terminal or a service manager sends them to all processes of a server: it ends the others."""
 
 logger = logging.getLogger("nbdfleece.server")
 
-Tell = Callable[[Message], None]
+Tell = Callable[[messages.Message], None]
 
 
 class LogHandler(logging.Handler):
@@ -68,7 +55,7 @@ class LogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Send a line, and the traceback that belongs to it."""
         text = _printable(self._formatter.format(record))
-        message = Logged(logger=record.name, level=record.levelno, text=text)
+        message = messages.Logged(logger=record.name, level=record.levelno, text=text)
         with contextlib.suppress(RuntimeError):  # nobody listens any more
             self._loop.call_soon_threadsafe(self._tell, message)
 
@@ -93,7 +80,7 @@ class DeputyServer(NbdServer):
         self._numbers[client], self._clients[number] = number, client
         client.go_on(negotiated)
 
-    def end(self, message: End) -> None:
+    def end(self, message: messages.End) -> None:
         """End a client, unless it has ended meanwhile."""
         client = self._clients.get(message.client)
         if client is not None:
@@ -102,14 +89,14 @@ class DeputyServer(NbdServer):
     def drained(self, connection: Client) -> None:
         """Tell it."""
         super().drained(connection)
-        self._tell(Drained(client=self._numbers[connection]))
+        self._tell(messages.Drained(client=self._numbers[connection]))
 
     def closed(self, connection: Client) -> None:
         """Tell it."""
         super().closed(connection)
         number = self._numbers.pop(connection)
         del self._clients[number]
-        self._tell(Closed(client=number))
+        self._tell(messages.Closed(client=number))
 
 
 class DeputyProcess:
@@ -121,8 +108,6 @@ class DeputyProcess:
 
     def __init__(self, sock: socket.socket) -> None:
         self._link = Link(sock, self._receive, self._end)
-        self._decoder = msgspec.msgpack.Decoder(TO_DEPUTY)
-        self._encoder = msgspec.msgpack.Encoder()
         self._server: DeputyServer | None = None
         self._exports: dict[int, Export] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,27 +125,27 @@ class DeputyProcess:
     def _end(self) -> None:
         self._ended.set()
 
-    def _tell(self, message: Message) -> None:
-        self._link.send(self._encoder.encode(message))
+    def _tell(self, message: messages.Message) -> None:
+        self._link.send(messages.encode(message))
 
     def _receive(self, data: memoryview) -> None:
-        message = self._decoder.decode(data)
+        message = messages.decode_for_deputy(data)
         match message:
-            case Begin():
+            case messages.Begin():
                 root = logging.getLogger()
                 root.handlers[:] = [LogHandler(self._tell)]
                 root.setLevel(message.log_level)
                 self._server = DeputyServer(message.limits, self._tell)
-            case Open():
+            case messages.Open():
                 self._start(self._open(message))
-            case Bits():
+            case messages.Bits():
                 bitmap = Bitmap(message.size, message.granularity, message.data)
                 self._exports[message.export].contexts += (DirtyBitmap(message.leaf, bitmap),)
-            case Serve():
+            case messages.Serve():
                 self._serve(message, self._link.take_descriptor())
-            case End():
+            case messages.End():
                 self._begun.end(message)
-            case Close():
+            case messages.Close():
                 self._start(self._close(message.export))
 
     @property
@@ -180,31 +165,31 @@ class DeputyProcess:
             logger.error("internal error", exc_info=error)
             self._end()
 
-    async def _open(self, message: Open) -> None:
+    async def _open(self, message: messages.Open) -> None:
         path = os.fsdecode(message.path)
         try:
             image = await Qcow2Image.open(path, read_only=True)
         except (OSError, ImageError, StateError) as error:
-            self._tell(Failed(export=message.export, reason=_printable(str(error))))
+            self._tell(messages.Failed(export=message.export, reason=_printable(str(error))))
             return
         if image.file.identity != message.identity:
             await image.close()
             reason = _printable(f"{path}: another file has taken its place")
-            self._tell(Failed(export=message.export, reason=reason))
+            self._tell(messages.Failed(export=message.export, reason=reason))
             return
         contexts = (BaseAllocation(image), AllocationDepth(image))
         export = Export(node=image, contexts=contexts, **message.settings)
         self._exports[message.export] = export
         self._begun.exports.add(export)
-        self._tell(Done(export=message.export))
+        self._tell(messages.Done(export=message.export))
 
     async def _close(self, number: int) -> None:
         export = self._exports.pop(number)
         await self._begun.close_export(export.name, hard=True)
         await export.node.close()
-        self._tell(Done(export=number))
+        self._tell(messages.Done(export=number))
 
-    def _serve(self, message: Serve, descriptor: int | None) -> None:
+    def _serve(self, message: messages.Serve, descriptor: int | None) -> None:
         server, export = self._begun, self._exports[message.export]
         try:
             if descriptor is None:
@@ -212,7 +197,7 @@ class DeputyProcess:
             channel = SocketChannel(socket.socket(fileno=descriptor), message.peer)
         except OSError as error:
             logger.error("%s: connection lost: %s", message.peer, error)
-            self._tell(Closed(client=message.client))
+            self._tell(messages.Closed(client=message.client))
             return
         negotiated = Negotiated(
             export=describe_export(export, server.limits.wire),

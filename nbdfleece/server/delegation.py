@@ -10,6 +10,7 @@ Only what has a socket without TLS can be handed over: what TLS has agreed on st
 from __future__ import annotations
 
 import socket
+from itertools import count
 from typing import Literal, Protocol
 
 from ..export.export import Export
@@ -17,6 +18,9 @@ from ..nbd.outcomes import Negotiated
 
 Ending = Literal["shut_down", "finish", "abort"]
 """How a client is ended, by the name of :class:`~.connection.Connection`'s method."""
+
+
+_numbers = count()
 
 
 class Deputy(Protocol):
@@ -60,6 +64,7 @@ class DelegatedClient:
         peer: Who it is, for the log.
 
     Attributes:
+        number: No other client of this server's process has or had it.
         is_draining: It is shutting down, and not all is answered that was asked before.
     """
 
@@ -70,6 +75,7 @@ class DelegatedClient:
         self._deputy = deputy
         self.export = export
         self.peer = peer
+        self.number = next(_numbers)
         self.is_draining = False
 
     def shut_down(self, reason: str) -> None:
