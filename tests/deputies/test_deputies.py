@@ -13,7 +13,6 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +20,9 @@ import nbd
 import pytest
 
 from nbdfleece.daemon import Daemon, DaemonOptions
-from nbdfleece.deputies import deputies
+from nbdfleece.deputies import deputies, messages
 from nbdfleece.deputies.deputies import Deputies, ProcessDeputy
 from nbdfleece.deputies.link import Link
-from nbdfleece.deputies.messages import Open
 from nbdfleece.errors import StateError
 from nbdfleece.export.export import Export
 from nbdfleece.export.policy import ExportRule
@@ -38,6 +36,7 @@ from nbdfleece.server.limits import Limits
 from nbdfleece.server.loop import LoopChoice, run
 from nbdfleece.server.tls import TlsSettings, load_certificates
 from tests.pki import make_pki
+from tests.waiting import until
 
 MIB = 1 << 20
 CONTENT = random.Random(5).randbytes(2 * MIB)
@@ -73,12 +72,6 @@ async def connect(daemon: Daemon, name: str) -> nbd.NBD:
 
 async def read(handle: nbd.NBD, offset: int = 0, length: int = 2 * MIB) -> bytes:
     return bytes(await asyncio.to_thread(handle.pread, length, offset))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SECONDS_MAX):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def processes(daemon: Daemon) -> list[ProcessDeputy]:
@@ -290,16 +283,16 @@ async def test_client_that_a_process_has_no_descriptor_for_is_closed_and_counts_
     """The next one is served all the same."""
     async with Daemon(replace(options, processes=1)) as daemon:
         (pid,) = pids(daemon)
-        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        used = len(os.listdir(f"/proc/{pid}/fd"))
         kept = await connect(daemon, "a")
-        soft = resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1, hard))
+        assert await read(kept) == CONTENT
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (0, before[1]))
         lost = await connect(daemon, "a")
         with pytest.raises(nbd.Error):
             await read(lost)
         await until(lambda: clients(daemon, "a") == [1])
         assert export(daemon, "a").connections == 1
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, soft)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         assert await read(kept) == CONTENT
         assert await read(await connect(daemon, "a")) == CONTENT
         assert clients(daemon, "a") == [2]
@@ -312,7 +305,7 @@ async def test_nobody_waits_for_a_process_that_cannot_understand(options: Daemon
     path, identity = os.fsencode(image.path), image.file.identity
     try:
         async with Deputies(1, Limits()) as started:
-            odd = Open(export=7, path=path, identity=identity, settings={"unknown": 1})
+            odd = messages.Open(export=7, path=path, identity=identity, settings={"unknown": 1})
             with pytest.raises(StateError, match=r"process \d+ has ended"):
                 await started._processes[0]._ask(odd)
     finally:

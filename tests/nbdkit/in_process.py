@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,3 @@ class Inside:
 def value_of(plugin: Plugin, name: str) -> Any:
     """A global of the script."""
     return getattr(plugin.script._module, name)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until something has happened in a thread."""
-    async with asyncio.timeout(SECONDS_MAX):
-        while not condition():
-            await asyncio.sleep(0.002)

@@ -18,9 +18,10 @@ import pytest
 
 from nbdfleece.nbdkit.fleece import ScriptDisk
 from tests.listening import is_listening
+from tests.waiting import until
 
 from .conftest import OURS, PROGRAM, SCRIPTS, SECONDS_MAX, Running, wait_for
-from .in_process import Inside, until, value_of
+from .in_process import Inside, value_of
 from .observe import nbd
 
 SIZE = 8 << 20

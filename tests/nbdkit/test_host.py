@@ -7,7 +7,9 @@ import logging
 
 import pytest
 
-from .in_process import SECONDS_MAX, Inside, until, value_of
+from tests.waiting import until
+
+from .in_process import SECONDS_MAX, Inside, value_of
 from .observe import Observer
 
 READ = ("pread", 512, 0)

@@ -10,8 +10,9 @@ import pytest
 
 from nbdfleece.server.tls import Authorization, TlsSettings, load_certificates
 from tests.pki import make_pki
+from tests.waiting import until
 
-from .in_process import Inside, until, value_of
+from .in_process import Inside, value_of
 from .observe import nbd
 
 KNOWN = """
