@@ -53,7 +53,6 @@ from .granule_codes import (
     FORGOTTEN,
     UNTOUCHED,
     Mask,
-    code_of_status,
     free_copies,
     true_runs,
     with_displaced,
@@ -62,6 +61,7 @@ from .granule_map import Codes, page_end
 from .granule_reads import read_granules, read_granules_at_once
 from .layer import Layer
 from .node import BlockNode
+from .old_data import OldData
 from .range_lock import RangeLock
 from .scratch import Scratch
 
@@ -112,8 +112,7 @@ class CopyBeforeWrite:
         self._scratch: Scratch | None = None
         self._layers: list[Layer] = []
         self._copying = RangeLock()
-        self._granule = memoryview(bytearray(granularity))
-        """For copies that are made without waiting."""
+        self._old_data = OldData(source, self._shift)
         self._version = 0
         """Counts changes of codes, layers and access: a reader must look again after one."""
 
@@ -226,15 +225,8 @@ class CopyBeforeWrite:
             or not self._copying.is_free(granule, granule + 1)
         ):
             return False
-        offset = granule << self._shift
-        try:
-            status = self._source.read_with_status(
-                offset, self._granule[: self._source.size - offset]
-            )
-            if status is None:
-                return False
-            code = code_of_status(status) or COPIED + scratch.append(self._granule)
-        except OSError:
+        code = self._old_data.copy_at_once(scratch, granule)
+        if code == UNTOUCHED:
             return False
         newest.map.set_one(granule, code)
         self._version += 1
@@ -299,9 +291,9 @@ class CopyBeforeWrite:
         scratch = self._scratch
         assert scratch is not None, "layers have a scratch"
         if self._timeout_seconds is None:
-            return await self._copy(scratch, first, end)
+            return await self._old_data.copy(scratch, first, end)
         loop = asyncio.get_running_loop()
-        copy = loop.create_task(self._copy(scratch, first, end))
+        copy = loop.create_task(self._old_data.copy(scratch, first, end))
         begun = loop.time()
         error = OSError(errno.ETIMEDOUT, "copying old data took too long")
         try:
@@ -318,52 +310,6 @@ class CopyBeforeWrite:
             # The guest's write goes on now or never, so what arrives late must not be recorded.
             copy.add_done_callback(lambda late: _drop_late_copy(scratch, late))
             raise
-
-    async def _copy(self, scratch: Scratch, first: int, end: int) -> Codes:
-        """Bring the old content of the granules ``[first, end)`` into safety.
-
-        Returns:
-            Their codes, to be recorded, shape (end - first,).
-        """
-        codes = await self._zero_codes(first, end)
-        try:
-            for start, stop in true_runs(codes == UNTOUCHED):
-                place = await self._copy_data(scratch, first + start, stop - start)
-                codes[start:stop] = np.arange(place, place + stop - start) + COPIED
-        except BaseException:
-            free_copies(scratch, codes)
-            raise
-        return codes
-
-    async def _copy_data(self, scratch: Scratch, first: int, count: int) -> int:
-        """Copy granules to the scratch; returns the number of the first one there."""
-        offset = first << self._shift
-        buffer = memoryview(bytearray(count << self._shift))
-        await self._source.read_into(offset, buffer[: self._source.size - offset])
-        place = scratch.allocate(count)
-        try:
-            await scratch.write(place, buffer)
-        except BaseException:
-            scratch.free(place, count)
-            raise
-        return place
-
-    async def _zero_codes(self, first: int, end: int) -> Codes:
-        """Codes for granules that read as zeroes, UNTOUCHED for those that hold data."""
-        codes = np.full(end - first, FORGOTTEN, dtype=np.uint32)
-        offset, limit = first << self._shift, min(end << self._shift, self._source.size)
-        while offset < limit:
-            extents = await self._source.block_status(offset, limit - offset)
-            for length, status in extents.pairs():
-                low = (offset >> self._shift) - first
-                high = (offset + length - 1 >> self._shift) + 1 - first
-                part = codes[low:high]
-                code = code_of_status(status)
-                # A granule of several kinds is data if any part of it is.
-                part[part != FORGOTTEN] = UNTOUCHED
-                part[part == FORGOTTEN] = code
-                offset += length
-        return codes
 
     def _record(self, first: int, codes: Codes) -> None:
         """Set codes in the newest layer where it has none; copies that come too late are freed."""
