@@ -22,11 +22,11 @@ import numpy as np
 
 from ..block.file import FileNode
 from ..block.node import BlockNode, BlockStatus, block_status_word
+from ..block.single_flight import SingleFlight
 from ..errors import NbdfleeceError
 from ..extents import Extents
 from ..qcow2.header import Header
 from ..qcow2.image import Qcow2Image
-from ..qcow2.single_flight import SingleFlight
 from .block_status import DIRTY_PREFIX, overlay
 from .blocks import ABSENT
 from .content import DiskContent, Layer

@@ -23,6 +23,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from ..block.file import FileNode
+from ..block.single_flight import SingleFlight
 from .cached_table import CachedTable
 from .header import REFCOUNT_TABLE_BYTES_MAX, Header
 from .quarantine import Quarantine
@@ -33,7 +34,6 @@ from .refcount_codec import (
     pack_counts,
     unpack_counts,
 )
-from .single_flight import SingleFlight
 from .tables import MetadataMap
 
 CACHE_BYTES: Final = 16 << 20

@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 
 from ..block.file import FileNode
+from ..block.single_flight import SingleFlight
 from .entries import COPIED, OFFSET_MASK, Entries, L2Table, Layout
-from .single_flight import SingleFlight
 from .table_codec import unpack_table
 
 CACHE_BYTES: Final = 32 << 20

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..block.single_flight import SingleFlight
 from .compressed import compressed_entry
 from .entries import (
     COPIED,
@@ -31,7 +32,6 @@ from .entries import (
     find_runs,
     kind_of,
 )
-from .single_flight import SingleFlight
 from .subclusters import bitmap_of, entry_with_bitmap, kind_of_subcluster
 from .table_codec import copied_table, empty_table
 
