@@ -76,7 +76,7 @@ class DaemonOptions:
         authorization: Who may have which export; None for everybody all.
         export_rules: What holds for exports by their names.
         more_exports: What else is served, for as long as each of these contexts is entered.
-        processes: So many processes of their own serve ``images``; 0 for this one.
+        processes: So many processes of their own serve ``images`` and snapshots; 0 for this one.
         loop: Their event loop.
         grace_seconds: At the end, how long NBD requests in flight may take.
     """
@@ -133,6 +133,7 @@ class Daemon:
         self.engine = Engine(
             self.exports,
             options.scratch,
+            delegate=self._delegate,
             disconnect=self._close_export,
             event=self._tell,
         )
@@ -183,7 +184,14 @@ class Daemon:
         """End an export on all servers."""
         for server in (self.server, *self._added):
             await server.close_export(name, hard=hard)
-        await self.deputies.remove(name)
+        await self.deputies.remove(name, unless=self.exports.find(name))
+
+    async def _delegate(self, export: Export) -> None:
+        """Have the processes serve a snapshot's export for as long as it is offered."""
+        await self.deputies.add_snapshot(export)
+        offered = self.exports.find(export.name)
+        if offered is not export:
+            await self.deputies.remove(export.name, unless=offered)
 
     def _prepare_export(self, export: Export) -> None:
         """Let the operator's rules hold for a new export.
@@ -287,7 +295,7 @@ class Daemon:
         for name, path in self.options.images.items():
             bitmaps, since = (of.get(name, ()) for of in (self.options.bitmaps, self.options.since))
             shown = await self.node_exports.add_image(name, path, bitmaps, since)
-            await self.deputies.add(*shown)
+            await self.deputies.add_image(*shown)
         for more in self.options.more_exports:
             for export in await self._more.enter_async_context(more):
                 self.exports.add(export)

@@ -64,6 +64,7 @@ from .node import BlockNode
 from .old_data import OldData
 from .range_lock import RangeLock
 from .scratch import Scratch
+from .shared_codes import SharedCodes
 
 DEFAULT_GRANULARITY: Final = 4096
 """Bytes. Small: a random 4 KiB guest write copies 4 KiB, where QEMU copies 64."""
@@ -89,6 +90,9 @@ class CopyBeforeWrite:
         quota: Bytes of scratch that may be in use at once; None for no limit of our own.
         failure: When a copy has failed and what that breaks, unless a snapshot has its own.
         on_broken: Called with a layer that has just been broken.
+
+    Attributes:
+        source, failure: As given.
     """
 
     def __init__(
@@ -101,7 +105,7 @@ class CopyBeforeWrite:
         failure: CopyFailure = USUAL,
         on_broken: Callable[[Layer], None] = lambda layer: None,
     ) -> None:
-        self._source = source
+        self.source = source
         self._scratch_directory = scratch_directory
         self._shift = granularity.bit_length() - 1
         self._quota = quota
@@ -111,6 +115,8 @@ class CopyBeforeWrite:
         self._on_broken = on_broken
         self._scratch: Scratch | None = None
         self._layers: list[Layer] = []
+        self._shared: list[SharedCodes] = []
+        """Of those layers that other processes read."""
         self._copying = RangeLock()
         self._old_data = OldData(source, self._shift)
         self._version = 0
@@ -152,6 +158,7 @@ class CopyBeforeWrite:
 
     def limit(self, layer: Layer, access: Bitmap) -> None:
         """Keep from now on only what ``access`` marks; reading the rest is refused."""
+        layer.withdraw()
         layer.access = self._wide(access)
         self._version += 1
         if access.size:
@@ -168,6 +175,9 @@ class CopyBeforeWrite:
         at = self._layers.index(layer)
         layer.is_removed = True
         del self._layers[at]
+        if layer.shared is not None:
+            self._shared.remove(layer.shared)
+            layer.shared.close()
         self._timeout_seconds = shortest_timeout(each.failure for each in self._layers)
         self._version += 1
         if at:
@@ -229,6 +239,8 @@ class CopyBeforeWrite:
         if code == UNTOUCHED:
             return False
         newest.map.set_one(granule, code)
+        for shared in self._shared:
+            shared.set_one(granule, code)
         self._version += 1
         return True
 
@@ -319,7 +331,10 @@ class CopyBeforeWrite:
         newest = self._layers[-1].map
         present = newest.codes(first, first + len(codes))
         vacant = present == UNTOUCHED
-        newest.set(first, np.where(vacant, codes, present))
+        codes_now = np.where(vacant, codes, present)
+        newest.set(first, codes_now)
+        for shared in self._shared:
+            shared.set(first, codes_now)
         self._free(codes[~vacant])
         self._version += 1
 
@@ -350,6 +365,7 @@ class CopyBeforeWrite:
                 f"its old data could not be kept ({error.strerror});"
                 " drop the snapshot and take a new one"
             )
+            layer.withdraw()
             self._on_broken(layer)
 
     def _free_broken(self) -> None:
@@ -392,10 +408,10 @@ class CopyBeforeWrite:
         self._check_access(layer, offset, len(view))
         codes = self._where(layer, first, end)
         if not any(codes):
-            return self._source.read_at_once(offset, view)
+            return self.source.read_at_once(offset, view)
         scratch = self._scratch
         return scratch is not None and read_granules_at_once(
-            self._source, scratch, codes, self._shift, offset, view
+            self.source, scratch, codes, self._shift, offset, view
         )
 
     async def _read_codes(
@@ -406,9 +422,9 @@ class CopyBeforeWrite:
         stop = min(offset + len(view), first + len(codes) << self._shift)
         part, scratch = view[begin - offset : stop - offset], self._scratch
         if scratch is None or not any(codes):
-            await self._source.read_into(begin, part)
+            await self.source.read_into(begin, part)
         else:
-            await read_granules(self._source, scratch, codes, self._shift, begin, part)
+            await read_granules(self.source, scratch, codes, self._shift, begin, part)
 
     def _where(self, layer: Layer, first: int, end: int) -> list[int]:
         """As :meth:`_resolve`, for few granules."""
@@ -469,7 +485,7 @@ class CopyBeforeWrite:
         stop = untouched_end
         if stop == offset:
             stop = min(limit, page_end(first + STATUS_GRANULES_MAX) << self._shift)
-        base = await self._source.block_status(offset, stop - offset, extents_max=extents_max)
+        base = await self.source.block_status(offset, stop - offset, extents_max=extents_max)
         stop = self._untouched_end(layer, offset, offset + base.total())
         if stop > offset:
             return base.clipped(stop - offset), 0
@@ -488,6 +504,38 @@ class CopyBeforeWrite:
         touched = min(other.map.next_page(first, end) for other in newer)
         return min(limit, max(offset, touched << self._shift))
 
+    # -- other processes ----------------------------------------------------------
+
+    async def share(self, layer: Layer) -> tuple[Scratch, SharedCodes]:
+        """Let other processes see what a snapshot of all of the disk has displaced, and read it.
+
+        Raises:
+            SnapshotError: The snapshot is broken or gone.
+            OSError: There is no memory for it.
+        """
+        layer.check()
+        if layer.shared is None:
+            granules = (self.source.size - 1 >> self._shift) + 1
+            layer.shared = SharedCodes(granules)
+            self._shared.append(layer.shared)
+            await self._share_old(layer, layer.shared, granules)
+            layer.check()
+            layer.shared.open()
+        assert self._scratch is not None, "layers have a scratch"
+        return self._scratch, layer.shared
+
+    async def _share_old(self, layer: Layer, shared: SharedCodes, end: int) -> None:
+        """Tell what was displaced before; what is displaced meanwhile is told as always."""
+        at = 0
+        while not layer.is_removed and at < end:
+            newer = self._layers[self._layers.index(layer) :]
+            at = min(each.map.next_page(at, end) for each in newer)
+            if at < end:
+                stop = min(end, page_end(at))
+                shared.replace(at, self._resolve(layer, at, stop))
+                at = stop
+                await asyncio.sleep(0)
+
     # -- giving up ranges ---------------------------------------------------------
 
     def release(self, layer: Layer, offset: int, length: int) -> None:
@@ -496,13 +544,14 @@ class CopyBeforeWrite:
         Only whole access granules inside the range are released; reading them is refused
         from now on.
         """
+        layer.withdraw()
         if layer.access is None:
-            layer.access = Bitmap(self._source.size, max(ACCESS_GRANULARITY, self.granularity))
+            layer.access = Bitmap(self.source.size, max(ACCESS_GRANULARITY, self.granularity))
             layer.access.set_all()
         each = layer.access.granularity
         begin = -(-offset // each) * each
         end = offset + length
-        if end != self._source.size:
+        if end != self.source.size:
             end = end // each * each
         if begin < end:
             layer.access.clear_range(begin, end - begin)

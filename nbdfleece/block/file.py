@@ -27,8 +27,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
+import numpy as np
+
 from ..errors import ImageError
 from ..extents import Extents
+from .host_file import HostFile, Places
 from .linux import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -51,6 +54,12 @@ STREAM_BYTES_MIN: Final = 64 << 10
 _ZEROES: Final = bytes(1 << 20)
 """What is written where the file system cannot zero a range by itself."""
 
+_OFFSET_MAX: Final = (1 << 63) - 1
+
+_CLUSTER_BITS: Final = 16
+_MAP_BITS: Final = 30
+"""In what pieces a file is located: any would do."""
+
 _EXTENTS_MAX: Final = 1024
 """Extents sought at most in one call: two system calls each."""
 
@@ -68,11 +77,18 @@ class FileNode(BlockNode):
     """A file's bytes. Made by :meth:`open`.
 
     ``size`` is the file's at the time of opening; it grows by :meth:`grow` and by
-    writes past it, which a container format does and a raw disk's callers never ask for.
+    writes past it, which a container format does and a raw disk's callers never ask for. Of a
+    file that others let grow it is not known, and more than any file has.
     """
 
     def __init__(
-        self, fd: int, path: str, *, read_only: bool, excludes_writers: bool = False
+        self,
+        fd: int,
+        path: str,
+        *,
+        read_only: bool,
+        excludes_writers: bool = False,
+        grows_elsewhere: bool = False,
     ) -> None:
         info = os.fstat(fd)
         self._fd = fd
@@ -87,7 +103,7 @@ class FileNode(BlockNode):
         self.read_only = read_only
         self.identity = (info.st_dev, info.st_ino)
         """Device and inode: the same for two names of one file."""
-        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self.size = _OFFSET_MAX if grows_elsewhere else os.lseek(fd, 0, os.SEEK_END)
         self._ahead = ReadAhead(partial(_ask, fd))
         self._stable = None
         if excludes_writers and stat.S_ISREG(info.st_mode):
@@ -151,6 +167,15 @@ class FileNode(BlockNode):
         if stable is None or offset + length > stable.size:
             return None
         return [StablePlace(stable, offset, length)]
+
+    def host_file(self) -> HostFile | None:
+        """The file itself, in clusters that lie where they are."""
+        return HostFile(self._fd, _CLUSTER_BITS, _MAP_BITS)
+
+    async def locate(self, part: int) -> Places:
+        """Where the clusters of a part lie."""
+        first = part << _MAP_BITS
+        return np.arange(first, first + (1 << _MAP_BITS), 1 << _CLUSTER_BITS, dtype=np.uint64)
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset`` on; what lies past the end of the file is zeroes."""
@@ -216,6 +241,12 @@ class FileNode(BlockNode):
                 raise
             return False
         return True
+
+    async def read_pieces(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill several small views, each from its offset on."""
+        if not self.read_pieces_at_once(pieces):
+            for offset, view in pieces:
+                await self.read_into(offset, view)
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` at ``offset``; the file grows if it must."""

@@ -7,19 +7,37 @@ would cost more than a loop over them.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Final, Protocol
 
 from .granule_codes import COPIED, FORGOTTEN, UNTOUCHED
-from .node import BlockNode
-from .scratch import Scratch
 
 _WHOLE_SHARE: Final = 4
 """The base is read in one piece if one of so many granules lies there, at least."""
 
 
+class Base(Protocol):
+    """What has the granules that lie where they were; as :class:`~.node.BlockNode` reads."""
+
+    async def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset`` on."""
+
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """The same, if that needs no waiting; whether it was done."""
+
+
+class Copies(Protocol):
+    """What has the others; as :class:`~.file.FileNode` reads."""
+
+    async def read_pieces(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill several views, each from so many bytes after the beginning on."""
+
+    def read_pieces_at_once(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
+        """The same, if that needs no waiting; whether it was done."""
+
+
 def read_granules_at_once(
-    base: BlockNode, scratch: Scratch, codes: list[int], shift: int, offset: int, view: memoryview
+    base: Base, scratch: Copies, codes: list[int], shift: int, offset: int, view: memoryview
 ) -> bool:
     """As :func:`read_granules`, if the base is read in one piece and nothing need be waited for.
 
@@ -36,7 +54,7 @@ def read_granules_at_once(
 
 
 async def read_granules(
-    base: BlockNode, scratch: Scratch, codes: list[int], shift: int, offset: int, view: memoryview
+    base: Base, scratch: Copies, codes: list[int], shift: int, offset: int, view: memoryview
 ) -> None:
     """Fill a view from where its granules lie.
 
@@ -67,7 +85,7 @@ def _is_read_whole(codes: list[int]) -> bool:
     return codes.count(UNTOUCHED) * _WHOLE_SHARE >= len(codes)
 
 
-async def _read_whole(base: BlockNode, offset: int, view: memoryview) -> bool:
+async def _read_whole(base: Base, offset: int, view: memoryview) -> bool:
     """Read the range from the base; False if some of it, which may be displaced, is bad."""
     try:
         await base.read_into(offset, view)

@@ -25,6 +25,7 @@ overrides ``read_into`` or ``write`` of a class that has them overrides them, to
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from enum import IntFlag
 from typing import Final
@@ -32,6 +33,7 @@ from typing import Final
 import numpy as np
 
 from ..extents import Extents, Status
+from .host_file import HostFile, Places
 from .stable import StablePlace
 
 
@@ -132,6 +134,18 @@ class BlockNode(ABC):
         None if it does not, or in so many pieces that it had better be read.
         """
         return None
+
+    def host_file(self) -> HostFile | None:
+        """The file where the data lie; None if other processes could not read them there."""
+        return None
+
+    async def locate(self, part: int) -> Places:
+        """Where the clusters of one of the parts of :meth:`host_file` lie.
+
+        Raises:
+            OSError: That could not be read.
+        """
+        raise OSError(errno.ENOTSUP, "the node's data are in no file")
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` at ``offset``; on return reads see it, on :meth:`flush` it is durable.

@@ -51,6 +51,10 @@ class Scratch:
         self._is_closed = False
         self._idle: asyncio.Future[None] | None = None
 
+    def fileno(self) -> int:
+        """The descriptor of the file."""
+        return self._file.fileno()
+
     @property
     def bytes_in_use(self) -> int:
         """Bytes of the granules that are handed out and not given back."""
@@ -117,9 +121,7 @@ class Scratch:
         """Fill several views, each from so many bytes after the scratch's beginning on."""
         self._busy += 1
         try:
-            if not self.read_pieces_at_once(pieces):
-                for offset, view in pieces:
-                    await self._file.read_into(offset, view)
+            await self._file.read_pieces(pieces)
         finally:
             self._end_use()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from ..bitmaps.bitmap import Bitmap
 from ..extents import Extents
 from .copy_before_write import CopyBeforeWrite
+from .host_file import Places
 from .layer import Layer
 from .node import BlockNode
+from .shared_fleece import Geometry, Share
 
 
 class SnapshotAccess(BlockNode):
@@ -64,6 +66,30 @@ class SnapshotAccess(BlockNode):
     ) -> Extents:
         """Describe the range as it was."""
         return await self._copies.block_status(self._layer, offset, length, extents_max)
+
+    async def share(self) -> Share | None:
+        """What another process needs to read the snapshot, with descriptors of this one.
+
+        They are for immediate use: who goes on waiting may find them closed. None if the snapshot
+        is of a part of the disk only, or the disk is of a kind that others cannot read.
+
+        Raises:
+            SnapshotError: The snapshot is broken or gone.
+            OSError: There is no memory for it.
+        """
+        file = self._copies.source.host_file()
+        if file is None or self._release_after_read or self._layer.access is not None:
+            return None
+        scratch, codes = await self._copies.share(self._layer)
+        granule_bits = self._copies.granularity.bit_length() - 1
+        geometry = Geometry(
+            self.size, self.preferred_block_size, granule_bits, file.cluster_bits, file.map_bits
+        )
+        return Share(geometry, file.descriptor, scratch.fileno(), codes.fileno())
+
+    async def locate(self, part: int) -> Places:
+        """The places of the clusters of a part of the disk, for who has a :meth:`share`."""
+        return await self._copies.source.locate(part)
 
     def limit(self, access: Bitmap) -> None:
         """Keep only what a bitmap marks; reading the rest is refused from now on."""

@@ -44,8 +44,8 @@ read_only_options = option_group(
         default=0,
         show_default=True,
         metavar="N",
-        help="Serve the --read-only images by N more processes: with more than one processor they "
-        "are faster, and a stream out of one does not delay guests and clients of the others. "
+        help="Serve the --read-only images and the snapshots by N more processes: with more than "
+        "one processor they are faster, and a pull does not delay guests and other clients. "
         "Clients with TLS stay with the server's own process.",
     ),
 )

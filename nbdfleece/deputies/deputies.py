@@ -1,11 +1,12 @@
-"""Read-only images served by processes of their own.
+"""Read-only images and snapshots served by processes of their own.
 
 One process has one event loop and Python's one lock: a stream out of an image delays what others
 ask of the same process, up to a millisecond when processors are short (rule 5). An image
-that is only read has no state that its clients share with anybody, so that another process can
-serve them: the deputy of its export. Who writes, or reads a snapshot, stays with the server.
+that is only read has no state that its clients share with anybody, and a snapshot little
+(:mod:`~..block.shared_fleece`), so that another process can serve them: the deputy of their export.
+Who writes stays with the server.
 
-All processes open all images, so that any may serve any client. A client goes to the one that has
+All processes have all of them, so that any may serve any client. A client goes to the one that has
 the fewest clients of other exports, and among those the fewest of its own: images stay apart as
 long as there are processes enough, and the connections of one client are spread.
 
@@ -16,19 +17,24 @@ go to the others, or else the server serves them itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Final, Self
+from typing import Any, Final, Self
 
+from ..block.shared_codes import are_seen_in_order
+from ..block.shared_fleece import Share
+from ..block.snapshot_access import SnapshotAccess
 from ..block.threads import in_thread
-from ..errors import StateError
-from ..export.contexts import DIRTY_BITMAP_PREFIX, DirtyBitmap
+from ..errors import SnapshotError, StateError
+from ..export.contexts import ALLOCATION_DEPTH, DIRTY_BITMAP_PREFIX, DirtyBitmap
 from ..export.export import Export
 from ..nbd.outcomes import Negotiated
 from ..qcow2.image import Qcow2Image
@@ -38,13 +44,13 @@ from ..server.loop import LoopChoice
 from . import messages
 from .link import Link
 from .process import IGNORED_SIGNALS
+from .questions import answer
 
 END_SECONDS: Final = 10.0
 """How long a process may take to close a file or to end, once it has no clients, before it is
 killed."""
 
 _SETTINGS: Final = ("name", "minimum_block_size", "preferred_block_size", "maximum_payload")
-"""The attributes of an export that matter once a client has been negotiated with."""
 
 logger = logging.getLogger("nbdfleece.server")
 
@@ -87,25 +93,53 @@ class Deputies:
         able = [each for each in self._processes if each.has(export)]
         return min(able, key=lambda each: each.load(export), default=None)
 
-    async def add(self, export: Export, image: Qcow2Image) -> None:
-        """Have the processes serve one more export.
+    async def add_image(self, export: Export, image: Qcow2Image) -> None:
+        """Have the processes serve one more image.
 
         Raises:
             StateError: One cannot open the image, or has ended.
         """
         await asyncio.gather(*(each.open(export, image) for each in self._processes))
 
-    async def remove(self, name: str) -> None:
-        """No client of the export of that name is left: the processes close its image."""
-        await asyncio.gather(*(each.close_export(name) for each in self._processes))
+    async def add_snapshot(self, export: Export) -> None:
+        """Have the processes serve an export of a snapshot, if they can; else the server does."""
+        node = export.node
+        if not self._processes or not isinstance(node, SnapshotAccess):
+            return
+        if export.can_trim or not are_seen_in_order():
+            return
+        try:
+            share = await node.share()
+            if share is None:
+                return
+            with _reopened(share) as lent:
+                await asyncio.gather(*(each.share(export, lent) for each in self._processes))
+        except (OSError, SnapshotError, StateError) as error:
+            logger.warning("export '%s' has no other processes: %s", export.name, error)
+
+    async def remove(self, name: str, *, unless: Export | None) -> None:
+        """No client of an export of that name is left: the processes give it up.
+
+        Args:
+            name: The export's.
+            unless: But not this one, which has the name now.
+        """
+        await asyncio.gather(*(each.close_export(name, unless) for each in self._processes))
 
 
 @dataclass(eq=False, slots=True)
 class _Served:
-    """An export of a process, and which of its bitmaps the process has been told of."""
+    """An export of a process.
+
+    Attributes:
+        export: The export.
+        bitmaps: Those that the process has been told of.
+        answering: What finds out what the process has asked.
+    """
 
     export: Export
     bitmaps: list[DirtyBitmap] = field(default_factory=list)
+    answering: set[asyncio.Task[None]] = field(default_factory=set)
 
 
 class ProcessDeputy:
@@ -158,36 +192,72 @@ class ProcessDeputy:
             StateError: The process cannot open the image, or has ended.
         """
         number = next(self._numbers)
-        settings = {name: getattr(export, name) for name in _SETTINGS}
-        file = image.file
         await self._ask(
             messages.Open(
                 export=number,
                 path=os.fsencode(image.path),
-                identity=file.identity,
-                settings=settings,
+                identity=image.file.identity,
+                settings=_settings(export),
             )
         )
         self._exports[number] = _Served(export)
 
-    async def close_export(self, name: str) -> None:
+    async def share(self, export: Export, share: Share) -> None:
+        """Serve one more export, of a snapshot.
+
+        Args:
+            export: It shows a :class:`~..block.snapshot_access.SnapshotAccess`.
+            share: That of the snapshot; the descriptors stay the caller's.
+
+        Raises:
+            OSError: There are no descriptors left.
+            StateError: The process cannot have it, or has ended.
+        """
+        number = next(self._numbers)
+        self._lend(number, "file", share.file)
+        self._lend(number, "scratch", share.scratch)
+        self._lend(number, "codes", share.codes)
+        await self._ask_in_time(
+            messages.Share(
+                export=number,
+                geometry=share.geometry,
+                has_depth=export.context(ALLOCATION_DEPTH) is not None,
+                settings=_settings(export),
+            )
+        )
+        self._exports[number] = _Served(export)
+
+    def _lend(self, number: int, what: messages.Lent, descriptor: int) -> None:
+        self._tell(messages.Lend(export=number, what=what), descriptor)
+
+    async def close_export(self, name: str, unless: Export | None) -> None:
         """Serve an export no longer, of which no client is left; if it serves one of the name."""
         for number, served in list(self._exports.items()):
-            if served.export.name == name:
+            if served.export.name == name and served.export is not unless:
                 del self._exports[number]
                 await self._close_file(number)
+                await asyncio.gather(*served.answering)
 
     async def _close_file(self, number: int) -> None:
         """Return once the process has no file of an export any more, and be it by its end."""
+        with contextlib.suppress(StateError):
+            await self._ask_in_time(messages.Close(export=number))
+            return
+        await in_thread(_wait, self._process)
+
+    async def _ask_in_time(self, message: messages.Share | messages.Close) -> None:
+        """As :meth:`_ask`; a process that does not answer is killed.
+
+        Raises:
+            StateError: It failed, or the process has ended.
+        """
         try:
             async with asyncio.timeout(END_SECONDS):
-                await self._ask(messages.Close(export=number))
-        except StateError:
-            await in_thread(_wait, self._process)
+                await self._ask(message)
         except TimeoutError:
             logger.error("process %d does not answer: killed", self._process.pid)
             self._process.kill()
-            await in_thread(_wait, self._process)
+            raise StateError("the process did not answer") from None
 
     async def close(self) -> None:
         """End the process, and the clients that it has."""
@@ -242,7 +312,7 @@ class ProcessDeputy:
     def _tell(self, message: messages.Message, descriptor: int | None = None) -> None:
         self._link.send(messages.encode(message), descriptor)
 
-    async def _ask(self, message: messages.Open | messages.Close) -> None:
+    async def _ask(self, message: messages.Open | messages.Share | messages.Close) -> None:
         """Send what is answered by :class:`~.messages.Done` or :class:`~.messages.Failed`.
 
         Raises:
@@ -267,12 +337,26 @@ class ProcessDeputy:
                     waiter.set_exception(StateError(message.reason))
                 else:
                     waiter.set_result(None)
+            case messages.Locate() | messages.Read() | messages.Describe():
+                self._start_answer(message)
             case messages.Drained():
                 self._clients[message.client].drained()
             case messages.Closed():
                 self._clients.pop(message.client).closed()
             case messages.Logged():
                 _log(message)
+
+    def _start_answer(self, question: messages.AnyQuestion) -> None:
+        served = self._exports.get(question.export)
+        if served is None:
+            return  # it is closing the export, so that nobody waits for this
+        task = asyncio.create_task(self._answer(question, served.export))
+        served.answering.add(task)
+        task.add_done_callback(served.answering.discard)
+
+    async def _answer(self, question: messages.AnyQuestion, export: Export) -> None:
+        assert isinstance(export.node, SnapshotAccess), "nothing else is shared"
+        self._tell(await answer(question, export.node))
 
     def _end(self) -> None:
         """The process has ended by itself."""
@@ -294,6 +378,27 @@ class ProcessDeputy:
         self._clients.clear()
         for client in clients:
             client.closed()
+
+
+def _settings(export: Export) -> dict[str, Any]:
+    """What matters of an export once a client has been negotiated with."""
+    return {name: getattr(export, name) for name in _SETTINGS}
+
+
+@contextlib.contextmanager
+def _reopened(share: Share) -> Iterator[Share]:
+    """The share with descriptors for reading only, and without the locks of ours.
+
+    Raises:
+        OSError: They cannot be had.
+    """
+    with contextlib.ExitStack() as opened:
+        descriptors = []
+        for each in (share.file, share.scratch, share.codes):
+            fd = os.open(f"/proc/self/fd/{each}", os.O_RDONLY | os.O_CLOEXEC)
+            opened.callback(os.close, fd)
+            descriptors.append(fd)
+        yield Share(share.geometry, *descriptors)
 
 
 def _start(descriptor: int, loop: LoopChoice) -> subprocess.Popen[bytes]:

@@ -6,12 +6,15 @@ Exports have numbers that the server gives them; clients have those of
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
+from ..block.shared_fleece import Geometry
 from ..server.delegation import Ending
 from ..server.limits import Limits
+
+Lent = Literal["file", "scratch", "codes"]
 
 
 class Message(msgspec.Struct, tag=True, kw_only=True):
@@ -47,6 +50,55 @@ class Open(Message):
     path: bytes
     identity: tuple[int, int]
     settings: dict[str, Any]
+
+
+class Lend(Message):
+    """A descriptor comes along, for the next :class:`Share` of the export.
+
+    Attributes:
+        export: The export's number.
+        what: Which descriptor of a :class:`~..block.shared_fleece.Share`.
+    """
+
+    export: int
+    what: Lent
+
+
+class Share(Message):
+    """Serve a snapshot, with what was lent for it; the answer is :class:`Done` or :class:`Failed`.
+
+    Attributes:
+        export: The export's number.
+        geometry: The snapshot's.
+        has_depth: Whether ``qemu:allocation-depth`` is offered.
+        settings: As of :class:`Open`.
+    """
+
+    export: int
+    geometry: Geometry
+    has_depth: bool
+    settings: dict[str, Any]
+
+
+class Answer(Message):
+    """What a deputy asked for: the arrays' bytes, or the data."""
+
+    question: int
+    parts: tuple[bytes, ...]
+
+
+class Refusal(Message):
+    """Why a deputy is not told what it asked for.
+
+    Attributes:
+        question: The question's number.
+        error: An ``errno``; 0 for a snapshot that is broken or gone.
+        reason: In words.
+    """
+
+    question: int
+    error: int
+    reason: str
 
 
 class Bits(Message):
@@ -106,6 +158,42 @@ class Close(Message):
 # From a deputy.
 
 
+class Question(Message):
+    """Something of an export that a deputy needs: an :class:`Answer` or a :class:`Refusal` follows.
+
+    Attributes:
+        question: A number of the deputy's.
+        export: The export's.
+    """
+
+    question: int
+    export: int
+
+
+class Locate(Question):
+    """Where the clusters of a part of a disk lie; the answer is an array of 64-bit places."""
+
+    part: int
+
+
+class Read(Question):
+    """Bytes of a snapshot, :data:`READ_BYTES_MAX` at most."""
+
+    offset: int
+    length: int
+
+
+class Describe(Question):
+    """Block status; the answer is two arrays, of 64-bit lengths and of 32-bit words."""
+
+    offset: int
+    length: int
+    extents_max: int
+
+
+AnyQuestion = Locate | Read | Describe
+
+
 class Done(Message):
     """What was asked for an export is done."""
 
@@ -139,6 +227,12 @@ class Logged(Message):
     text: str
 
 
+READ_BYTES_MAX: Final = 1 << 20
+
 encode: Final = msgspec.msgpack.Encoder().encode
-decode_for_deputy: Final = msgspec.msgpack.Decoder(Begin | Open | Bits | Serve | End | Close).decode
-decode_of_deputy: Final = msgspec.msgpack.Decoder(Done | Failed | Drained | Closed | Logged).decode
+decode_for_deputy: Final = msgspec.msgpack.Decoder(
+    Begin | Open | Lend | Share | Answer | Refusal | Bits | Serve | End | Close
+).decode
+decode_of_deputy: Final = msgspec.msgpack.Decoder(
+    AnyQuestion | Done | Failed | Drained | Closed | Logged
+).decode

@@ -13,12 +13,13 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Coroutine
-from typing import Final
+from collections.abc import Coroutine
+from typing import Final, get_args
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.shared_fleece import Share, SharedFleece
 from ..errors import ImageError, StateError
-from ..export.contexts import AllocationDepth, BaseAllocation, DirtyBitmap
+from ..export.contexts import AllocationDepth, BaseAllocation, DirtyBitmap, MetadataContext
 from ..export.export import Export, ExportTable
 from ..nbd.constants import TransmissionFlag
 from ..nbd.outcomes import Negotiated, SelectedContext
@@ -30,13 +31,12 @@ from ..server.loop import LoopChoice, run
 from ..server.server import Client, NbdServer
 from . import messages
 from .link import Link
+from .questions import AskedKeeper, Questions, Tell
 
 IGNORED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """A terminal or a service manager sends them to all processes of a server: it ends the others."""
 
 logger = logging.getLogger("nbdfleece.server")
-
-Tell = Callable[[messages.Message], None]
 
 
 class LogHandler(logging.Handler):
@@ -110,6 +110,8 @@ class DeputyProcess:
         self._link = Link(sock, self._receive, self._end)
         self._server: DeputyServer | None = None
         self._exports: dict[int, Export] = {}
+        self._lent: dict[messages.Lent, int] = {}
+        self._questions = Questions(self._tell)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
 
@@ -138,6 +140,12 @@ class DeputyProcess:
                 self._server = DeputyServer(message.limits, self._tell)
             case messages.Open():
                 self._start(self._open(message))
+            case messages.Lend():
+                self._take_lent(message.what)
+            case messages.Share():
+                self._share(message)
+            case messages.Answer() | messages.Refusal():
+                self._questions.settle(message)
             case messages.Bits():
                 bitmap = Bitmap(message.size, message.granularity, message.data)
                 self._exports[message.export].contexts += (DirtyBitmap(message.leaf, bitmap),)
@@ -178,10 +186,41 @@ class DeputyProcess:
             self._tell(messages.Failed(export=message.export, reason=reason))
             return
         contexts = (BaseAllocation(image), AllocationDepth(image))
-        export = Export(node=image, contexts=contexts, **message.settings)
-        self._exports[message.export] = export
+        self._add(message.export, Export(node=image, contexts=contexts, **message.settings))
+
+    def _take_lent(self, what: messages.Lent) -> None:
+        """Keep what is lent until it is used; if a share was given up amid, until the next."""
+        unused = self._lent.pop(what, None)
+        if unused is not None:
+            os.close(unused)
+        descriptor = self._link.take_descriptor()
+        if descriptor is not None:
+            self._lent[what] = descriptor
+
+    def _share(self, message: messages.Share) -> None:
+        lent, self._lent = self._lent, {}
+        try:
+            with contextlib.ExitStack() as given_back:
+                for descriptor in lent.values():
+                    given_back.callback(os.close, descriptor)
+                if len(lent) < len(get_args(messages.Lent)):
+                    raise OSError("no more descriptors are allowed")
+                share = Share(message.geometry, **lent)
+                node = SharedFleece(share, AskedKeeper(self._questions, message.export))
+                given_back.pop_all()
+        except OSError as error:
+            self._tell(messages.Failed(export=message.export, reason=_printable(str(error))))
+            return
+        contexts: tuple[MetadataContext, ...] = (BaseAllocation(node),)
+        if message.has_depth:
+            contexts += (AllocationDepth(node),)
+        self._add(message.export, Export(node=node, contexts=contexts, **message.settings))
+
+    def _add(self, number: int, export: Export) -> None:
+        """Serve an export."""
+        self._exports[number] = export
         self._begun.exports.add(export)
-        self._tell(messages.Done(export=message.export))
+        self._tell(messages.Done(export=number))
 
     async def _close(self, number: int) -> None:
         export = self._exports.pop(number)

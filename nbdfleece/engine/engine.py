@@ -36,8 +36,12 @@ from .transaction import Action, carry_out
 _log = logging.getLogger("nbdfleece.engine")
 
 
-async def _nobody_connected(export: str) -> None:
+async def _nobody_serves(export: Export) -> None:
     """For an engine without a server."""
+
+
+async def _nobody_connected(export: str) -> None:
+    """Likewise."""
 
 
 class Engine:
@@ -46,6 +50,7 @@ class Engine:
     Args:
         exports: The table that the server serves from; the engine adds and removes its own.
         scratch: How snapshots are kept.
+        delegate: Called with each export of a snapshot once it is offered; others may serve it.
         disconnect: Called with the name of an export that was removed; returns once no
             client uses it any more.
         event: Called with the name and the data of each event.
@@ -56,6 +61,7 @@ class Engine:
         exports: ExportTable,
         scratch: ScratchOptions | None = None,
         *,
+        delegate: Callable[[Export], Awaitable[None]] = _nobody_serves,
         disconnect: Callable[[str], Awaitable[None]] = _nobody_connected,
         event: Callable[[str, Mapping[str, Any]], None] = lambda name, data: None,
     ) -> None:
@@ -63,6 +69,7 @@ class Engine:
         self.disks: dict[str, Disk] = {}
         self.snapshots: dict[str, Snapshot] = {}
         self._scratch = scratch or ScratchOptions()
+        self.delegate = delegate
         self._disconnect = disconnect
         self._event = event
         self._changing = asyncio.Lock()
@@ -338,9 +345,9 @@ class Engine:
             if disk not in found.disks:
                 raise StateError(f"snapshot '{snapshot}' has no disk '{disk}'")
             bitmaps = await found.disks[disk].changes(since or {}, between or {})
-            return self._export(found, disk, name, bitmaps, allocation_depth)
+            return await self._export(found, disk, name, bitmaps, allocation_depth)
 
-    def _export(
+    async def _export(
         self,
         snapshot: Snapshot,
         disk: str,
@@ -353,6 +360,7 @@ class Engine:
         export = snapshot_export(snapshot, disk, name, bitmaps, allocation_depth=allocation_depth)
         self.exports.add(export)
         snapshot.exports.append(export.name)
+        await self.delegate(export)
         return export
 
     async def remove_export(self, name: str) -> None:
@@ -439,7 +447,7 @@ class Engine:
                     snapshot.disks[disk.name].node.limit(bitmaps[since])
             except StateError as error:
                 reason = str(error)
-        export = self._export(snapshot, disk.name, None, bitmaps, allocation_depth=True)
+        export = await self._export(snapshot, disk.name, None, bitmaps, allocation_depth=True)
         return BackupDisk(disk.name, export.name, context, reason)
 
     async def commit_backup(self, name: str) -> None:

@@ -168,6 +168,7 @@ class NodeExports:
         except BaseException:
             self._forget(added)
             raise
+        await self._engine.delegate(export)
 
     async def add_image(
         self, name: str, path: Path, bitmaps: Sequence[str], since: Sequence[str]

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..block.host_file import ELSEWHERE, ZEROES, Places
 from .cached_table import CachedTable
 
 Entries = npt.NDArray[np.uint64]
@@ -190,3 +191,19 @@ def _find_runs_at_once(entries: Entries, cluster_size: int) -> list[Run]:
         Run(kind_of(entry), count, entry)
         for entry, count in zip(firsts, counts.tolist(), strict=True)
     ]
+
+
+def host_places(entries: Entries, unallocated: int) -> Places:
+    """Where clusters lie that nothing but the disk refers to; shape (n,).
+
+    Args:
+        entries: Shape (n,).
+        unallocated: What is told of a cluster that has no place.
+    """
+    kinds = entries & np.uint64(SPECIAL)
+    places = np.full(len(entries), ELSEWHERE, dtype=np.uint64)
+    places[kinds == ZERO] = ZEROES
+    places[entries & np.uint64(SPECIAL | COPIED | OFFSET_MASK) == 0] = unallocated
+    is_own = entries & np.uint64(IN_PLACE) == COPIED
+    places[is_own] = entries[is_own] & np.uint64(OFFSET_MASK)
+    return places

@@ -22,6 +22,7 @@ from functools import partial
 import numpy as np
 
 from ..block.file import FileNode
+from ..block.host_file import ELSEWHERE, ZEROES, HostFile, Places
 from ..block.node import BlockNode, BlockStatus
 from ..block.range_lock import RangeLock
 from ..block.stable import STABLE_PIECE_BYTES_MIN, StablePlace
@@ -49,6 +50,7 @@ from .entries import (
     Layout,
     Run,
     find_runs,
+    host_places,
 )
 from .epochs import Epochs
 from .header import (
@@ -355,6 +357,19 @@ class Qcow2Image(BlockNode):
             within = 0
         table.is_recent = True
         return places
+
+    def host_file(self) -> HostFile | None:
+        """The file of the data clusters; what one L2 table maps is located together."""
+        map_bits = self._cluster_bits + self._l2_bits
+        return HostFile(self.data_file.fileno(), self._cluster_bits, map_bits)
+
+    async def locate(self, part: int) -> Places:
+        """Where the clusters lie that one L2 table maps, as far as they are the disk's alone."""
+        unallocated = ZEROES if self.backing is None else ELSEWHERE
+        table = await self.mapping.table(part)
+        if table is None:
+            return np.full(self._l2_mask + 1, unallocated, dtype=np.uint64)
+        return host_places(table.array, unallocated)
 
     async def _read_tables(self, offset: int, view: memoryview) -> None:
         """Read through any number of L2 tables."""

@@ -331,7 +331,7 @@ async def test_signals_do_not_end_a_process_that_has_just_begun(options: DaemonO
             pid = started._processes[0]._process.pid
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 os.kill(pid, number)
-            await started.add(Export(name="a", node=image), image)
+            await started.add_image(Export(name="a", node=image), image)
             assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
     finally:
         await image.close()
@@ -469,11 +469,11 @@ async def test_image_that_was_replaced_meanwhile_is_refused(options: DaemonOptio
         async with Deputies(1, Limits()) as started:
             shown = Export(name="a", node=image)
             with pytest.raises(StateError, match="another file has taken its place"):
-                await started.add(shown, image)
+                await started.add_image(shown, image)
             assert started.of(shown) is None
             os.unlink(path)
             with pytest.raises(StateError, match="No such file"):
-                await started.add(shown, image)
+                await started.add_image(shown, image)
     finally:
         await image.close()
 
@@ -486,15 +486,15 @@ async def test_answer_that_nobody_waits_for_any_more_is_no_trouble(
     try:
         async with Deputies(1, Limits()) as started:
             (process,) = started._processes
-            await started.add(Export(name="a", node=image), image)
+            await started.add_image(Export(name="a", node=image), image)
             os.kill(process._process.pid, signal.SIGSTOP)
-            closing = asyncio.create_task(started.remove("a"))
+            closing = asyncio.create_task(started.remove("a", unless=None))
             await until(lambda: bool(process._waiters))
             closing.cancel()
             os.kill(process._process.pid, signal.SIGCONT)
             await until(lambda: not process._waiters)
             async with asyncio.timeout(SECONDS_MAX):
-                await started.add(Export(name="a", node=image), image)
+                await started.add_image(Export(name="a", node=image), image)
     finally:
         await image.close()
     assert not caplog.messages
@@ -515,10 +515,10 @@ async def test_names_of_files_need_not_be_utf8(options: DaemonOptions, tmp_path:
             with pytest.raises(
                 StateError, match=r"\\udce9.qcow2: another file has taken its place"
             ):
-                await started.add(Export(name="a", node=image), image)
+                await started.add_image(Export(name="a", node=image), image)
             path.unlink()
             with pytest.raises(StateError, match=r"No such file or directory: .*udce9.qcow2"):
-                await started.add(Export(name="a", node=image), image)
+                await started.add_image(Export(name="a", node=image), image)
     finally:
         await image.close()
 

@@ -1,0 +1,108 @@
+"""A disk's bytes, read by another process where the disk's clusters lie in its file."""
+
+from __future__ import annotations
+
+import errno
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final
+
+from .file import FileNode
+from .host_file import ELSEWHERE, ZEROES, Places
+from .single_flight import SingleFlight
+
+CACHE_CLUSTERS: Final = 4 << 20
+"""Clusters of a disk whose places are kept: 32 MiB, for 256 GiB at clusters of 64 KiB."""
+
+
+class MappedFile:
+    """The bytes of a disk, read from a file where the disk's clusters are said to lie.
+
+    Args:
+        file: The file, which others write and let grow.
+        cluster_bits, map_bits: As in :class:`~.host_file.HostFile`.
+        locate: As :meth:`~.node.BlockNode.locate` of the disk.
+    """
+
+    def __init__(
+        self,
+        file: FileNode,
+        cluster_bits: int,
+        map_bits: int,
+        locate: Callable[[int], Awaitable[Places]],
+    ) -> None:
+        self._file = file
+        self._cluster_bits = cluster_bits
+        self._map_bits = map_bits
+        self._locate = locate
+        self._parts: OrderedDict[int, memoryview] = OrderedDict()
+        self._parts_max = max(2, CACHE_CLUSTERS >> map_bits - cluster_bits)
+        self._locating = SingleFlight()
+
+    def read_at_once(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` if places are known and the bytes are at hand; else it holds anything."""
+        end = offset + len(view)
+        for part in range(offset >> self._map_bits, (end - 1 >> self._map_bits) + 1):
+            if part not in self._parts:
+                return False
+        pieces = self._pieces(offset, end)
+        if len(pieces) == 1 and pieces[0][0] < ELSEWHERE:
+            return self._file.read_at_once(pieces[0][0], view)
+        stored = []
+        for place, length in pieces:
+            if place == ELSEWHERE:
+                return False
+            if place == ZEROES:
+                view[:length] = bytes(length)
+            else:
+                stored.append((place, view[:length]))
+            view = view[length:]
+        return self._file.read_pieces_at_once(stored)
+
+    async def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``offset`` on.
+
+        Raises:
+            OSError: ENODATA: some of them lie elsewhere; or they could not be read, or located.
+        """
+        while len(view):
+            part = offset >> self._map_bits
+            end = min(offset + len(view), part + 1 << self._map_bits)
+            while part not in self._parts:
+                await self._locating.run(part, partial(self._load, part))
+            for place, length in self._pieces(offset, end):
+                if place == ELSEWHERE:
+                    raise OSError(errno.ENODATA, "not in the disk's file")
+                if place == ZEROES:
+                    view[:length] = bytes(length)
+                else:
+                    await self._file.read_into(place, view[:length])
+                view = view[length:]
+            offset = end
+
+    async def _load(self, part: int) -> None:
+        """Have a part located, and forget the one that has been known for longest."""
+        places = await self._locate(part)
+        if len(self._parts) >= self._parts_max:
+            self._parts.popitem(last=False)
+        self._parts[part] = places.data
+
+    def _pieces(self, offset: int, end: int) -> list[tuple[int, int]]:
+        """``(place, length)`` of what lies in one piece, or nowhere, of a range that is located."""
+        bits, part_bits = self._cluster_bits, self._map_bits - self._cluster_bits
+        pieces: list[tuple[int, int]] = []
+        following = -1
+        while offset < end:
+            cluster = offset >> bits
+            length = min(end, cluster + 1 << bits) - offset
+            place = self._parts[cluster >> part_bits][cluster & (1 << part_bits) - 1]
+            if place < ELSEWHERE:
+                place += offset & (1 << bits) - 1
+            if place == following:
+                pieces[-1] = pieces[-1][0], pieces[-1][1] + length
+            else:
+                pieces.append((place, length))
+            following = place + length if place < ELSEWHERE else place
+            offset += length
+        return pieces
