@@ -177,7 +177,7 @@ class Nbdfleece(Server):
         for name, path in setup.disks.items():
             argv += ["--disk" if setup.writable else "--read-only", f"{name}={path}"]
             argv += [word for bitmap in setup.bitmaps for word in ("--bitmap", f"{name}={bitmap}")]
-        if not setup.writable:
+        if not setup.writable or setup.snapshots == 1:
             argv += ["--processes", str(PROCESSES)]
         running = self._start(argv, address, setup, stack)
         running.control = stack.enter_context(Qmp(control))
