@@ -103,6 +103,6 @@ class MappedFile:
                 pieces[-1] = pieces[-1][0], pieces[-1][1] + length
             else:
                 pieces.append((place, length))
-            following = place + length if place < ELSEWHERE else place
+            following = place + length
             offset += length
         return pieces

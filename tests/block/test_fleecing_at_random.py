@@ -7,6 +7,7 @@ What :mod:`tests.block.test_copy_before_write` does over a disk in memory is don
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import tempfile
@@ -19,13 +20,17 @@ import pytest
 
 from nbdfleece.bitmaps.bitmap import Bitmap
 from nbdfleece.block import scratch as scratch_module
+from nbdfleece.block import shared_fleece as shared_fleece_module
 from nbdfleece.block.copy_before_write import ACCESS_GRANULARITY, CopyBeforeWrite
 from nbdfleece.block.file import FileNode
 from nbdfleece.block.guest import GuestNode
 from nbdfleece.block.guest_options import GuestOptions
+from nbdfleece.block.host_file import Places
 from nbdfleece.block.node import BlockNode, BlockStatus
+from nbdfleece.block.shared_fleece import Share, SharedFleece
 from nbdfleece.block.snapshot_access import SnapshotAccess
 from nbdfleece.errors import SnapshotError
+from nbdfleece.extents import Extents
 from nbdfleece.qcow2 import backing as backing_module
 from nbdfleece.qcow2 import epochs as epochs_module
 from nbdfleece.qcow2 import image as image_module
@@ -152,6 +157,30 @@ class Witness(GuestOptions):
         await super().trim(offset, length)
 
 
+@dataclass
+class SlowKeeper:
+    """Tells the reader of a share what it asks for, some time."""
+
+    node: SnapshotAccess
+    chance: random.Random
+
+    async def _pause(self) -> None:
+        for _ in range(self.chance.choice([0, 0, 1, 12])):
+            await asyncio.sleep(0)
+
+    async def locate(self, part: int) -> Places:
+        places = await self.node.locate(part)
+        await self._pause()
+        return places.copy()
+
+    async def read_into(self, offset: int, view: memoryview) -> None:
+        await self._pause()
+        await self.node.read_into(offset, view)
+
+    async def block_status(self, offset: int, length: int, extents_max: int) -> Extents:
+        return await self.node.block_status(offset, length, extents_max=extents_max)
+
+
 @dataclass(eq=False)
 class Taken:
     """A snapshot, what it must show, and what of it may be read."""
@@ -160,7 +189,23 @@ class Taken:
     content: bytes
     kept: bytearray
     """One byte per access granule: whether the snapshot has it."""
+    shared: SharedFleece | None = None
+    """What another process would read it by."""
     is_dropped: bool = False
+
+    async def share(self, chance: random.Random) -> SharedFleece | None:
+        """Share it, as long as that can be."""
+        share = None if self.is_dropped or self.shared else await self.node.share()
+        if share is not None and not self.shared:
+            own = [os.dup(each) for each in share[1:]]
+            self.shared = SharedFleece(Share(share.geometry, *own), SlowKeeper(self.node, chance))
+            return self.shared
+        return None
+
+    async def drop(self) -> None:
+        """Give it up, whoever reads it."""
+        self.is_dropped = True
+        await self.node.close()
 
     def has(self, offset: int, length: int) -> bool:
         """Whether all of a range may be read."""
@@ -192,6 +237,8 @@ class Play:
     known: bytearray = field(default_factory=lambda: bytearray(b"\1" * SIZE))
     """Where ``content`` is right: a discard leaves open what is read."""
     snapshots: list[Taken] = field(default_factory=list)
+    shared: list[SharedFleece] = field(default_factory=list)
+    """Readers of all that have been shared."""
     checkpoint: bytes = b""
     """The content when the recording bitmap was begun."""
 
@@ -227,9 +274,10 @@ class Play:
             expected = taken.content[offset : offset + length]
             could = taken.has(offset, length)
             view = memoryview(bytearray(length))
+            node = chance.choice([taken.shared or taken.node, taken.node])
             try:
-                if chance.random() < 0.3 or not taken.node.read_at_once(offset, view):
-                    await taken.node.read_into(offset, view)
+                if chance.random() < 0.3 or not node.read_at_once(offset, view):
+                    await node.read_into(offset, view)
             except SnapshotError:
                 assert taken.is_dropped
                 return
@@ -264,13 +312,17 @@ class Play:
         kind = chance.random()
         if taken.is_dropped:
             return
-        if kind < 0.5:
+        if kind < 0.3:
+            with contextlib.suppress(SnapshotError):  # dropped amid
+                if (shared := await taken.share(chance)) is not None:
+                    self.shared.append(shared)
+        elif kind < 0.6:
             first = chance.randrange(len(taken.kept))
             end = min(len(taken.kept), first + chance.randint(1, 3))
             taken.kept[first:end] = bytes(end - first)
             begin, stop = first * ACCESS_GRANULARITY, min(SIZE, end * ACCESS_GRANULARITY)
             await taken.node.trim(begin, stop - begin)
-        elif kind < 0.6:
+        elif kind < 0.65:
             for index in range(len(taken.kept)):
                 taken.kept[index] &= chance.random() < 0.8
             taken.node.limit(_bitmap(taken.kept))
@@ -314,8 +366,7 @@ class Play:
             await asyncio.sleep(0)
         if len(self.snapshots) > 1 and self.chance.random() < 0.3:
             taken = self.snapshots.pop(self.chance.randrange(len(self.snapshots)))
-            taken.is_dropped = True
-            await taken.node.close()
+            await taken.drop()
 
 
 def _bitmap(kept: bytearray) -> Bitmap:
@@ -362,6 +413,7 @@ async def test_snapshots_of_an_image_are_exact_at_once_or_not(
     monkeypatch.setattr(scratch_module, "FileNode", MoodyScratch)
     monkeypatch.setattr(backing_module, "FileNode", MoodyFile)
     monkeypatch.setattr(image_module, "FileNode", MoodyFile)
+    monkeypatch.setattr(shared_fleece_module, "FileNode", MoodyFile)
     image = await Qcow2Image.open(path, read_only=False)
     copies = CopyBeforeWrite(image, folder, granularity=chance.choice([512, 4096, 65536]))
     witness = Witness(image)
@@ -380,7 +432,9 @@ async def test_snapshots_of_an_image_are_exact_at_once_or_not(
             play.drop(),
         )
     for taken in play.snapshots:
-        await taken.node.close()
+        await taken.drop()
+    for shared in play.shared:
+        await shared.close()
     await play.look()
     await image.close()
     check(path)

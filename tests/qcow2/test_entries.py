@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from nbdfleece.block.host_file import ELSEWHERE, ZEROES
 from nbdfleece.qcow2 import entries as entries_module
 from nbdfleece.qcow2.entries import (
     COMPRESSED,
@@ -17,6 +18,7 @@ from nbdfleece.qcow2.entries import (
     L2Table,
     Layout,
     find_runs,
+    host_places,
     kind_of,
 )
 from nbdfleece.qcow2.table_codec import pack_table, unpack_table
@@ -53,6 +55,20 @@ def test_runs_found_one_by_one_and_at_once_are_the_same(
         kinds = {kind_of(entry) for entry in table.entries[index : index + run.clusters]}
         assert kinds == {run.kind}
         index += run.clusters
+
+
+@pytest.mark.parametrize("unallocated", [ZEROES, ELSEWHERE])
+@pytest.mark.parametrize("seed", range(5))
+def test_places_are_told_of_what_is_the_disks_alone(seed: int, unallocated: int) -> None:
+    table = random_table(random.Random(seed), 1000)
+    for entry, place in zip(table.entries, host_places(table.array, unallocated), strict=True):
+        kind = kind_of(entry)
+        if kind is Kind.NORMAL:
+            assert place == (entry & OFFSET_MASK if entry & COPIED else ELSEWHERE)
+        elif kind is Kind.UNALLOCATED:
+            assert place == unallocated
+        else:
+            assert place == (ZEROES if kind in (Kind.ZERO_PLAIN, Kind.ZERO_ALLOC) else ELSEWHERE)
 
 
 @pytest.mark.parametrize("count", [1, 64, 65, 500])
