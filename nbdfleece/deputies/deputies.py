@@ -104,7 +104,8 @@ class Deputies:
     async def add_snapshot(self, export: Export) -> None:
         """Have the processes serve an export of a snapshot, if they can; else the server does."""
         node = export.node
-        if not self._processes or not isinstance(node, SnapshotAccess):
+        able = [each for each in self._processes if not each.has_ended]
+        if not able or not isinstance(node, SnapshotAccess):
             return
         if export.can_trim or not are_seen_in_order():
             return
@@ -113,8 +114,8 @@ class Deputies:
             if share is None:
                 return
             with _reopened(share) as lent:
-                await asyncio.gather(*(each.share(export, lent) for each in self._processes))
-        except (OSError, SnapshotError, StateError) as error:
+                await asyncio.gather(*(each.share(export, lent) for each in able))
+        except (OSError, SnapshotError) as error:
             logger.warning("export '%s' has no other processes: %s", export.name, error)
 
     async def remove(self, name: str, *, unless: Export | None) -> None:
@@ -166,6 +167,11 @@ class ProcessDeputy:
 
     # What the server asks for.
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is heard of it any more."""
+        return not self._link.is_open
+
     def load(self, export: Export) -> tuple[int, int]:
         """How many clients it has: of other exports, and of this one."""
         own = sum(each.export is export for each in self._clients.values())
@@ -203,29 +209,30 @@ class ProcessDeputy:
         self._exports[number] = _Served(export)
 
     async def share(self, export: Export, share: Share) -> None:
-        """Serve one more export, of a snapshot.
+        """Serve one more export, of a snapshot; if that cannot be, the log says so.
 
         Args:
             export: It shows a :class:`~..block.snapshot_access.SnapshotAccess`.
             share: That of the snapshot; the descriptors stay the caller's.
-
-        Raises:
-            OSError: There are no descriptors left.
-            StateError: The process cannot have it, or has ended.
         """
         number = next(self._numbers)
-        self._lend(number, "file", share.file)
-        self._lend(number, "scratch", share.scratch)
-        self._lend(number, "codes", share.codes)
-        await self._ask_in_time(
-            messages.Share(
-                export=number,
-                geometry=share.geometry,
-                has_depth=export.context(ALLOCATION_DEPTH) is not None,
-                settings=_settings(export),
-            )
+        message = messages.Share(
+            export=number,
+            geometry=share.geometry,
+            has_depth=export.context(ALLOCATION_DEPTH) is not None,
+            settings=_settings(export),
         )
-        self._exports[number] = _Served(export)
+        try:
+            self._lend(number, "file", share.file)
+            self._lend(number, "scratch", share.scratch)
+            self._lend(number, "codes", share.codes)
+            await self._ask_in_time(message)
+        except (OSError, StateError) as error:
+            logger.warning(
+                "export '%s' not by process %d: %s", export.name, self._process.pid, error
+            )
+        else:
+            self._exports[number] = _Served(export)
 
     def _lend(self, number: int, what: messages.Lent, descriptor: int) -> None:
         self._tell(messages.Lend(export=number, what=what), descriptor)
@@ -318,7 +325,7 @@ class ProcessDeputy:
         Raises:
             StateError: It failed, or the process has ended.
         """
-        if not self._link.is_open:
+        if self.has_ended:
             raise StateError("the process has ended")
         self._tell(message)
         waiter = self._waiters[message.export] = asyncio.get_running_loop().create_future()

@@ -54,11 +54,11 @@ class Questions:
         """
         async with self._room:
             number = next(self._numbers)
-            waiter = self._waiters[number] = asyncio.get_running_loop().create_future()
+            waiter: asyncio.Future[tuple[bytes, ...]] = asyncio.get_running_loop().create_future()
+            self._waiters[number] = waiter
             try:
                 self._tell(make(number))
-                await waiter
-                return waiter.result()
+                return await waiter
             finally:
                 del self._waiters[number]
 

@@ -287,8 +287,9 @@ async def test_deleted_snapshot_is_given_up_by_all_processes(options: DaemonOpti
 
 
 async def test_killed_process_takes_neither_guest_nor_snapshot_along(
-    options: DaemonOptions,
+    options: DaemonOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And nobody is told of it again with the next snapshot."""
     async with Daemon(options) as daemon:
         shown = await snapshot(daemon)
         lost, kept = [await connect(daemon, shown.name) for _ in range(2)]
@@ -304,6 +305,8 @@ async def test_killed_process_takes_neither_guest_nor_snapshot_along(
         last = await connect(daemon, shown.name)
         assert await read(last, 0, SIZE) == whole()
         assert clients(daemon, shown.name) == [0, 0]
+        assert await read(await connect(daemon, (await snapshot(daemon, "t")).name), 0, 10)
+    assert not any("not by process" in each for each in caplog.messages)
 
 
 async def test_process_that_hangs_does_not_keep_a_snapshot_from_being_exported(
