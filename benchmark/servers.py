@@ -9,6 +9,7 @@ What "best" is was found by trying; ``docs/performance.md`` says what each peer 
   qcow2 and serves the same disk as raw bytes: shown, but no peer for a qcow2 row.
 * **nbdfleece**: ``nbdfleece serve``; where nobody writes with ``--read-only`` and
   ``--processes 2``, one for each processor, but ``nbdfleece nbd -r`` over TLS and for bitmaps.
+  Where a snapshot is pulled beside a guest, it is read by two processes, too.
 * **the raw limit**: no server, and no peer: what the kernel and the client allow.
 """
 
@@ -51,6 +52,7 @@ class Setup:
         certificates: For TLS.
         checkpoints: Points in time on the chain: recording bitmaps with QEMU.
         snapshots: Frozen views that stand, exported as ``snap0``, ``snap1``, ...
+        is_pulled: The snapshots are read while a guest writes.
         bitmaps: Bitmaps of the image that are exported with it.
         bare: The first disk's raw bytes where the raw limit is shown beside the servers.
     """
@@ -62,6 +64,7 @@ class Setup:
     certificates: Path | None = None
     checkpoints: int = 0
     snapshots: int = 0
+    is_pulled: bool = False
     bitmaps: tuple[str, ...] = ()
     bare: Path | None = None
 
@@ -177,7 +180,7 @@ class Nbdfleece(Server):
         for name, path in setup.disks.items():
             argv += ["--disk" if setup.writable else "--read-only", f"{name}={path}"]
             argv += [word for bitmap in setup.bitmaps for word in ("--bitmap", f"{name}={bitmap}")]
-        if not setup.writable or setup.snapshots == 1:
+        if setup.is_pulled or not setup.writable:
             argv += ["--processes", str(PROCESSES)]
         running = self._start(argv, address, setup, stack)
         running.control = stack.enter_context(Qmp(control))

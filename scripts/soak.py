@@ -38,6 +38,8 @@ WRITERS = 2
 POINTS_MAX = 6
 SECONDS_MAX = 240.0
 """For any command."""
+PROCESSES = 2
+"""That read the snapshots, of every other server."""
 
 NBDFLEECE = str(Path(sys.executable).with_name("nbdfleece"))
 
@@ -66,13 +68,15 @@ class Server:
 
     Args:
         folder: Where its image, its sockets and its scratch are.
+        processes: So many processes of their own read its snapshots.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, processes: int) -> None:
         self.control = folder / "control"
         listen = ["--listen", f"unix:{folder}/nbd", "--listen", "tcp:127.0.0.1:0"]
         words = ["serve", "--disk", f"vda={folder}/vda.qcow2", *listen, "--json"]
         words += ["--control", str(self.control), "--scratch-dir", str(folder)]
+        words += ["--processes", str(processes)]
         self.process = subprocess.Popen([NBDFLEECE, *words], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         ready = self.process.stdout.readline()
@@ -168,7 +172,8 @@ class Soak:
         self._instant = (0.0, 0.0)
         """Between which times the last snapshot's instant was."""
         run("qemu-img", "create", "-q", "-f", "qcow2", folder / "vda.qcow2", str(DISK_BYTES))
-        self.server = Server(folder)
+        self.processes = PROCESSES
+        self.server = Server(folder, self.processes)
         stack.callback(lambda: self.server.end(kill=True))
         self.writers = Writers(seed)
         stack.callback(self.writers.end)
@@ -307,7 +312,8 @@ class Soak:
         image = self.folder / "vda.qcow2"
         if kill:
             self._check_image(image)
-        self.server = Server(self.folder)
+        self.processes = PROCESSES - self.processes
+        self.server = Server(self.folder, self.processes)
         path = self._path("survivors")
         run("nbdcopy", self.server.uris[0], path)
         self.writers.model.check_survivors(view_of(path.read_bytes()))

@@ -67,7 +67,8 @@ class PullWhileWriting(Row):
 
     def setup(self) -> Setup:
         images = self.images
-        return Setup({"vda": images.full}, writable=True, snapshots=1, bare=images.raw)
+        disks = {"vda": images.full}
+        return Setup(disks, writable=True, snapshots=1, is_pulled=True, bare=images.raw)
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
         writer = self._start_writer(running)

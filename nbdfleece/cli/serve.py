@@ -163,7 +163,9 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
     if values["stdio"] and (values["as_json"] or values["print_uri"]):
         raise UsageError("--stdio: stdout is the client's; leave --json and --print-uri out")
     if values["processes"] and not (values["images"] or values["disks"]):
-        raise UsageError("--processes are for --read-only images and snapshots of --disk: say one")
+        raise UsageError(
+            "--processes are for --read-only images and the snapshots of --disk: there are none"
+        )
     if values["processes"] and values["stdio"]:
         raise UsageError("--stdio serves one client only: leave --processes out")
     is_activated = os.environ.get("LISTEN_PID") == str(os.getpid())

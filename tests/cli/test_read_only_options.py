@@ -258,8 +258,8 @@ def test_missing_and_raw_images_are_refused_as_for_disks(tmp_path: Path, run: Ru
             "--bitmap and --since both name 'k' of 't': leave one",
         ),
         (
-            ["--disk", "vda=a", "--processes", "2"],
-            "--processes are for --read-only images: there is none",
+            ["--backup", "a", "--processes", "2"],
+            "--processes are for --read-only images and the snapshots of --disk: there are none",
         ),
         (
             ["--read-only", "t=a", "--processes", "2", "--stdio"],
