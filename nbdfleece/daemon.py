@@ -133,7 +133,7 @@ class Daemon:
         self.engine = Engine(
             self.exports,
             options.scratch,
-            delegate=self._delegate,
+            delegate=self.deputies.add_snapshot,
             disconnect=self._close_export,
             event=self._tell,
         )
@@ -185,13 +185,6 @@ class Daemon:
         for server in (self.server, *self._added):
             await server.close_export(name, hard=hard)
         await self.deputies.remove(name, unless=self.exports.find(name))
-
-    async def _delegate(self, export: Export) -> None:
-        """Have the processes serve a snapshot's export for as long as it is offered."""
-        await self.deputies.add_snapshot(export)
-        offered = self.exports.find(export.name)
-        if offered is not export:
-            await self.deputies.remove(export.name, unless=offered)
 
     def _prepare_export(self, export: Export) -> None:
         """Let the operator's rules hold for a new export.

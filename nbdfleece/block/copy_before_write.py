@@ -41,6 +41,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -57,7 +58,7 @@ from .granule_codes import (
     true_runs,
     with_displaced,
 )
-from .granule_map import Codes, page_end
+from .granule_map import PAGE_SHIFT, Codes, page_end
 from .granule_reads import read_granules, read_granules_at_once
 from .layer import Layer
 from .node import BlockNode
@@ -75,6 +76,9 @@ ACCESS_GRANULARITY: Final = 65536
 STATUS_GRANULES_MAX: Final = 1 << 15
 """Granules that one block status looks at, not counting what the guest has left alone: 128 MiB
 at granules of 4 KiB, as much as nbdcopy asks for at a time. It takes 0.3 to 1 ms."""
+
+SHARED_PAGES_AT_ONCE: Final = 64
+"""Pages of codes that are told to other processes before others have their turn: 0.5 ms."""
 
 COPY_BYTES_MAX: Final = 1 << 20
 """Bytes copied at once: a bound on memory, not on what a guest write may touch."""
@@ -526,15 +530,15 @@ class CopyBeforeWrite:
 
     async def _share_old(self, layer: Layer, shared: SharedCodes, end: int) -> None:
         """Tell what was displaced before; what is displaced meanwhile is told as always."""
-        at = 0
-        while not layer.is_removed and at < end:
-            newer = self._layers[self._layers.index(layer) :]
-            at = min(each.map.next_page(at, end) for each in newer)
-            if at < end:
-                stop = min(end, page_end(at))
-                shared.replace(at, self._resolve(layer, at, stop))
-                at = stop
+        newer = self._layers[self._layers.index(layer) :]
+        pages = [each.map.pages() for each in newer]  # codes move from one of them to another only
+        for count, number in enumerate(chain.from_iterable(pages)):
+            if count % SHARED_PAGES_AT_ONCE == 0:
                 await asyncio.sleep(0)
+                if layer.is_removed:
+                    return
+            first = number << PAGE_SHIFT
+            shared.replace(first, self._resolve(layer, first, min(end, page_end(first))))
 
     # -- giving up ranges ---------------------------------------------------------
 

@@ -81,6 +81,10 @@ class GranuleMap:
             return end
         return min(end, max(granule, self._order[at] << PAGE_SHIFT))
 
+    def pages(self) -> list[int]:
+        """The numbers of the pages that exist, in no order."""
+        return list(self._pages)
+
     def take_pages(self) -> Iterator[tuple[int, Codes]]:
         """Empty the map: ``(first granule, codes)`` of each page, codes of shape (512,)."""
         self._order = None

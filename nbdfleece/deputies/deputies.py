@@ -24,7 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Final, Self
@@ -69,6 +69,9 @@ class Deputies:
         self._limits = limits
         self._loop_choice = loop
         self._processes: list[ProcessDeputy] = []
+        self._changing = asyncio.Lock()
+        """Held while the processes are told of a snapshot's export, or give one up: they know
+        exports by their names, and an export that is removed at once may have a follower."""
 
     async def __aenter__(self) -> Self:
         """Start the processes.
@@ -109,14 +112,15 @@ class Deputies:
             return
         if export.can_trim or not are_seen_in_order():
             return
-        try:
-            share = await node.share()
-            if share is None:
-                return
-            with _reopened(share) as lent:
-                await asyncio.gather(*(each.share(export, lent) for each in able))
-        except (OSError, SnapshotError) as error:
-            logger.warning("export '%s' has no other processes: %s", export.name, error)
+        async with self._changing:
+            try:
+                share = await node.share()
+                if share is None:
+                    return
+                with _reopened(share) as lent:
+                    await asyncio.gather(*(each.share(export, lent) for each in able))
+            except (OSError, SnapshotError) as error:
+                logger.warning("export '%s' has no other processes: %s", export.name, error)
 
     async def remove(self, name: str, *, unless: Export | None) -> None:
         """No client of an export of that name is left: the processes give it up.
@@ -125,7 +129,10 @@ class Deputies:
             name: The export's.
             unless: But not this one, which has the name now.
         """
-        await asyncio.gather(*(each.close_export(name, unless) for each in self._processes))
+        async with self._changing:
+            await asyncio.gather(*(each.close_export(name, unless) for each in self._processes))
+        for each in self._processes:
+            await each.wait_answered(name, unless)
 
 
 @dataclass(eq=False, slots=True)
@@ -135,12 +142,10 @@ class _Served:
     Attributes:
         export: The export.
         bitmaps: Those that the process has been told of.
-        answering: What finds out what the process has asked.
     """
 
     export: Export
     bitmaps: list[DirtyBitmap] = field(default_factory=list)
-    answering: set[asyncio.Task[None]] = field(default_factory=set)
 
 
 class ProcessDeputy:
@@ -163,6 +168,9 @@ class ProcessDeputy:
         self._exports: dict[int, _Served] = {}
         self._clients: dict[int, DelegatedClient] = {}
         self._waiters: dict[int, asyncio.Future[None]] = {}
+        self._answering: dict[asyncio.Task[None], Export] = {}
+        """What finds out what the process has asked of an export's snapshot, or had asked before
+        it ended."""
         self._tell(messages.Begin(limits=limits, log_level=logging.getLogger().level))
 
     # What the server asks for.
@@ -222,20 +230,18 @@ class ProcessDeputy:
             has_depth=export.context(ALLOCATION_DEPTH) is not None,
             settings=_settings(export),
         )
+        with contextlib.suppress(OSError):  # the process will miss it, and say so
+            self._tell(messages.Lend(what="file"), share.file)
+            self._tell(messages.Lend(what="scratch"), share.scratch)
+            self._tell(messages.Lend(what="codes"), share.codes)
         try:
-            self._lend(number, "file", share.file)
-            self._lend(number, "scratch", share.scratch)
-            self._lend(number, "codes", share.codes)
             await self._ask_in_time(message)
-        except (OSError, StateError) as error:
+        except StateError as error:
             logger.warning(
                 "export '%s' not by process %d: %s", export.name, self._process.pid, error
             )
         else:
             self._exports[number] = _Served(export)
-
-    def _lend(self, number: int, what: messages.Lent, descriptor: int) -> None:
-        self._tell(messages.Lend(export=number, what=what), descriptor)
 
     async def close_export(self, name: str, unless: Export | None) -> None:
         """Serve an export no longer, of which no client is left; if it serves one of the name."""
@@ -243,7 +249,14 @@ class ProcessDeputy:
             if served.export.name == name and served.export is not unless:
                 del self._exports[number]
                 await self._close_file(number)
-                await asyncio.gather(*served.answering)
+
+    async def wait_answered(self, name: str, unless: Export | None) -> None:
+        """Return once nothing is read any more for who has given up an export, or has ended."""
+        await _wait_all(
+            task
+            for task, export in self._answering.items()
+            if export.name == name and export is not unless
+        )
 
     async def _close_file(self, number: int) -> None:
         """Return once the process has no file of an export any more, and be it by its end."""
@@ -272,6 +285,7 @@ class ProcessDeputy:
         self._link.close()
         self._lose("the server is shutting down")
         await in_thread(_wait, self._process)
+        await _wait_all(self._answering)
 
     def serve(self, client: DelegatedClient, sock: socket.socket, negotiated: Negotiated) -> None:
         """See :class:`~..server.delegation.Deputy`."""
@@ -358,8 +372,8 @@ class ProcessDeputy:
         if served is None:
             return  # it is closing the export, so that nobody waits for this
         task = asyncio.create_task(self._answer(question, served.export))
-        served.answering.add(task)
-        task.add_done_callback(served.answering.discard)
+        self._answering[task] = served.export
+        task.add_done_callback(self._answering.pop)
 
     async def _answer(self, question: messages.AnyQuestion, export: Export) -> None:
         assert isinstance(export.node, SnapshotAccess), "nothing else is shared"
@@ -385,6 +399,12 @@ class ProcessDeputy:
         self._clients.clear()
         for client in clients:
             client.closed()
+
+
+async def _wait_all(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Wait for the end of tasks, which no cancellation reaches."""
+    if pending := set(tasks):
+        await asyncio.wait(pending)
 
 
 def _settings(export: Export) -> dict[str, Any]:

@@ -53,14 +53,12 @@ class Open(Message):
 
 
 class Lend(Message):
-    """A descriptor comes along, for the next :class:`Share` of the export.
+    """A descriptor comes along, for the :class:`Share` that follows.
 
     Attributes:
-        export: The export's number.
         what: Which descriptor of a :class:`~..block.shared_fleece.Share`.
     """
 
-    export: int
     what: Lent
 
 

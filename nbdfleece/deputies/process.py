@@ -189,10 +189,7 @@ class DeputyProcess:
         self._add(message.export, Export(node=image, contexts=contexts, **message.settings))
 
     def _take_lent(self, what: messages.Lent) -> None:
-        """Keep what is lent until it is used; if a share was given up amid, until the next."""
-        unused = self._lent.pop(what, None)
-        if unused is not None:
-            os.close(unused)
+        """Keep what is lent until the share comes, a moment later."""
         descriptor = self._link.take_descriptor()
         if descriptor is not None:
             self._lent[what] = descriptor

@@ -19,8 +19,11 @@ import nbd
 import pytest
 
 from nbdfleece.block import shared_codes
+from nbdfleece.block.host_file import Places
+from nbdfleece.block.snapshot_access import SnapshotAccess
 from nbdfleece.daemon import Daemon, DaemonOptions
 from nbdfleece.deputies import deputies
+from nbdfleece.deputies.link import Link
 from nbdfleece.engine.disk import ScratchOptions
 from nbdfleece.engine.snapshot import Release
 from nbdfleece.export.export import Export
@@ -416,3 +419,86 @@ async def test_image_can_be_opened_by_others_once_the_server_has_ended(
             raw.connect(options.listen[0].socket)
     assert not any(map(is_alive, found))
     subprocess.run(["qemu-io", "-c", "write -q 0 512", options.disks["vda"]], check=True)
+
+
+async def test_name_that_is_used_again_at_once_is_that_of_the_newer_export(
+    options: DaemonOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By two clients of QEMU's commands, while a process has not taken the older one yet."""
+    async with Daemon(options) as daemon:
+        await daemon.engine.create_snapshot("s")
+        os.kill(pids(daemon)[0], signal.SIGSTOP)
+        working = [asyncio.create_task(daemon.node_exports.add("1", "s/vda", name="e"))]
+        await until(lambda: bool(processes(daemon)[0]._waiters))
+        working.append(asyncio.create_task(daemon.node_exports.remove("1")))
+        await until(lambda: not daemon.exports.has("e"))
+        working.append(asyncio.create_task(daemon.node_exports.add("2", "s/vda", name="e")))
+        await until(lambda: daemon.exports.has("e"))
+        os.kill(pids(daemon)[0], signal.SIGCONT)
+        await asyncio.gather(*working)
+        shown = daemon.exports.find("e")
+        assert shown is not None
+        assert [[it.export for it in each._exports.values()] for each in processes(daemon)] == [
+            [shown],
+            [shown],
+        ]
+        for handle in [await connect(daemon, "e") for _ in range(2)]:
+            assert await read(handle, 0, 10) == CONTENT[:10]
+        assert clients(daemon, "e") == [1, 1]
+    assert not [each for each in caplog.records if each.levelname in ("WARNING", "ERROR")]
+
+
+@pytest.mark.parametrize("lent", [0, 1, 2])
+async def test_server_that_runs_out_of_descriptors_amid_leaves_none_with_a_process(
+    options: DaemonOptions, monkeypatch: pytest.MonkeyPatch, lent: int
+) -> None:
+    """The scratch's would keep its space."""
+    send, left = Link.send, lent
+
+    def fail(link: Link, message: bytes, descriptor: int | None = None) -> None:
+        nonlocal left
+        if descriptor is not None:
+            left -= 1
+            if left < 0:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        send(link, message, descriptor)
+
+    async with Daemon(replace(options, processes=1)) as daemon:
+        (pid,) = pids(daemon)
+        await snapshot(daemon, "first")
+        await daemon.engine.drop_snapshot("first")
+        before = open_files(pid)
+        with monkeypatch.context() as full:
+            full.setattr(Link, "send", fail)
+            shown = await snapshot(daemon)
+        assert not processes(daemon)[0].has(shown)
+        assert open_files(pid) == before
+        assert await read(await connect(daemon, "s"), 0, 10) == CONTENT[:10]
+        assert processes(daemon)[0].has(await snapshot(daemon, "t"))
+
+
+async def test_snapshot_is_not_given_up_while_it_is_read_for_a_process_that_has_ended(
+    options: DaemonOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk might be closed, and the descriptor be another file's."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    locate = SnapshotAccess.locate
+
+    async def wait(node: SnapshotAccess, part: int) -> Places:
+        begun.set()
+        await go_on.wait()
+        return await locate(node, part)
+
+    monkeypatch.setattr(SnapshotAccess, "locate", wait)
+    async with Daemon(replace(options, processes=1)) as daemon:
+        shown = await snapshot(daemon)
+        handle = await connect(daemon, shown.name)
+        handle.aio_pread(nbd.Buffer(4096), 0)
+        await begun.wait()
+        os.kill(pids(daemon)[0], signal.SIGKILL)
+        await until(lambda: not processes(daemon)[0]._exports)
+        dropping = asyncio.create_task(daemon.engine.drop_snapshot("s"))
+        await asyncio.sleep(0.1)
+        assert not dropping.done()
+        go_on.set()
+        await dropping
