@@ -77,6 +77,7 @@ class DaemonOptions:
         export_rules: What holds for exports by their names.
         more_exports: What else is served, for as long as each of these contexts is entered.
         processes: So many processes of their own serve ``images`` and snapshots; 0 for this one.
+        processes_nice: How much lower their priority is than this one's, from 0 to 19.
         loop: Their event loop.
         grace_seconds: At the end, how long NBD requests in flight may take.
     """
@@ -99,6 +100,7 @@ class DaemonOptions:
     export_rules: Sequence[ExportRule] = ()
     more_exports: Sequence[AbstractAsyncContextManager[Sequence[Export]]] = ()
     processes: int = 0
+    processes_nice: int = 0
     loop: LoopChoice = "auto"
     grace_seconds: float = 10.0
 
@@ -122,7 +124,9 @@ class Daemon:
     def __init__(self, options: DaemonOptions) -> None:
         self.options = options
         self.exports = ExportTable(prepare=self._prepare_export)
-        self.deputies = Deputies(options.processes, options.limits, options.loop)
+        self.deputies = Deputies(
+            options.processes, options.limits, options.loop, options.processes_nice
+        )
         self.server = NbdServer(
             self.exports,
             limits=options.limits,

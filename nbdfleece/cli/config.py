@@ -42,7 +42,7 @@ from ..errors import UsageError
 from .addresses import NO_CONTROL, parse_listen
 from .export_options import parse_export_rule
 from .limit_options import parse_limits
-from .read_only_options import PROCESSES_MAX, parse_bitmaps, parse_images, parse_since
+from .read_only_options import NICE_MAX, PROCESSES_MAX, parse_bitmaps, parse_images, parse_since
 from .sizes import parse_size
 
 Scalar = bool | int | float | str
@@ -98,6 +98,7 @@ class ServerConfig(_Part):
     disks: dict[str, str | DiskConfig] = {}
     read_only: dict[str, str | ImageConfig] = {}
     processes: Annotated[int, msgspec.Meta(ge=0, le=PROCESSES_MAX)] | None = None
+    processes_nice: Annotated[int, msgspec.Meta(ge=0, le=NICE_MAX)] | None = None
     backups: list[str] = []
     listen: list[str] = []
     control: str | None = None
@@ -175,6 +176,7 @@ class _Checked:
             **self._disks(config.disks),
             **self._images(config.read_only, config.disks),
             "processes": config.processes,
+            "processes_nice": config.processes_nice,
             "backups": [self._file(backup) for backup in config.backups],
             "listen": config.listen,
             "control": config.control

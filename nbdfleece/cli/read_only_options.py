@@ -13,6 +13,7 @@ from .disk_options import parse_files
 from .options import option_group
 
 PROCESSES_MAX: Final = 1024
+NICE_MAX: Final = 19
 
 read_only_options = option_group(
     click.option(
@@ -47,6 +48,15 @@ read_only_options = option_group(
         help="Serve the --read-only images and the snapshots by N more processes: with more than "
         "one processor they are faster, and a pull does not delay guests and other clients. "
         "Clients with TLS stay with the server's own process.",
+    ),
+    click.option(
+        "--processes-nice",
+        type=click.IntRange(min=0, max=NICE_MAX),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Let those processes have a lower priority, as of nice: where processors are short, "
+        "guests wait less for pulls, and pulls take longer.",
     ),
 )
 

@@ -183,6 +183,7 @@ def build_options(values: dict[str, Any]) -> DaemonOptions:
         bitmaps=bitmaps,
         since=parse_since(values["since"], bitmaps),
         processes=values["processes"],
+        processes_nice=values["processes_nice"],
         loop=values["loop"],
         listen=listen,
         control=choose_control(values["control"]),

@@ -62,12 +62,16 @@ class Deputies:
         processes: How many.
         limits: What clients may take.
         loop: The event loop of the processes.
+        nice: How much lower their priority is, as of nice(2).
     """
 
-    def __init__(self, processes: int, limits: Limits, loop: LoopChoice = "auto") -> None:
+    def __init__(
+        self, processes: int, limits: Limits, loop: LoopChoice = "auto", nice: int = 0
+    ) -> None:
         self._wanted = processes
         self._limits = limits
         self._loop_choice = loop
+        self._nice = nice
         self._processes: list[ProcessDeputy] = []
         self._changing = asyncio.Lock()
         """Held while the processes are told of a snapshot's export, or give one up: they know
@@ -81,7 +85,7 @@ class Deputies:
         """
         try:
             for _ in range(self._wanted):
-                self._processes.append(ProcessDeputy(self._limits, self._loop_choice))
+                self._processes.append(ProcessDeputy(self._limits, self._loop_choice, self._nice))
         except BaseException:
             await self.__aexit__()
             raise
@@ -155,11 +159,11 @@ class ProcessDeputy:
         OSError: It cannot be started.
     """
 
-    def __init__(self, limits: Limits, loop: LoopChoice) -> None:
+    def __init__(self, limits: Limits, loop: LoopChoice, nice: int) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                self._process = _start(theirs.fileno(), loop)
+                self._process = _start(theirs.fileno(), loop, nice)
             except BaseException:
                 ours.close()
                 raise
@@ -428,18 +432,18 @@ def _reopened(share: Share) -> Iterator[Share]:
         yield Share(share.geometry, *descriptors)
 
 
-def _start(descriptor: int, loop: LoopChoice) -> subprocess.Popen[bytes]:
+def _start(descriptor: int, loop: LoopChoice, nice: int) -> subprocess.Popen[bytes]:
     """Start a process that finds modules where this one does, and never where it happens to be.
 
     It begins with those signals blocked that it is going to ignore.
     """
-    program = f"import sys; sys.path = sys.argv[3:]; from {__package__} import process; "
-    program += "process.main(int(sys.argv[1]), sys.argv[2])"
+    program = "import os, sys; os.nice(int(sys.argv[3])); sys.path = sys.argv[4:]; "
+    program += f"from {__package__} import process; process.main(int(sys.argv[1]), sys.argv[2])"
     isolation = "-I" if sys.flags.isolated else "-P"
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
         return subprocess.Popen(
-            [sys.executable, isolation, "-c", program, str(descriptor), loop, *sys.path],
+            [sys.executable, isolation, "-c", program, str(descriptor), loop, str(nice), *sys.path],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[descriptor],

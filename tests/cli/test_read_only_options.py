@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -506,13 +507,13 @@ def test_nbd_server_stop_leaves_the_image_and_its_removal_frees_the_file(
 def test_config_file_names_images_and_what_is_shown_with_them(
     tmp_path: Path, image: Path, guest: Path, start: Start
 ) -> None:
-    lines = ["processes = 3", "[read-only]", 'base = "base.qcow2"']
+    lines = ["processes = 3", "processes-nice = 19", "[read-only]", 'base = "base.qcow2"']
     lines += ["[read-only.t]", 'file = "template.qcow2"']
     lines += ['bitmaps = ["late"]', "[read-only.vda]", 'file = "guest.qcow2"']
     lines += ['since = ["monday"]']
     (tmp_path / "server.toml").write_text("\n".join(lines))
     server = start("--config", tmp_path / "server.toml", *LISTEN)
-    assert len(children(server)) == 3
+    assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in children(server)] == 3 * [19]
     found = exports(tmp_path)
     assert {name: each["is_read_only"] for name, each in found.items()} == {
         "base": True,

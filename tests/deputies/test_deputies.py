@@ -312,6 +312,16 @@ async def test_nobody_waits_for_a_process_that_cannot_understand(options: Daemon
         await image.close()
 
 
+async def test_processes_have_the_priority_that_is_asked_for(options: DaemonOptions) -> None:
+    """Rule 5: they may yield to the guests. Each of their threads does."""
+    async with Daemon(replace(options, processes_nice=7)) as daemon:
+        assert await read(await connect(daemon, "a")) == CONTENT
+        (pid,) = (pid for pid, each in zip(pids(daemon), clients(daemon, "a"), strict=True) if each)
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        threads = [int(each) for each in os.listdir(f"/proc/{pid}/task")]
+        assert {os.getpriority(os.PRIO_PROCESS, each) for each in threads} == {min(19, own + 7)}
+
+
 async def test_what_ends_a_server_does_not_end_its_processes(options: DaemonOptions) -> None:
     """A terminal's signals go to all of them; the server says when it is time."""
     async with Daemon(options) as daemon:
