@@ -9,7 +9,8 @@ from functools import partial
 from typing import Final
 
 from .file import FileNode
-from .host_file import ELSEWHERE, ZEROES, Places
+from .host_file import BELOW, ELSEWHERE, ZEROES, Places
+from .node import BlockNode
 from .single_flight import SingleFlight
 
 CACHE_CLUSTERS: Final = 4 << 20
@@ -23,6 +24,7 @@ class MappedFile:
         file: The file, which others write and let grow.
         cluster_bits, map_bits: As in :class:`~.host_file.HostFile`.
         locate: As :meth:`~.node.BlockNode.locate` of the disk.
+        below: What is below the file, in this process.
     """
 
     def __init__(
@@ -31,11 +33,13 @@ class MappedFile:
         cluster_bits: int,
         map_bits: int,
         locate: Callable[[int], Awaitable[Places]],
+        below: BlockNode | None,
     ) -> None:
         self._file = file
         self._cluster_bits = cluster_bits
         self._map_bits = map_bits
         self._locate = locate
+        self._below = below
         self._parts: OrderedDict[int, memoryview] = OrderedDict()
         self._parts_max = max(2, CACHE_CLUSTERS >> map_bits - cluster_bits)
         self._locating = SingleFlight()
@@ -47,18 +51,30 @@ class MappedFile:
             if part not in self._parts:
                 return False
         pieces = self._pieces(offset, end)
-        if len(pieces) == 1 and pieces[0][0] < ELSEWHERE:
+        if len(pieces) == 1 and pieces[0][0] < ZEROES:
             return self._file.read_at_once(pieces[0][0], view)
         stored = []
         for place, length in pieces:
-            if place == ELSEWHERE:
+            piece, view = view[:length], view[length:]
+            if place < ZEROES:
+                stored.append((place, piece))
+            elif place == ELSEWHERE:
                 return False
-            if place == ZEROES:
-                view[:length] = bytes(length)
+            elif place == BELOW and (old := self._old(offset, piece)) is not None:
+                if not old.read_at_once(offset, piece[: old.size - offset]):
+                    return False
             else:
-                stored.append((place, view[:length]))
-            view = view[length:]
+                piece[:] = bytes(length)
+            offset += length
         return self._file.read_pieces_at_once(stored)
+
+    def _old(self, offset: int, view: memoryview) -> BlockNode | None:
+        """What has a range's bytes below; None if nothing does. Past its end ``view`` is zeroed."""
+        below = self._below
+        if below is None or offset >= below.size:
+            return None
+        view[below.size - offset :] = bytes(max(0, offset + len(view) - below.size))
+        return below
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``offset`` on.
@@ -72,14 +88,16 @@ class MappedFile:
             while part not in self._parts:
                 await self._locating.run(part, partial(self._load, part))
             for place, length in self._pieces(offset, end):
-                if place == ELSEWHERE:
+                piece, view = view[:length], view[length:]
+                if place < ZEROES:
+                    await self._file.read_into(place, piece)
+                elif place == ELSEWHERE:
                     raise OSError(errno.ENODATA, "not in the disk's file")
-                if place == ZEROES:
-                    view[:length] = bytes(length)
+                elif place == BELOW and (old := self._old(offset, piece)) is not None:
+                    await old.read_into(offset, piece[: old.size - offset])
                 else:
-                    await self._file.read_into(place, view[:length])
-                view = view[length:]
-            offset = end
+                    piece[:] = bytes(length)
+                offset += length
 
     async def _load(self, part: int) -> None:
         """Have a part located, and forget the one that has been known for longest."""
@@ -97,7 +115,7 @@ class MappedFile:
             cluster = offset >> bits
             length = min(end, cluster + 1 << bits) - offset
             place = self._parts[cluster >> part_bits][cluster & (1 << part_bits) - 1]
-            if place < ELSEWHERE:
+            if place < ZEROES:
                 place += offset & (1 << bits) - 1
             if place == following:
                 pieces[-1] = pieces[-1][0], pieces[-1][1] + length

@@ -44,12 +44,14 @@ class Share(NamedTuple):
         file: Descriptor of the disk's file.
         scratch: Of the copies.
         codes: Of the :class:`~.shared_codes.SharedCodes`.
+        below: What is below the disk's file (:class:`~.host_file.HostFile`), in the same process.
     """
 
     geometry: Geometry
     file: int
     scratch: int
     codes: int
+    below: BlockNode | None
 
 
 class Keeper(Protocol):
@@ -69,7 +71,7 @@ class SharedFleece(BlockNode):
     """The snapshot, to its reader.
 
     Args:
-        share: With descriptors of the reader's process, which are the node's, once there is one.
+        share: Of the reader's process; what is in it is the node's, once there is one.
         keeper: Is asked for the rest.
 
     Raises:
@@ -79,14 +81,16 @@ class SharedFleece(BlockNode):
     read_only = True
 
     def __init__(self, share: Share, keeper: Keeper) -> None:
-        geometry, file, scratch, codes = share
+        geometry, file, scratch, codes, self._below = share
         self.size = geometry.size
         self.preferred_block_size = geometry.preferred_block_size
         self._granule_bits = geometry.granule_bits
         self._codes = SharedCodesReader(codes)
         self._file = FileNode(file, "the disk's file", read_only=True, grows_elsewhere=True)
         self._scratch = FileNode(scratch, "the scratch", read_only=True, grows_elsewhere=True)
-        self._disk = MappedFile(self._file, geometry.cluster_bits, geometry.map_bits, keeper.locate)
+        self._disk = MappedFile(
+            self._file, geometry.cluster_bits, geometry.map_bits, keeper.locate, self._below
+        )
         self._keeper = keeper
 
     def read_at_once(self, offset: int, view: memoryview) -> bool:
@@ -129,3 +133,5 @@ class SharedFleece(BlockNode):
         self._codes.close()
         await self._file.close()
         await self._scratch.close()
+        if self._below is not None:
+            await self._below.close()

@@ -68,10 +68,10 @@ class SnapshotAccess(BlockNode):
         return await self._copies.block_status(self._layer, offset, length, extents_max)
 
     async def share(self) -> Share | None:
-        """What another process needs to read the snapshot, with descriptors of this one.
+        """What another process needs to read the snapshot, as it is in this one.
 
-        They are for immediate use: who goes on waiting may find them closed. None if the snapshot
-        is of a part of the disk only, or the disk is of a kind that others cannot read.
+        Its descriptors are for immediate use: who goes on waiting may find them closed. None if
+        the snapshot is of a part of the disk only, or others cannot read what it is of.
 
         Raises:
             SnapshotError: The snapshot is broken or gone.
@@ -85,7 +85,7 @@ class SnapshotAccess(BlockNode):
         geometry = Geometry(
             self.size, self.preferred_block_size, granule_bits, file.cluster_bits, file.map_bits
         )
-        return Share(geometry, file.descriptor, scratch.fileno(), codes.fileno())
+        return Share(geometry, file.descriptor, scratch.fileno(), codes.fileno(), file.below)
 
     async def locate(self, part: int) -> Places:
         """The places of the clusters of a part of the disk, for who has a :meth:`share`."""

@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Final, Self
 
+from ..block.file import FileNode
+from ..block.node import BlockNode
 from ..block.shared_codes import are_seen_in_order
 from ..block.shared_fleece import Share
 from ..block.snapshot_access import SnapshotAccess
@@ -49,6 +51,9 @@ from .questions import answer
 END_SECONDS: Final = 10.0
 """How long a process may take to close a file or to end, once it has no clients, before it is
 killed."""
+
+START_SECONDS: Final = 60.0
+"""The same for one that has just been started, and is importing."""
 
 _SETTINGS: Final = ("name", "minimum_block_size", "preferred_block_size", "maximum_payload")
 
@@ -169,6 +174,7 @@ class ProcessDeputy:
                 raise
         self._link = Link(ours, self._receive, self._end)
         self._numbers = count()
+        self._has_answered = False
         self._exports: dict[int, _Served] = {}
         self._clients: dict[int, DelegatedClient] = {}
         self._waiters: dict[int, asyncio.Future[None]] = {}
@@ -211,12 +217,7 @@ class ProcessDeputy:
         """
         number = next(self._numbers)
         await self._ask(
-            messages.Open(
-                export=number,
-                path=os.fsencode(image.path),
-                identity=image.file.identity,
-                settings=_settings(export),
-            )
+            messages.Open(export=number, image=_image(image.file), settings=_settings(export))
         )
         self._exports[number] = _Served(export)
 
@@ -231,6 +232,7 @@ class ProcessDeputy:
         message = messages.Share(
             export=number,
             geometry=share.geometry,
+            below=None if share.below is None else _below(share.below),
             has_depth=export.context(ALLOCATION_DEPTH) is not None,
             settings=_settings(export),
         )
@@ -275,8 +277,9 @@ class ProcessDeputy:
         Raises:
             StateError: It failed, or the process has ended.
         """
+        limit = END_SECONDS if self._has_answered else START_SECONDS
         try:
-            async with asyncio.timeout(END_SECONDS):
+            async with asyncio.timeout(limit):
                 await self._ask(message)
         except TimeoutError:
             logger.error("process %d does not answer: killed", self._process.pid)
@@ -355,6 +358,7 @@ class ProcessDeputy:
         message = messages.decode_of_deputy(data)
         match message:
             case messages.Done() | messages.Failed():
+                self._has_answered = True
                 waiter = self._waiters.pop(message.export)
                 if waiter.done():
                     return  # nobody waits any more
@@ -411,6 +415,18 @@ async def _wait_all(tasks: Iterable[asyncio.Task[None]]) -> None:
         await asyncio.wait(pending)
 
 
+def _image(file: FileNode, *, is_raw: bool = False) -> messages.Image:
+    return messages.Image(path=os.fsencode(file.path), identity=file.identity, is_raw=is_raw)
+
+
+def _below(node: BlockNode) -> messages.Image:
+    """How a process opens what is below a disk's file: a backing file."""
+    if isinstance(node, FileNode):
+        return _image(node, is_raw=True)
+    assert isinstance(node, Qcow2Image), "there are no others"
+    return _image(node.file)
+
+
 def _settings(export: Export) -> dict[str, Any]:
     """What matters of an export once a client has been negotiated with."""
     return {name: getattr(export, name) for name in _SETTINGS}
@@ -424,12 +440,14 @@ def _reopened(share: Share) -> Iterator[Share]:
         OSError: They cannot be had.
     """
     with contextlib.ExitStack() as opened:
-        descriptors = []
-        for each in (share.file, share.scratch, share.codes):
-            fd = os.open(f"/proc/self/fd/{each}", os.O_RDONLY | os.O_CLOEXEC)
+
+        def again(descriptor: int) -> int:
+            fd = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
             opened.callback(os.close, fd)
-            descriptors.append(fd)
-        yield Share(share.geometry, *descriptors)
+            return fd
+
+        file, scratch, codes = again(share.file), again(share.scratch), again(share.codes)
+        yield share._replace(file=file, scratch=scratch, codes=codes)
 
 
 def _start(descriptor: int, loop: LoopChoice, nice: int) -> subprocess.Popen[bytes]:

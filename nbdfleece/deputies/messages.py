@@ -36,19 +36,31 @@ class Begin(Message):
     log_level: int
 
 
+class Image(msgspec.Struct, kw_only=True):
+    """An image that nobody writes.
+
+    Attributes:
+        path: Its file.
+        identity: Device and inode of what the server has found there.
+        is_raw: It is the bytes themselves, and not qcow2.
+    """
+
+    path: bytes
+    identity: tuple[int, int]
+    is_raw: bool = False
+
+
 class Open(Message):
     """Serve an image; the answer is :class:`Done` or :class:`Failed`.
 
     Attributes:
         export: The export's number.
-        path: The qcow2 image.
-        identity: Device and inode of what the server has found there.
+        image: A qcow2 image.
         settings: Attributes of the :class:`~..export.export.Export` that are plain values.
     """
 
     export: int
-    path: bytes
-    identity: tuple[int, int]
+    image: Image
     settings: dict[str, Any]
 
 
@@ -68,12 +80,14 @@ class Share(Message):
     Attributes:
         export: The export's number.
         geometry: The snapshot's.
+        below: What is below the disk's file.
         has_depth: Whether ``qemu:allocation-depth`` is offered.
         settings: As of :class:`Open`.
     """
 
     export: int
     geometry: Geometry
+    below: Image | None
     has_depth: bool
     settings: dict[str, Any]
 

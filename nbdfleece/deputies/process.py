@@ -13,10 +13,12 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Coroutine
 from typing import Final, get_args
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.file import FileNode
+from ..block.node import BlockNode
 from ..block.shared_fleece import Share, SharedFleece
 from ..errors import ImageError, StateError
 from ..export.contexts import AllocationDepth, BaseAllocation, DirtyBitmap, MetadataContext
@@ -139,11 +141,12 @@ class DeputyProcess:
                 root.setLevel(message.log_level)
                 self._server = DeputyServer(message.limits, self._tell)
             case messages.Open():
-                self._start(self._open(message))
+                self._start(self._add(message.export, self._open(message)))
             case messages.Lend():
                 self._take_lent(message.what)
             case messages.Share():
-                self._share(message)
+                lent, self._lent = self._lent, {}
+                self._start(self._add(message.export, self._share(message, lent)))
             case messages.Answer() | messages.Refusal():
                 self._questions.settle(message)
             case messages.Bits():
@@ -173,20 +176,21 @@ class DeputyProcess:
             logger.error("internal error", exc_info=error)
             self._end()
 
-    async def _open(self, message: messages.Open) -> None:
-        path = os.fsdecode(message.path)
+    async def _add(self, number: int, making: Awaitable[Export]) -> None:
+        """Serve one more export, and tell whether that could be."""
         try:
-            image = await Qcow2Image.open(path, read_only=True)
+            export = await making
         except (OSError, ImageError, StateError) as error:
-            self._tell(messages.Failed(export=message.export, reason=_printable(str(error))))
+            self._tell(messages.Failed(export=number, reason=_printable(str(error))))
             return
-        if image.file.identity != message.identity:
-            await image.close()
-            reason = _printable(f"{path}: another file has taken its place")
-            self._tell(messages.Failed(export=message.export, reason=reason))
-            return
+        self._exports[number] = export
+        self._begun.exports.add(export)
+        self._tell(messages.Done(export=number))
+
+    async def _open(self, message: messages.Open) -> Export:
+        image = await _open_image(message.image)
         contexts = (BaseAllocation(image), AllocationDepth(image))
-        self._add(message.export, Export(node=image, contexts=contexts, **message.settings))
+        return Export(node=image, contexts=contexts, **message.settings)
 
     def _take_lent(self, what: messages.Lent) -> None:
         """Keep what is lent until the share comes, a moment later."""
@@ -194,30 +198,23 @@ class DeputyProcess:
         if descriptor is not None:
             self._lent[what] = descriptor
 
-    def _share(self, message: messages.Share) -> None:
-        lent, self._lent = self._lent, {}
-        try:
-            with contextlib.ExitStack() as given_back:
-                for descriptor in lent.values():
-                    given_back.callback(os.close, descriptor)
-                if len(lent) < len(get_args(messages.Lent)):
-                    raise OSError("no more descriptors are allowed")
-                share = Share(message.geometry, **lent)
-                node = SharedFleece(share, AskedKeeper(self._questions, message.export))
-                given_back.pop_all()
-        except OSError as error:
-            self._tell(messages.Failed(export=message.export, reason=_printable(str(error))))
-            return
+    async def _share(self, message: messages.Share, lent: dict[messages.Lent, int]) -> Export:
+        async with contextlib.AsyncExitStack() as given_back:
+            for descriptor in lent.values():
+                given_back.callback(os.close, descriptor)
+            if len(lent) < len(get_args(messages.Lent)):
+                raise OSError("no more descriptors are allowed")
+            below = None
+            if message.below is not None:
+                below = await _open_image(message.below)
+                given_back.push_async_callback(below.close)
+            share = Share(message.geometry, **lent, below=below)
+            node = SharedFleece(share, AskedKeeper(self._questions, message.export))
+            given_back.pop_all()
         contexts: tuple[MetadataContext, ...] = (BaseAllocation(node),)
         if message.has_depth:
             contexts += (AllocationDepth(node),)
-        self._add(message.export, Export(node=node, contexts=contexts, **message.settings))
-
-    def _add(self, number: int, export: Export) -> None:
-        """Serve an export."""
-        self._exports[number] = export
-        self._begun.exports.add(export)
-        self._tell(messages.Done(export=number))
+        return Export(node=node, contexts=contexts, **message.settings)
 
     async def _close(self, number: int) -> None:
         export = self._exports.pop(number)
@@ -244,6 +241,20 @@ class DeputyProcess:
             leftover=message.leftover,
         )
         server.serve(message.client, channel, negotiated)
+
+
+async def _open_image(image: messages.Image) -> BlockNode:
+    """Open an image for reading.
+
+    Raises:
+        OSError, ImageError: It cannot be opened.
+        StateError: It is another file than the server has seen.
+    """
+    file = FileNode.open(os.fsdecode(image.path), read_only=True)
+    if file.identity != image.identity:
+        await file.close()
+        raise StateError(f"{file.path}: another file has taken its place")
+    return file if image.is_raw else await Qcow2Image.from_file(file)
 
 
 def _printable(text: str) -> str:

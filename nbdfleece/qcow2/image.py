@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 
 from ..block.file import FileNode
-from ..block.host_file import ELSEWHERE, ZEROES, HostFile, Places
+from ..block.host_file import BELOW, ZEROES, HostFile, Places
 from ..block.node import BlockNode, BlockStatus
 from ..block.range_lock import RangeLock
 from ..block.stable import STABLE_PIECE_BYTES_MIN, StablePlace
@@ -99,6 +99,8 @@ class Qcow2Image(BlockNode):
         self.read_only = file.read_only
         self.is_corrupt = bool(header.incompatible_features & Incompatible.CORRUPT)
         self.backing = backing
+        self.has_named_backing = True
+        """Whether ``backing`` is what the header names, if anything."""
         self.layout = Layout(
             header.cluster_bits, header.version, header.has_extended_l2, header.has_data_file
         )
@@ -191,6 +193,7 @@ class Qcow2Image(BlockNode):
             data_file = open_data_file(file, header, backing_policy, force_share)
             opened.push_async_callback(data_file.close)
             chain |= {file.identity, data_file.identity}
+            has_named_backing = open_backing is None
             if open_backing is None:
                 open_backing = partial(
                     _open_backing, policy=backing_policy, force_share=force_share
@@ -201,6 +204,7 @@ class Qcow2Image(BlockNode):
             l1 = await file.read(disk.l1_table_offset, disk.l1_size * 8)
             image = cls(file, data_file, header, _unpack_l1(l1), backing)
             image.size, image.snapshots = disk.size, snapshots
+            image.has_named_backing = has_named_backing
             if not file.read_only:
                 image.metadata.add(header.snapshots_offset, snapshots_bytes)
                 await image._prepare_writing()
@@ -360,12 +364,14 @@ class Qcow2Image(BlockNode):
 
     def host_file(self) -> HostFile | None:
         """The file of the data clusters; what one L2 table maps is located together."""
+        if not self.has_named_backing:  # which others could not open
+            return None
         map_bits = self._cluster_bits + self._l2_bits
-        return HostFile(self.data_file.fileno(), self._cluster_bits, map_bits)
+        return HostFile(self.data_file.fileno(), self._cluster_bits, map_bits, self.backing)
 
     async def locate(self, part: int) -> Places:
         """Where the clusters lie that one L2 table maps, as far as they are the disk's alone."""
-        unallocated = ZEROES if self.backing is None else ELSEWHERE
+        unallocated = ZEROES if self.backing is None else BELOW
         table = await self.mapping.table(part)
         if table is None:
             return np.full(self._l2_mask + 1, unallocated, dtype=np.uint64)

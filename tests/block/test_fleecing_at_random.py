@@ -197,8 +197,10 @@ class Taken:
         """Share it, as long as that can be."""
         share = None if self.is_dropped or self.shared else await self.node.share()
         if share is not None and not self.shared:
-            own = [os.dup(each) for each in share[1:]]
-            self.shared = SharedFleece(Share(share.geometry, *own), SlowKeeper(self.node, chance))
+            file, scratch, codes = map(os.dup, share[1:4])
+            below = share.below and await Qcow2Image.open("base.qcow2", read_only=True)
+            own = Share(share.geometry, file, scratch, codes, below)
+            self.shared = SharedFleece(own, SlowKeeper(self.node, chance))
             return self.shared
         return None
 

@@ -18,7 +18,7 @@ from nbdfleece.block.copy_before_write import CopyBeforeWrite
 from nbdfleece.block.file import FileNode
 from nbdfleece.block.granule_codes import COPIED
 from nbdfleece.block.guest import GuestNode
-from nbdfleece.block.host_file import ELSEWHERE, ZEROES, Places
+from nbdfleece.block.host_file import BELOW, ELSEWHERE, ZEROES, Places
 from nbdfleece.block.mapped_file import MappedFile
 from nbdfleece.block.shared_codes import SharedCodes, SharedCodesReader
 from nbdfleece.block.shared_fleece import Share, SharedFleece
@@ -68,7 +68,8 @@ class Disk:
         share = await node.share()
         assert share is not None
         keeper = Keeper(node)
-        reader = SharedFleece(Share(share.geometry, *map(os.dup, share[1:])), keeper)
+        file, scratch, codes = map(os.dup, share[1:4])
+        reader = SharedFleece(Share(share.geometry, file, scratch, codes, None), keeper)
         self.readers.append(reader)
         return reader, keeper
 
@@ -297,7 +298,7 @@ async def test_mapped_file_reads_pieces_zeroes_and_growth(
         table = {0: [8192, ZEROES], 1: [12288, 16384], 2: [ELSEWHERE, 0], 3: [20480, ZEROES]}
         return np.array(table[part], dtype=np.uint64)
 
-    disk = MappedFile(file, 12, 13, locate)
+    disk = MappedFile(file, 12, 13, locate, None)
     expected = CONTENT[8192:12288] + bytes(4096) + CONTENT[12288:20_000] + bytes(480)
     view = memoryview(bytearray(16384))
     assert not disk.read_at_once(0, view)
@@ -317,4 +318,32 @@ async def test_mapped_file_reads_pieces_zeroes_and_growth(
     assert view[:4096] == CONTENT[20_480:24_576]
     await disk.read_into(0, view[:4096])
     assert asked == [0, 1, 2, 3, 0]
+    await file.close()
+
+
+@pytest.mark.parametrize("reach", [0, 5000, 12288, 20000])
+async def test_mapped_file_reads_what_is_below_as_far_as_it_reaches(
+    tmp_path: Path, reach: int
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT[:8192])
+    file = FileNode(os.open(path, os.O_RDONLY), str(path), read_only=True, grows_elsewhere=True)
+    below = MemoryNode(random.Random(3).randbytes(reach))
+
+    async def locate(part: int) -> Places:
+        return np.array([BELOW, 4096, BELOW, ZEROES], dtype=np.uint64)
+
+    old = bytes(below.content) + bytes(20_000)
+    expected = old[:4096] + CONTENT[4096:8192] + old[8192:12288] + bytes(4096)
+    disk = MappedFile(file, 12, 14, locate, below)
+    chance = random.Random(reach)
+    for is_at_hand in (False, True):
+        below.is_at_hand = lambda is_at_hand=is_at_hand: is_at_hand
+        for _ in range(100):
+            begin, end = sorted(chance.sample(range(16385), 2))
+            view = memoryview(bytearray(b"?" * (end - begin)))
+            if not is_at_hand or not disk.read_at_once(begin, view):
+                assert not is_at_hand or not below.size
+                await disk.read_into(begin, view)
+            assert view == expected[begin:end]
     await file.close()

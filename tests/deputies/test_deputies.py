@@ -305,7 +305,11 @@ async def test_nobody_waits_for_a_process_that_cannot_understand(options: Daemon
     path, identity = os.fsencode(image.path), image.file.identity
     try:
         async with Deputies(1, Limits()) as started:
-            odd = messages.Open(export=7, path=path, identity=identity, settings={"unknown": 1})
+            odd = messages.Open(
+                export=7,
+                image=messages.Image(path=path, identity=identity),
+                settings={"unknown": 1},
+            )
             with pytest.raises(StateError, match=r"process \d+ has ended"):
                 await started._processes[0]._ask(odd)
     finally:
@@ -538,10 +542,10 @@ async def test_second_process_that_does_not_start_ends_the_first(
 ) -> None:
     begin, begun = deputies._start, []
 
-    def fail(descriptor: int, loop: LoopChoice) -> subprocess.Popen[bytes]:
+    def fail(descriptor: int, loop: LoopChoice, nice: int) -> subprocess.Popen[bytes]:
         if begun:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        begun.append(begin(descriptor, loop))
+        begun.append(begin(descriptor, loop, nice))
         return begun[0]
 
     monkeypatch.setattr(deputies, "_start", fail)

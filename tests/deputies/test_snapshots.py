@@ -19,6 +19,7 @@ import nbd
 import pytest
 
 from nbdfleece.block import shared_codes
+from nbdfleece.block.file import FileNode
 from nbdfleece.block.host_file import Places
 from nbdfleece.block.snapshot_access import SnapshotAccess
 from nbdfleece.daemon import Daemon, DaemonOptions
@@ -28,6 +29,8 @@ from nbdfleece.engine.disk import ScratchOptions
 from nbdfleece.engine.snapshot import Release
 from nbdfleece.export.export import Export
 from nbdfleece.nbd.uri import NbdUri
+from nbdfleece.qcow2.image import Qcow2Image
+from nbdfleece.testing.memory_node import MemoryNode
 from tests.waiting import until
 
 from .test_deputies import clients, connect, is_alive, pids, processes, read
@@ -44,6 +47,7 @@ KINDS = {
     "subclusters": ("-o", "extended_l2=on"),
     "compressed": ("-c",),
     "over a backing file": (),
+    "over a smaller raw file": (),
     "shared with an internal snapshot": (),
     "external data file": ("-o", "data_file=data,data_file_raw=on"),
 }
@@ -59,8 +63,11 @@ def make_disk(folder: Path, kind: str = "plain") -> Path:
         subprocess.run(["qemu-img", *map(str, words)], check=True, cwd=folder, capture_output=True)
 
     if kind == "over a backing file":
-        qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, "base.qcow2")
+        qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", raw, "base.qcow2")
         qemu_img("create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", path)
+    elif kind == "over a smaller raw file":
+        raw.write_bytes(CONTENT)
+        qemu_img("create", "-f", "qcow2", "-b", "raw", "-F", "raw", path, SIZE)
     else:
         qemu_img("convert", "-f", "raw", "-O", "qcow2", *KINDS[kind], raw, path)
     if kind == "shared with an internal snapshot":
@@ -318,6 +325,7 @@ async def test_process_that_hangs_does_not_keep_a_snapshot_from_being_exported(
     """Rule 5: it is killed, and the others serve."""
     monkeypatch.setattr(deputies, "END_SECONDS", 0.5)
     async with Daemon(options) as daemon:
+        await snapshot(daemon, "before")
         hanging = pids(daemon)[0]
         os.kill(hanging, signal.SIGSTOP)
         guest = await connect(daemon, "vda")
@@ -350,6 +358,32 @@ async def test_process_without_descriptors_leaves_a_snapshot_to_the_others(
         assert open_files(pid) == files
         assert processes(daemon)[0].has(await snapshot(daemon, "t"))
     assert any("no more descriptors are allowed" in each for each in caplog.messages)
+
+
+async def test_backing_file_that_was_replaced_is_not_read_by_others(
+    options: DaemonOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server has the one that the disk was opened over."""
+    make_disk(tmp_path, "over a backing file")
+    async with Daemon(options) as daemon:
+        (tmp_path / "other.qcow2").write_bytes((tmp_path / "base.qcow2").read_bytes())
+        os.replace(tmp_path / "other.qcow2", tmp_path / "base.qcow2")
+        shown = await snapshot(daemon)
+        assert await read(await connect(daemon, "s"), 0, SIZE) == whole()
+        assert clients(daemon, shown.name) == [0, 0]
+    assert sum("another file has taken its place" in each for each in caplog.messages) == 2
+
+
+async def test_image_over_what_its_header_does_not_name_is_not_shared(tmp_path: Path) -> None:
+    """Another process would read what it does name."""
+
+    async def open_other(file: FileNode, header: object, chain: object) -> MemoryNode:
+        return MemoryNode(SIZE)
+
+    file = FileNode.open(make_disk(tmp_path, "over a backing file"), read_only=False)
+    image = await Qcow2Image.from_file(file, open_backing=open_other)
+    assert image.host_file() is None
+    await image.close()
 
 
 async def test_server_without_descriptors_serves_a_snapshot_by_itself(

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from nbdfleece.block.host_file import ELSEWHERE, ZEROES
+from nbdfleece.block.host_file import BELOW, ELSEWHERE, ZEROES
 from nbdfleece.qcow2 import entries as entries_module
 from nbdfleece.qcow2.entries import (
     COMPRESSED,
@@ -57,7 +57,7 @@ def test_runs_found_one_by_one_and_at_once_are_the_same(
         index += run.clusters
 
 
-@pytest.mark.parametrize("unallocated", [ZEROES, ELSEWHERE])
+@pytest.mark.parametrize("unallocated", [ZEROES, BELOW])
 @pytest.mark.parametrize("seed", range(5))
 def test_places_are_told_of_what_is_the_disks_alone(seed: int, unallocated: int) -> None:
     table = random_table(random.Random(seed), 1000)
