@@ -17,7 +17,7 @@ from .reads import (
     ReadLatency,
 )
 from .resources import BeginPause, Memory
-from .snapshots import FirstTouch, PullWhileWriting
+from .snapshots import FirstTouch, PullBesideSteadyWriter, PullWhileWriting
 from .writes import AllocatingWrites, RandomWrites
 
 __all__ = ["Row", "all_rows"]
@@ -38,6 +38,7 @@ def all_rows(images: Images) -> list[Row]:
         FirstTouch(images, 1),
         FirstTouch(images, 10),
         PullWhileWriting(images),
+        PullBesideSteadyWriter(images),
         IncrementalPull(images),
         AlternatingStatus(images),
         CompressedRead(images, "zstd"),

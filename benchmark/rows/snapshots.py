@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from .. import clients
 from ..clients import LoggedFio, fio
@@ -60,10 +61,12 @@ class PullWhileWriting(Row):
 
     name = "pull-fleece"
     title = "full pull of a fleece while a writer runs"
-    metrics = (
+    metrics: tuple[Metric, ...] = (
         Metric("pull", "MB/s", at_least=1.2, aim=2.0, of_raw=0.8),
         Metric("writer", "IOPS", at_least=1.2, aim=2.0),
     )
+    pace: Mapping[str, int] = {}
+    """More options of fio's."""
 
     def setup(self) -> Setup:
         images = self.images
@@ -84,7 +87,7 @@ class PullWhileWriting(Row):
     def _start_writer(self, running: Running) -> LoggedFio:
         writer = LoggedFio(
             self.place, running.uri(), "randwrite", iodepth=8, size=self.images.size,
-            norandommap=1, runtime=120, time_based=1,
+            norandommap=1, runtime=120, time_based=1, **self.pace,
         )  # fmt: skip
         writer.wait_until_running()
         return writer
@@ -98,3 +101,16 @@ class PullWhileWriting(Row):
             clients.check_content(self.place, running.uri("snap0"), expected)
             writer.stop()
             writer.finish()
+
+
+class PullBesideSteadyWriter(PullWhileWriting):
+    """The same with a guest that asks of all servers for what each of them can do.
+
+    Beside a guest that writes as fast as it can, a server that lets it write more has less left
+    for the pull.
+    """
+
+    name = "pull-fleece-steady"
+    title = "the same beside a guest that asks for 2,000 writes a second"
+    metrics = (Metric("pull", "MB/s", at_least=1.2, aim=2.0, of_raw=0.8),)
+    pace: Mapping[str, int] = {"rate_iops": 2000}
