@@ -364,8 +364,8 @@ class Qcow2Image(BlockNode):
 
     def host_file(self) -> HostFile | None:
         """The file of the data clusters; what one L2 table maps is located together."""
-        if not self.has_named_backing:  # which others could not open
-            return None
+        if self.backing is not None and not self.has_named_backing:
+            return None  # others could not open what is below
         map_bits = self._cluster_bits + self._l2_bits
         return HostFile(self.data_file.fileno(), self._cluster_bits, map_bits, self.backing)
 
