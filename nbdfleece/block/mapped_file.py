@@ -10,7 +10,7 @@ from typing import Final
 
 from .file import FileNode
 from .host_file import BELOW, ELSEWHERE, ZEROES, Places
-from .node import BlockNode
+from .node import BlockNode, readable_part
 from .single_flight import SingleFlight
 
 CACHE_CLUSTERS: Final = 4 << 20
@@ -47,8 +47,8 @@ class MappedFile:
     def read_at_once(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` if places are known and the bytes are at hand; else it holds anything."""
         end = offset + len(view)
-        for part in range(offset >> self._map_bits, (end - 1 >> self._map_bits) + 1):
-            if part not in self._parts:
+        for number in range(offset >> self._map_bits, (end - 1 >> self._map_bits) + 1):
+            if number not in self._parts:
                 return False
         pieces = self._pieces(offset, end)
         if len(pieces) == 1 and pieces[0][0] < ZEROES:
@@ -60,21 +60,13 @@ class MappedFile:
                 stored.append((place, piece))
             elif place == ELSEWHERE:
                 return False
-            elif place == BELOW and (old := self._old(offset, piece)) is not None:
-                if not old.read_at_once(offset, piece[: old.size - offset]):
-                    return False
             else:
-                piece[:] = bytes(length)
+                below = self._below if place == BELOW else None
+                part = readable_part(below, offset, piece)
+                if below is not None and part and not below.read_at_once(offset, part):
+                    return False
             offset += length
         return self._file.read_pieces_at_once(stored)
-
-    def _old(self, offset: int, view: memoryview) -> BlockNode | None:
-        """What has a range's bytes below; None if nothing does. Past its end ``view`` is zeroed."""
-        below = self._below
-        if below is None or offset >= below.size:
-            return None
-        view[below.size - offset :] = bytes(max(0, offset + len(view) - below.size))
-        return below
 
     async def read_into(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``offset`` on.
@@ -83,28 +75,29 @@ class MappedFile:
             OSError: ENODATA: some of them lie elsewhere; or they could not be read, or located.
         """
         while len(view):
-            part = offset >> self._map_bits
-            end = min(offset + len(view), part + 1 << self._map_bits)
-            while part not in self._parts:
-                await self._locating.run(part, partial(self._load, part))
+            number = offset >> self._map_bits
+            end = min(offset + len(view), number + 1 << self._map_bits)
+            while number not in self._parts:
+                await self._locating.run(number, partial(self._load, number))
             for place, length in self._pieces(offset, end):
                 piece, view = view[:length], view[length:]
                 if place < ZEROES:
                     await self._file.read_into(place, piece)
                 elif place == ELSEWHERE:
                     raise OSError(errno.ENODATA, "not in the disk's file")
-                elif place == BELOW and (old := self._old(offset, piece)) is not None:
-                    await old.read_into(offset, piece[: old.size - offset])
                 else:
-                    piece[:] = bytes(length)
+                    below = self._below if place == BELOW else None
+                    part = readable_part(below, offset, piece)
+                    if below is not None and part:
+                        await below.read_into(offset, part)
                 offset += length
 
-    async def _load(self, part: int) -> None:
+    async def _load(self, number: int) -> None:
         """Have a part located, and forget the one that has been known for longest."""
-        places = await self._locate(part)
+        places = await self._locate(number)
         if len(self._parts) >= self._parts_max:
             self._parts.popitem(last=False)
-        self._parts[part] = places.data
+        self._parts[number] = places.data
 
     def _pieces(self, offset: int, end: int) -> list[tuple[int, int]]:
         """``(place, length)`` of what lies in one piece, or nowhere, of a range that is located."""

@@ -217,3 +217,16 @@ class BlockNode(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Flush what is writable and give up files and locks; the node is unusable afterwards."""
+
+
+def readable_part(below: BlockNode | None, offset: int, view: memoryview) -> memoryview:
+    """What of a range's view is to be read from what lies below; the rest is past its end: zeroed.
+
+    Args:
+        below: A backing file, which may be shorter than what is over it; None for nothing.
+        offset: Where the range begins.
+        view: Its bytes.
+    """
+    length = 0 if below is None else max(0, min(len(view), below.size - offset))
+    view[length:] = bytes(len(view) - length)
+    return view[:length]

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..block.file import FileNode
 from ..block.host_file import BELOW, ZEROES, HostFile, Places
-from ..block.node import BlockNode, BlockStatus
+from ..block.node import BlockNode, BlockStatus, readable_part
 from ..block.range_lock import RangeLock
 from ..block.stable import STABLE_PIECE_BYTES_MIN, StablePlace
 from ..extents import Extents
@@ -450,12 +450,9 @@ class Qcow2Image(BlockNode):
 
     async def _read_backing(self, offset: int, view: memoryview) -> None:
         """Read what is not in this image: the backing file's bytes, zeroes past its end."""
-        readable = 0
-        if self.backing is not None and offset < self.backing.size:
-            readable = min(len(view), self.backing.size - offset)
-            await self.backing.read_into(offset, view[:readable])
-        if readable < len(view):
-            view[readable:] = bytes(len(view) - readable)
+        part = readable_part(self.backing, offset, view)
+        if self.backing is not None and part:
+            await self.backing.read_into(offset, part)
 
     async def block_status(
         self, offset: int, length: int, *, extents_max: int = 1 << 20
