@@ -29,9 +29,10 @@ class Setup:
         self.guest = GuestNode(disk, self.copies)
         self.touched = 0
 
-    async def touch(self) -> None:
-        await self.guest.write(self.touched * PAGE_BYTES, memoryview(b"new"))
-        self.touched += 1
+    async def touch(self, pages: int = 1) -> None:
+        for _ in range(pages):
+            await self.guest.write(self.touched * PAGE_BYTES, memoryview(b"new"))
+            self.touched += 1
 
 
 def codes(shared: SharedCodes) -> list[int]:
@@ -42,8 +43,7 @@ async def test_others_have_their_turn_and_need_not_be_idle(tmp_path: Path) -> No
     """Rule 5: new pages, one in each turn of the loop, do not draw it out."""
     setup = Setup(tmp_path)
     layer = setup.copies.add_layer()
-    for _ in range(OLD_PAGES):
-        await setup.touch()
+    await setup.touch(OLD_PAGES)
     sharing = asyncio.create_task(setup.copies.share(layer))
     turns = 0
     while not sharing.done():
@@ -62,8 +62,7 @@ async def test_codes_that_move_meanwhile_are_told(tmp_path: Path) -> None:
     layers = []
     for _ in range(4):
         layers.append(setup.copies.add_layer())
-        for _ in range(OLD_PAGES // 4):
-            await setup.touch()
+        await setup.touch(OLD_PAGES // 4)
     sharing = asyncio.create_task(setup.copies.share(layers[1]))
     expected = setup.copies._resolve(layers[1], 0, PAGES * PAGE_GRANULES).tolist()
     for layer in (layers[0], layers[3], layers[2]):
@@ -78,8 +77,7 @@ async def test_codes_that_move_meanwhile_are_told(tmp_path: Path) -> None:
 async def test_snapshot_that_is_deleted_meanwhile_is_not_shared(tmp_path: Path) -> None:
     setup = Setup(tmp_path)
     layer = setup.copies.add_layer()
-    for _ in range(OLD_PAGES):
-        await setup.touch()
+    await setup.touch(OLD_PAGES)
     sharing = asyncio.create_task(setup.copies.share(layer))
     await asyncio.sleep(0)
     await setup.copies.remove_layer(layer)

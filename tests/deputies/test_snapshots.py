@@ -106,6 +106,9 @@ class Guest:
         self._chance = random.Random(seed)
         self.content = bytearray(whole())
         self.writes = 0
+        self.start()
+
+    def start(self) -> None:
         self._is_stopping = False
         self._task = asyncio.create_task(self._run())
 
@@ -159,8 +162,7 @@ async def test_snapshot_stays_as_it_was_whatever_the_guest_writes(
             await guest.stop()
             expected = bytes(guest.content)
             shown = await snapshot(daemon, f"s{number}")
-            guest._is_stopping = False
-            guest._task = asyncio.create_task(guest._run())
+            guest.start()
             begun = guest.writes
             handles = [await connect(daemon, shown.name) for _ in range(2)]
             assert clients(daemon, shown.name) == [1, 1]
