@@ -13,7 +13,7 @@ Spec: qcow2.txt, "Cluster mapping", "Extended L2 Entries".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -95,10 +95,18 @@ class L2Table(CachedTable):
     """One L2 table of the guest's mapping.
 
     Invariants: ``entries`` is ``array`` and ``bitmaps`` ``bitmap_array`` (None without
-    extended L2), as memoryviews for access to single entries.
+    extended L2), as memoryviews for access to single entries. Only the methods here change them.
     """
 
-    __slots__ = ("array", "bitmap_array", "bitmaps", "entries", "is_invalid", "is_new")
+    __slots__ = (
+        "array",
+        "before_change",
+        "bitmap_array",
+        "bitmaps",
+        "entries",
+        "is_invalid",
+        "is_new",
+    )
 
     def __init__(self, host_offset: int, array: Entries, bitmap_array: Entries | None) -> None:
         super().__init__(host_offset)
@@ -109,6 +117,8 @@ class L2Table(CachedTable):
         self.is_invalid = False
         self.is_new = False
         """No L1 entry in the file leads here yet."""
+        self.before_change: Callable[[], None] | None = None
+        """Called before the next change, once: a flush has yet to write the table as it is."""
 
     def bitmap(self, index: int) -> int:
         """The subcluster bitmap stored for an entry with SUBCLUSTERS."""
@@ -118,10 +128,14 @@ class L2Table(CachedTable):
     def set_bitmap(self, index: int, bitmap: int) -> None:
         """Store the subcluster bitmap of an entry."""
         assert self.bitmaps is not None
+        if self.before_change is not None:
+            self.before_change()
         self.bitmaps[index] = bitmap
 
     def set_run(self, first: int, count: int, entry: int, step: int) -> None:
         """Set ``count`` entries to ``entry``, ``entry + step``, ``entry + 2 * step`` and so on."""
+        if self.before_change is not None:
+            self.before_change()
         if count <= _SCALAR_MAX:
             for index in range(first, first + count):
                 self.entries[index] = entry

@@ -30,6 +30,7 @@ import logging
 import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 from ..block.file import FileNode
@@ -48,10 +49,53 @@ FREED_RUNS_MAX: Final = 1 << 16
 
 _SECTOR: Final = 512
 
+_TURN_BYTES: Final = 64 << 10
+"""Written before everybody else has a turn."""
+
+_WRITE_BYTES_MIN: Final = 4096
+"""As what a write counts, at least."""
+
 _log = logging.getLogger(__name__)
 
 _Write = tuple[int, bytes]
 """Host offset and what to write there."""
+
+
+@dataclass(slots=True)
+class _TakenTable:
+    """Entries of an L2 table that a flush has taken, and is to write as they were then.
+
+    They are packed when they are written, or else just before the table changes: to pack all
+    tables of a flush at once takes 15 ms and more, in which nobody else is served (rule 5).
+    """
+
+    l1_index: int
+    table: L2Table
+    first: int
+    end: int
+    was_new: bool
+    offset: int
+    """Where in the file they go."""
+    _kept: bytes | None = None
+
+    def __post_init__(self) -> None:
+        self.table.pins += 1
+        self.table.before_change = self._keep
+
+    def _keep(self) -> None:
+        _, self._kept = self.pack()
+
+    def pack(self) -> _Write:
+        """What is to be written; the table may change from here on."""
+        self.table.before_change = None
+        if self._kept is not None:
+            return self.offset, self._kept
+        return self.offset, pack_table(self.table, self.first, self.end)
+
+    def release(self) -> None:
+        """The flush has ended."""
+        self.table.before_change = None
+        self.table.pins -= 1
 
 
 @dataclass(slots=True)
@@ -63,8 +107,7 @@ class _Plan:
     epoch_r: list[_Write] = field(default_factory=list)
     epoch_b: list[_Write] = field(default_factory=list)
     file_end: int = 0
-    tables: list[tuple[int, L2Table, int, int, bool]] = field(default_factory=list)
-    """``(L1 index, table, first, end, was new)``."""
+    tables: list[_TakenTable] = field(default_factory=list)
     l1_indices: set[int] = field(default_factory=set)
     blocks: list[tuple[int, RefcountBlock, int, int]] = field(default_factory=list)
     urgent: set[int] = field(default_factory=set)
@@ -185,11 +228,13 @@ class Epochs:
             await self._flush_data()
             if plan.file_end > self._file.size:
                 await self._file.grow(plan.file_end)
-            await self._write_epoch(plan.epoch_a)
+            await self._write_epoch(plan.epoch_a, [it for it in plan.tables if it.was_new])
             await self._file.flush()
             plan.is_protected = True
-            await self._write_epoch(plan.epoch_r, is_last=True)
-            await self._write_epoch(plan.epoch_b, is_last=True)
+            if await self._write_epoch(plan.epoch_r, []):
+                await self._file.flush()
+            if await self._write_epoch(plan.epoch_b, [it for it in plan.tables if not it.was_new]):
+                await self._file.flush()
         except BaseException:
             self._restore(plan)
             raise
@@ -197,12 +242,20 @@ class Epochs:
         self._quarantine.settle(plan.freed)
         await self._release()
 
-    async def _write_epoch(self, writes: list[_Write], *, is_last: bool = False) -> None:
-        """Make the writes; with ``is_last`` also make them durable."""
-        for offset, data in _joined(writes):
+    async def _write_epoch(self, writes: list[_Write], tables: list[_TakenTable]) -> bool:
+        """Make the writes of an epoch, and let others have their turns between.
+
+        Returns:
+            Whether there were any.
+        """
+        spent = 0
+        for offset, data in chain(_joined(writes), map(_TakenTable.pack, tables)):
             await self._file.write(offset, memoryview(data))
-        if writes and is_last:
-            await self._file.flush()
+            spent += max(len(data), _WRITE_BYTES_MIN)
+            if spent >= _TURN_BYTES:
+                spent = 0
+                await asyncio.sleep(0)
+        return bool(writes or tables)
 
     async def _release(self) -> None:
         """Free what has left quarantine, and give the guest's discards back to the host.
@@ -237,15 +290,12 @@ class Epochs:
         per_sector = _SECTOR // entry_bytes
         for l1_index in sorted(mapping.dirty):
             table = mapping.tables[l1_index]
-            first, end = table.dirty_first, table.dirty_end
-            plan.tables.append((l1_index, table, first, end, table.is_new))
-            first = first // per_sector * per_sector
-            end = min(-(-end // per_sector) * per_sector, len(table.entries))
-            write = (table.host_offset + first * entry_bytes, pack_table(table, first, end))
-            (plan.epoch_a if table.is_new else plan.epoch_b).append(write)
+            first = table.dirty_first // per_sector * per_sector
+            end = min(-(-table.dirty_end // per_sector) * per_sector, len(table.entries))
+            offset = table.host_offset + first * entry_bytes
+            plan.tables.append(_TakenTable(l1_index, table, first, end, table.is_new, offset))
             table.dirty_first = table.dirty_end = 0
             table.is_new = False
-            table.pins += 1
         for l1_index in sorted(mapping.dirty_l1):
             entry = struct.pack(">Q", int(mapping.l1[l1_index]))
             plan.epoch_b.append((self._header.l1_table_offset + 8 * l1_index, entry))
@@ -282,17 +332,18 @@ class Epochs:
         refcounts.dirty_table.clear()
 
     def _unpin(self, plan: _Plan) -> None:
-        for _, table, _, _, _ in plan.tables:
-            table.pins -= 1
+        for taken in plan.tables:
+            taken.release()
         for _, block, _, _ in plan.blocks:
             block.pins -= 1
 
     def _restore(self, plan: _Plan) -> None:
         """The flush failed: what it took is dirty again, on top of what is dirty since."""
         self._unpin(plan)
-        for l1_index, table, first, end, was_new in plan.tables:
-            self._mapping.touch(l1_index, table, first, end)
-            if was_new and not plan.is_protected:
+        for taken in plan.tables:
+            table = taken.table
+            self._mapping.touch(taken.l1_index, table, taken.first, taken.end)
+            if taken.was_new and not plan.is_protected:
                 table.is_new = True
                 table.mark_dirty(0, len(table.entries))
         self._mapping.dirty_l1 |= plan.l1_indices

@@ -80,6 +80,25 @@ def test_set_run_steps_through_host_clusters(count: int) -> None:
     assert not table.array[7 + count :].any()
 
 
+@pytest.mark.parametrize("is_run", [True, False])
+def test_who_wants_a_table_as_it_is_is_told_before_it_changes(is_run: bool) -> None:
+    """Rule 4: a flush writes what it has taken."""
+    table = L2Table(0, np.zeros(600, dtype=np.uint64), np.zeros(600, dtype=np.uint64))
+    seen = []
+
+    def look() -> None:
+        table.before_change = None
+        seen.append(table.entries[7] + table.bitmap(7))
+
+    table.before_change = look
+    for _ in range(2):
+        if is_run:
+            table.set_run(7, 1, COPIED | SIZE, SIZE)
+        else:
+            table.set_bitmap(7, 1)
+    assert seen == [0]
+
+
 @pytest.mark.parametrize(
     ("version", "entry", "kind"),
     [

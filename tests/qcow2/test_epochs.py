@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import random
 from pathlib import Path
 
 import pytest
 
+from nbdfleece.block.file import FileNode
 from nbdfleece.qcow2.create import create_image
 from nbdfleece.qcow2.image import Qcow2Image
 from tests.qcow2.fake_disk import Fault
@@ -108,3 +110,58 @@ async def test_refcount_blocks_that_describe_one_another_come_into_force_at_once
     image.free_clusters(second, 2 * per_block)
     await image.close()
     await guest_finds_all(folder, disk, guest)
+
+
+async def test_what_changes_while_a_flush_writes_is_for_the_next_flush(folder: Path) -> None:
+    """Rule 4: a flush writes tables as they were when it began, however late it comes to them."""
+    rng = random.Random(11)
+    image, disk, guest = await open_on_crashing_disk(folder, 512, rng)
+    tables = range(0, SIZE, 32 * KIB)
+    for table in tables:
+        await guest.write(table, 512)
+    await guest.flush()
+    for table in tables:
+        await guest.write(table + 512, 512)
+    late = [table + 1024 for table in tables]
+
+    async def question() -> None:
+        while late:
+            await guest.write(late.pop(), 512)
+        for _ in range(3):
+            await examine(folder, disk, guest, rng)
+
+    disk.question = question  # type: ignore[method-assign]  # the test's own hook
+    await image.flush()
+    assert image.mapping.dirty
+    await guest.flush()
+    await image.close()
+    await guest_finds_all(folder, disk, guest)
+
+
+async def test_everybody_has_turns_while_a_flush_writes_many_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 5: packing and writing them takes some ten milliseconds, and a write one."""
+    path = tmp_path / "disk.qcow2"
+    tables = 30
+    turn = 0
+    turns_of_writes = set()
+    write = FileNode.write
+
+    async def note(file: FileNode, offset: int, data: memoryview) -> None:
+        turns_of_writes.add(turn)
+        await write(file, offset, data)
+
+    await create_image(path, tables << 29, cluster_size=65536)
+    image = await Qcow2Image.open(path, read_only=False)
+    for offset in range(0, tables << 29, 1 << 29):
+        await image.write(offset, memoryview(b"1"))
+        await image.write(offset + (1 << 29) - 1, memoryview(b"1"))
+    monkeypatch.setattr(FileNode, "write", note)
+    flush = asyncio.create_task(image.flush())
+    while not flush.done():
+        await asyncio.sleep(0)
+        turn += 1
+    await flush
+    assert len(turns_of_writes) > tables
+    await image.close()
