@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
+from ..errors import SnapshotError
 from .file import FileNode
 from .host_file import BELOW, ELSEWHERE, ZEROES, Places
 from .node import BlockNode, readable_part
@@ -22,6 +25,7 @@ class MappedFile:
 
     Args:
         file: The file, which others write and let grow.
+        size: Bytes of the disk.
         cluster_bits, map_bits: As in :class:`~.host_file.HostFile`.
         locate: As :meth:`~.node.BlockNode.locate` of the disk.
         below: What is below the file, in this process.
@@ -30,6 +34,7 @@ class MappedFile:
     def __init__(
         self,
         file: FileNode,
+        size: int,
         cluster_bits: int,
         map_bits: int,
         locate: Callable[[int], Awaitable[Places]],
@@ -41,8 +46,12 @@ class MappedFile:
         self._locate = locate
         self._below = below
         self._parts: OrderedDict[int, memoryview] = OrderedDict()
+        self._parts_end = (size - 1 >> map_bits) + 1
         self._parts_max = max(2, CACHE_CLUSTERS >> map_bits - cluster_bits)
         self._locating = SingleFlight()
+        self._ahead: asyncio.Task[None] | None = None
+        self._ahead_part = 0
+        """The last one that was located, or should have been, before anybody read of it."""
 
     def read_at_once(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` if places are known and the bytes are at hand; else it holds anything."""
@@ -50,6 +59,8 @@ class MappedFile:
         for number in range(offset >> self._map_bits, (end - 1 >> self._map_bits) + 1):
             if number not in self._parts:
                 return False
+            if number + 1 not in self._parts:
+                self._look_ahead(number)
         pieces = self._pieces(offset, end)
         if len(pieces) == 1 and pieces[0][0] < ZEROES:
             return self._file.read_at_once(pieces[0][0], view)
@@ -91,6 +102,31 @@ class MappedFile:
                     if below is not None and part:
                         await below.read_into(offset, part)
                 offset += length
+
+    def _look_ahead(self, number: int) -> None:
+        """Have the part after one located while that one is read, for who goes from part to part.
+
+        That is who has come from the part before. Who jumps about would be told in vain.
+        """
+        following = number + 1
+        if following in (self._ahead_part, self._parts_end):
+            return
+        is_busy = self._ahead is not None and not self._ahead.done()
+        if not is_busy and (number == 0 or number - 1 in self._parts):
+            self._ahead_part = following
+            self._ahead = asyncio.create_task(self._locate_ahead(following))
+
+    async def _locate_ahead(self, number: int) -> None:
+        if number in self._parts:
+            return
+        with contextlib.suppress(OSError, SnapshotError):  # told to who reads of it
+            await self._locating.run(number, partial(self._load, number))
+
+    async def close(self) -> None:
+        """Ask for nothing any more."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            await asyncio.wait([self._ahead])
 
     async def _load(self, number: int) -> None:
         """Have a part located, and forget the one that has been known for longest."""

@@ -89,7 +89,12 @@ class SharedFleece(BlockNode):
         self._file = FileNode(file, "the disk's file", read_only=True, grows_elsewhere=True)
         self._scratch = FileNode(scratch, "the scratch", read_only=True, grows_elsewhere=True)
         self._disk = MappedFile(
-            self._file, geometry.cluster_bits, geometry.map_bits, keeper.locate, self._below
+            self._file,
+            geometry.size,
+            geometry.cluster_bits,
+            geometry.map_bits,
+            keeper.locate,
+            self._below,
         )
         self._keeper = keeper
 
@@ -131,6 +136,7 @@ class SharedFleece(BlockNode):
     async def close(self) -> None:
         """Give the share up."""
         self._codes.close()
+        await self._disk.close()
         await self._file.close()
         await self._scratch.close()
         if self._below is not None:

@@ -41,6 +41,7 @@ class Link:
         self._receive = receive
         self._end = end
         self._loop = asyncio.get_running_loop()
+        self._buffer = memoryview(bytearray(_RECEIVE_BYTES))
         self._received = bytearray()
         self._descriptors: deque[int | None] = deque()
         self._waiting: deque[tuple[memoryview, int | None]] = deque()
@@ -62,8 +63,7 @@ class Link:
             return
         duplicate = None if descriptor is None else os.dup(descriptor)
         is_first = not self._waiting
-        self._waiting.append((memoryview(_LENGTH.pack(len(message))), duplicate))
-        self._waiting.append((memoryview(message), None))
+        self._waiting.append((memoryview(_LENGTH.pack(len(message)) + message), duplicate))
         if is_first:
             self._flush()
 
@@ -125,22 +125,22 @@ class Link:
 
     def _on_readable(self) -> None:
         try:
-            data, ancillary, flags, _ = self._sock.recvmsg(
-                _RECEIVE_BYTES, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
+            count, ancillary, flags, _ = self._sock.recvmsg_into(
+                [self._buffer], socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             return
         except OSError:
-            data, ancillary, flags = b"", [], 0
+            count, ancillary, flags = 0, [], 0
         for _, _, rights in ancillary:
             self._descriptors += [each for (each,) in _DESCRIPTOR.iter_unpack(rights)]
         if flags & socket.MSG_CTRUNC:
             self._descriptors.append(None)
-        if not data:
+        if not count:
             self.close()
             self._end()
             return
-        self._received += data
+        self._received += self._buffer[:count]
         self._take_messages()
 
     def _take_messages(self) -> None:

@@ -298,7 +298,7 @@ async def test_mapped_file_reads_pieces_zeroes_and_growth(
         table = {0: [8192, ZEROES], 1: [12288, 16384], 2: [ELSEWHERE, 0], 3: [20480, ZEROES]}
         return np.array(table[part], dtype=np.uint64)
 
-    disk = MappedFile(file, 12, 13, locate, None)
+    disk = MappedFile(file, 32768, 12, 13, locate, None)
     expected = CONTENT[8192:12288] + bytes(4096) + CONTENT[12288:20_000] + bytes(480)
     view = memoryview(bytearray(16384))
     assert not disk.read_at_once(0, view)
@@ -321,6 +321,55 @@ async def test_mapped_file_reads_pieces_zeroes_and_growth(
     await file.close()
 
 
+async def test_mapped_file_has_the_next_part_located_while_one_is_read(tmp_path: Path) -> None:
+    """For who goes from part to part; who jumps about does without, and so does the last part."""
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT[:4096])
+    file = FileNode(os.open(path, os.O_RDONLY), str(path), read_only=True, grows_elsewhere=True)
+    asked: list[int] = []
+    gate = asyncio.Event()
+    gate.set()
+
+    async def locate(part: int) -> Places:
+        asked.append(part)
+        await gate.wait()
+        if asked == [0, 1, 2]:
+            raise SnapshotError("told to who reads")
+        return np.array([0], dtype=np.uint64)
+
+    async def turns() -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    disk = MappedFile(file, 10 * 4096 - 5, 12, 12, locate, None)
+    view = memoryview(bytearray(10))
+    await disk.read_into(0, view)
+    assert asked == [0]
+    assert disk.read_at_once(0, view)
+    assert disk.read_at_once(5, view)
+    await turns()
+    assert asked == [0, 1]
+    assert disk.read_at_once(4096, view)
+    await turns()
+    assert asked == [0, 1, 2]
+    assert not disk.read_at_once(2 * 4096, view)
+    await disk.read_into(2 * 4096, view)
+    assert asked == [0, 1, 2, 2]
+    await disk.read_into(8 * 4096, view)
+    assert disk.read_at_once(8 * 4096, view)
+    await disk.read_into(9 * 4096, view)
+    assert disk.read_at_once(9 * 4096, view)
+    await turns()
+    assert asked == [0, 1, 2, 2, 8, 9]
+    gate.clear()
+    assert disk.read_at_once(2 * 4096, view)
+    await turns()
+    assert asked == [0, 1, 2, 2, 8, 9, 3]
+    await disk.close()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await file.close()
+
+
 @pytest.mark.parametrize("reach", [0, 5000, 12288, 20000])
 async def test_mapped_file_reads_what_is_below_as_far_as_it_reaches(
     tmp_path: Path, reach: int
@@ -335,7 +384,7 @@ async def test_mapped_file_reads_what_is_below_as_far_as_it_reaches(
 
     old = bytes(below.content) + bytes(20_000)
     expected = old[:4096] + CONTENT[4096:8192] + old[8192:12288] + bytes(4096)
-    disk = MappedFile(file, 12, 14, locate, below)
+    disk = MappedFile(file, 16384, 12, 14, locate, below)
     chance = random.Random(reach)
     for is_at_hand in (False, True):
         below.is_at_hand = lambda is_at_hand=is_at_hand: is_at_hand
