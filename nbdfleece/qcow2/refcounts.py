@@ -15,6 +15,7 @@ place in the file before the next flush.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Callable
 from functools import partial
@@ -177,6 +178,7 @@ class Refcounts:
             found = self._find(minimum, maximum)
             if isinstance(found, int):
                 await self._load_block(found)
+                await asyncio.sleep(0)  # many may be full: others have turns
                 continue
             first, count = found
             is_fresh = first >= self._fresh_from

@@ -12,6 +12,7 @@ that a flush (:mod:`nbdfleece.qcow2.epochs`) never makes an entry durable before
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from collections.abc import Awaitable, Callable
@@ -499,6 +500,8 @@ class Writer:
                 finally:
                     table.pins -= 1
             cluster += stop - first
+            if cluster < cluster_end:
+                await asyncio.sleep(0)  # the range may have many tables: others have turns
 
     def _is_empty(self, l1_index: int) -> bool:
         """Whether a part of the disk has no table and reads as zeroes."""

@@ -11,9 +11,11 @@ import pytest
 from nbdfleece.errors import ImageError
 from nbdfleece.qcow2.create import create_image
 from nbdfleece.qcow2.image import Qcow2Image
+from tests.loop_turns import turns_of
 from tests.qcow2.fake_disk import FakeDisk, Fault
 from tests.qcow2.guest import Guest, check, qemu_content, qemu_img, qemu_io
 
+KIB = 1 << 10
 MIB = 1 << 20
 
 FORMATS = [
@@ -396,3 +398,27 @@ async def test_write_of_new_clusters_that_fails_takes_none_and_leaves_nothing(
     await image.close()
     path.write_bytes(disk.content)
     check(path)
+
+
+async def test_others_have_turns_while_a_request_goes_over_many_tables(folder: Path) -> None:
+    """Rule 5: one request may be 4 GiB long, and a table of small clusters maps little."""
+    tables = 50
+    path = folder / "many.qcow2"
+    await create_image(path, tables * 32 * KIB, cluster_size=512)
+    image = await Qcow2Image.from_file(FakeDisk(path.read_bytes()))
+    assert await turns_of(image.write_zeroes(0, image.size, unmap=False)) >= tables
+    assert await turns_of(image.trim(0, image.size)) >= tables
+    await image.close()
+
+
+async def test_others_have_turns_while_a_free_cluster_is_looked_for(folder: Path) -> None:
+    """Rule 5: a preallocated image has a thousand full refcount blocks."""
+    path = folder / "full.qcow2"
+    await create_image(path, 2 << 20, cluster_size=512, refcount_bits=64)
+    image = await Qcow2Image.open(path, read_only=False)
+    for _ in range(40 * 64):
+        await image.allocate_clusters(1)
+    await image.close()
+    image = await Qcow2Image.from_file(FakeDisk(path.read_bytes()))
+    assert max([await turns_of(image.allocate_clusters(1)) for _ in range(100)]) >= 20
+    await image.close()
