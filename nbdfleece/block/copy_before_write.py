@@ -40,7 +40,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Final
 
@@ -53,7 +53,6 @@ from .granule_codes import (
     COPIED,
     FORGOTTEN,
     UNTOUCHED,
-    Mask,
     free_copies,
     true_runs,
     with_displaced,
@@ -61,6 +60,7 @@ from .granule_codes import (
 from .granule_map import PAGE_SHIFT, Codes, page_end
 from .granule_reads import read_granules, read_granules_at_once
 from .layer import Layer
+from .layer_chain import LayerChain
 from .node import BlockNode
 from .old_data import OldData
 from .range_lock import RangeLock
@@ -77,11 +77,14 @@ STATUS_GRANULES_MAX: Final = 1 << 15
 """Granules that one block status looks at, not counting what the guest has left alone: 128 MiB
 at granules of 4 KiB, as much as nbdcopy asks for at a time. It takes 0.3 to 1 ms."""
 
-SHARED_PAGES_AT_ONCE: Final = 64
-"""Pages of codes that are told to other processes before others have their turn: 0.5 ms."""
+PAGES_AT_ONCE: Final = 64
+"""Pages of codes that are moved, or told to other processes, before others have turns: 0.5 ms."""
 
 COPY_BYTES_MAX: Final = 1 << 20
 """Bytes copied at once: a bound on memory, not on what a guest write may touch."""
+
+ZERO_GRANULES: Final = 1 << 15
+"""Granules of which it is found out at once which read as zeroes."""
 
 
 class CopyBeforeWrite:
@@ -118,7 +121,7 @@ class CopyBeforeWrite:
         """The shortest of the snapshots that stand."""
         self._on_broken = on_broken
         self._scratch: Scratch | None = None
-        self._layers: list[Layer] = []
+        self._layers = LayerChain(self._shift)
         self._shared: list[SharedCodes] = []
         """Of those layers that other processes read."""
         self._copying = RangeLock()
@@ -134,7 +137,7 @@ class CopyBeforeWrite:
     @property
     def has_layers(self) -> bool:
         """Whether guest writes must be announced by :meth:`protect`."""
-        return bool(self._layers)
+        return self._layers.newest is not None
 
     @property
     def scratch_bytes(self) -> int:
@@ -155,8 +158,8 @@ class CopyBeforeWrite:
             self._scratch = Scratch(self._scratch_directory, self.granularity, self._quota)
         wide = None if access is None else self._wide(access)
         layer = Layer(wide, failure or self.failure)
-        self._layers.append(layer)
-        self._timeout_seconds = shortest_timeout(each.failure for each in self._layers)
+        self._layers.add(layer)
+        self._note_timeout()
         self._version += 1
         return layer
 
@@ -175,29 +178,46 @@ class CopyBeforeWrite:
         return wide
 
     async def remove_layer(self, layer: Layer) -> None:
-        """Give a snapshot up; copies that only it needed are freed."""
-        at = self._layers.index(layer)
+        """Give a snapshot up; copies that only it needed are freed.
+
+        It stays among the layers until the older ones have what they need of it.
+        """
         layer.is_removed = True
-        del self._layers[at]
         if layer.shared is not None:
             self._shared.remove(layer.shared)
             layer.shared.close()
-        self._timeout_seconds = shortest_timeout(each.failure for each in self._layers)
         self._version += 1
-        if at:
-            self._hand_down(layer, self._layers[at - 1])
-        elif self._layers:
-            self._free_all(layer)
-        elif self._scratch is not None:
+        try:
+            for count, _ in enumerate(self._hand_down(layer), 1):
+                if count % PAGES_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+        finally:
+            for _ in self._hand_down(layer):  # what was displaced meanwhile
+                pass
+            self._layers.remove(layer)
+            self._note_timeout()
+        if not self.has_layers and self._scratch is not None:
             scratch, self._scratch = self._scratch, None
             await scratch.close()
 
-    def _hand_down(self, layer: Layer, older: Layer) -> None:
-        """Move the codes of a removed layer to the next older one, where that has none."""
+    def _hand_down(self, layer: Layer) -> Iterator[None]:
+        """Move the codes of a removed layer to the next older one, where that has none, by pages.
+
+        Without an older one the copies are freed: all together, if nobody else has any.
+        """
+        if self._layers.is_alone(layer):
+            return
         for first, codes in layer.map.take_pages():
-            kept = older.map.codes(first, first + len(codes))
-            older.map.set(first, np.where(kept == UNTOUCHED, codes, kept))
-            self._free(codes[kept != UNTOUCHED])
+            older = self._layers.older(layer)
+            if older is not None:
+                kept = older.map.codes(first, first + len(codes))
+                older.map.set(first, np.where(kept == UNTOUCHED, codes, kept))
+                codes = codes[kept != UNTOUCHED]
+            self._free(codes)
+            yield
+
+    def _note_timeout(self) -> None:
+        self._timeout_seconds = shortest_timeout(each.failure for each in self._layers)
 
     def _free_all(self, layer: Layer) -> None:
         for _, codes in layer.map.take_pages():
@@ -214,7 +234,7 @@ class CopyBeforeWrite:
         """As :meth:`protect`, in the most frequent cases, which need no waiting.
 
         These are a small write where the guest has written before, and one where all is well
-        and the old content is at hand.
+        and the old content is at hand; and any where there is no snapshot.
 
         Returns:
             Whether the range may be written; if not, :meth:`protect` is to be asked.
@@ -222,8 +242,12 @@ class CopyBeforeWrite:
         granule = offset >> self._shift
         if offset + length - 1 >> self._shift != granule:
             return False
-        newest = self._layers[-1]
-        return newest.map.code(granule) != UNTOUCHED or self._copy_at_once(newest, granule)
+        newest = self._layers.newest
+        return (
+            newest is None
+            or newest.map.code(granule) != UNTOUCHED
+            or self._copy_at_once(newest, granule)
+        )
 
     def _copy_at_once(self, newest: Layer, granule: int) -> bool:
         """Bring the old content of one granule into safety and record where; whether it was done.
@@ -257,49 +281,48 @@ class CopyBeforeWrite:
         """
         first = offset >> self._shift
         end = (offset + length - 1 >> self._shift) + 1
-        if not self._layers[-1].map.codes(first, end).all():
+        newest = self._layers.newest
+        if newest is not None and not newest.map.codes(first, end).all():
             async with self._copying.hold(first, end):
                 await self._copy_untouched(first, end)
 
     async def _copy_untouched(self, first: int, end: int) -> None:
         step = max(1, COPY_BYTES_MAX >> self._shift)
+        if end - first > step and self._timeout_seconds is None:
+            await self._record_zeroes(first, end)
         for at in range(first, end, step):
+            if at > first:
+                await asyncio.sleep(0)  # of 4 GiB others must not wait for the end
             stop = min(end, at + step)
-            if not self._layers:
+            newest = self._layers.newest
+            if newest is None:
                 return
-            needed = self._needed(at, stop)
+            if newest.map.codes(at, stop).all():
+                continue
+            needed = self._layers.needed(at, stop)
             if not needed.all():
                 self._record(at, np.where(needed, UNTOUCHED, FORGOTTEN).astype(np.uint32))
             for start, run_end in true_runs(needed):
                 await self._copy_or_break(at + start, at + run_end)
 
-    def _needed(self, first: int, end: int) -> Mask:
-        """Which granules some snapshot still sees in the disk itself; shape (end - first,)."""
-        unresolved = np.ones(end - first, dtype=np.bool_)
-        needed = np.zeros(end - first, dtype=np.bool_)
-        for layer in reversed(self._layers):
-            unresolved &= layer.map.codes(first, end) == UNTOUCHED
-            if not layer.is_good:
+    async def _record_zeroes(self, first: int, end: int) -> None:
+        """Record what reads as zeroes, much of it at a time: guests discard whole disks."""
+        for at in range(first, end, ZERO_GRANULES):
+            stop = min(end, at + ZERO_GRANULES)
+            try:
+                codes = await self._old_data.zero_codes(at, stop)
+            except OSError:  # of one place, which copying will come to
                 continue
-            if layer.access is None:
-                return needed | unresolved
-            needed |= unresolved & self._accessible(layer.access, first, end)
-        return needed
-
-    def _accessible(self, access: Bitmap, first: int, end: int) -> Mask:
-        """Which granules the access bitmap marks; shape (end - first,)."""
-        each = access.granularity >> self._shift
-        begin, stop = first // each, -(-end // each)
-        packed = access.array()[begin >> 3 : (stop + 7) >> 3]
-        bits = np.unpackbits(packed, bitorder="little")[begin & 7 :][: stop - begin]
-        return np.repeat(bits, each)[first - begin * each :][: end - first].astype(np.bool_)
+            codes[~self._layers.needed(at, stop)] = UNTOUCHED
+            self._record(at, codes)
+            await asyncio.sleep(0)
 
     async def _copy_or_break(self, first: int, end: int) -> None:
         """Copy granules that are needed; on failure do what ``on_error`` says."""
         try:
             self._record(first, await self._copy_in_time(first, end))
         except OSError as error:
-            self._break(self._needing(first, end), error)
+            self._break(self._layers.needing(first, end), error)
             self._record(first, np.full(end - first, FORGOTTEN, dtype=np.uint32))
             self._free_broken()
 
@@ -313,7 +336,7 @@ class CopyBeforeWrite:
         begun = loop.time()
         error = OSError(errno.ETIMEDOUT, "copying old data took too long")
         try:
-            while needing := self._needing(first, end):
+            while needing := self._layers.needing(first, end):
                 limit = shortest_timeout(layer.failure for layer in needing)
                 rest = None if limit is None else begun + limit - loop.time()
                 if (await asyncio.wait({copy}, timeout=rest))[0]:
@@ -329,31 +352,18 @@ class CopyBeforeWrite:
 
     def _record(self, first: int, codes: Codes) -> None:
         """Set codes in the newest layer where it has none; copies that come too late are freed."""
-        if not self._layers:
+        newest = self._layers.newest
+        if newest is None:
             self._free(codes)
             return
-        newest = self._layers[-1].map
-        present = newest.codes(first, first + len(codes))
+        present = newest.map.codes(first, first + len(codes))
         vacant = present == UNTOUCHED
         codes_now = np.where(vacant, codes, present)
-        newest.set(first, codes_now)
+        newest.map.set(first, codes_now)
         for shared in self._shared:
             shared.set(first, codes_now)
         self._free(codes[~vacant])
         self._version += 1
-
-    def _needing(self, first: int, end: int) -> list[Layer]:
-        """The good snapshots that see any of the granules in the disk itself."""
-        found = []
-        unresolved = np.ones(end - first, dtype=np.bool_)
-        for layer in reversed(self._layers):
-            unresolved &= layer.map.codes(first, end) == UNTOUCHED
-            seen = unresolved
-            if layer.access is not None:
-                seen = unresolved & self._accessible(layer.access, first, end)
-            if layer.is_good and seen.any():
-                found.append(layer)
-        return found
 
     def _break(self, layers: list[Layer], error: OSError) -> None:
         """Break the snapshots, or for one that wants it so the guest's write.
@@ -392,11 +402,12 @@ class CopyBeforeWrite:
         end = (offset + len(view) - 1 >> self._shift) + 1
         self._check_access(layer, offset, len(view))
         version = self._version
-        codes = self._where(layer, first, end)
+        codes = self._layers.resolve_few(layer, first, end)
         await self._read_codes(codes, first, offset, view)
         while version != self._version:
             self._check_access(layer, offset, len(view))
-            version, noted, codes = self._version, codes, self._where(layer, first, end)
+            version, noted = self._version, codes
+            codes = self._layers.resolve_few(layer, first, end)
             for index, code in enumerate(codes):
                 if code != noted[index]:
                     await self._read_codes([code], first + index, offset, view)
@@ -410,7 +421,7 @@ class CopyBeforeWrite:
         first = offset >> self._shift
         end = (offset + len(view) - 1 >> self._shift) + 1
         self._check_access(layer, offset, len(view))
-        codes = self._where(layer, first, end)
+        codes = self._layers.resolve_few(layer, first, end)
         if not any(codes):
             return self.source.read_at_once(offset, view)
         scratch = self._scratch
@@ -429,28 +440,6 @@ class CopyBeforeWrite:
             await self.source.read_into(begin, part)
         else:
             await read_granules(self.source, scratch, codes, self._shift, begin, part)
-
-    def _where(self, layer: Layer, first: int, end: int) -> list[int]:
-        """As :meth:`_resolve`, for few granules."""
-        codes: list[int] = []
-        for newer in self._layers[self._layers.index(layer) :]:
-            own = newer.map.code_list(first, end)
-            if any(codes):
-                codes = [older or code for older, code in zip(codes, own, strict=True)]
-            else:
-                codes = own
-        return codes
-
-    def _resolve(self, layer: Layer, first: int, end: int) -> Codes:
-        """Where the snapshot finds its granules ``[first, end)``; UNTOUCHED is the disk itself."""
-        newer = iter(self._layers[self._layers.index(layer) :])
-        codes = next(newer).map.codes(first, end)
-        for other in newer:
-            missing = codes == UNTOUCHED
-            if not missing.any():
-                break
-            codes[missing] = other.map.codes(first, end)[missing]
-        return codes
 
     def _check_access(self, layer: Layer, offset: int, length: int) -> None:
         layer.check()
@@ -496,7 +485,7 @@ class CopyBeforeWrite:
         if untouched_end > offset:  # touched meanwhile, and all of it may be much
             base = base.clipped((page_end(first) << self._shift) - offset)
         end = (offset + base.total() - 1 >> self._shift) + 1
-        codes = self._resolve(layer, first, end)
+        codes = self._layers.resolve(layer, first, end)
         lead = offset - (first << self._shift)
         return with_displaced(base, codes, lead, self._shift), end - first
 
@@ -504,8 +493,7 @@ class CopyBeforeWrite:
         """Where the first page begins that the guest has touched, ``limit`` if there is none."""
         layer.check()
         first, end = offset >> self._shift, (limit - 1 >> self._shift) + 1
-        newer = self._layers[self._layers.index(layer) :]
-        touched = min(other.map.next_page(first, end) for other in newer)
+        touched = self._layers.next_page(layer, first, end)
         return min(limit, max(offset, touched << self._shift))
 
     # -- other processes ----------------------------------------------------------
@@ -530,15 +518,14 @@ class CopyBeforeWrite:
 
     async def _share_old(self, layer: Layer, shared: SharedCodes, end: int) -> None:
         """Tell what was displaced before; what is displaced meanwhile is told as always."""
-        newer = self._layers[self._layers.index(layer) :]
-        pages = [each.map.pages() for each in newer]  # codes move from one of them to another only
+        pages = [each.map.pages() for each in self._layers.since(layer)]  # codes move among them
         for count, number in enumerate(chain.from_iterable(pages)):
-            if count % SHARED_PAGES_AT_ONCE == 0:
+            if count % PAGES_AT_ONCE == 0:
                 await asyncio.sleep(0)
                 if layer.is_removed:
                     return
             first = number << PAGE_SHIFT
-            shared.replace(first, self._resolve(layer, first, min(end, page_end(first))))
+            shared.replace(first, self._layers.resolve(layer, first, min(end, page_end(first))))
 
     # -- giving up ranges ---------------------------------------------------------
 
@@ -579,7 +566,7 @@ class CopyBeforeWrite:
             if layer.is_good and layer.access is None:
                 wanted[:] = True
             elif layer.is_good and layer.access is not None:
-                wanted |= self._accessible(layer.access, first, end)
+                wanted |= self._layers.accessible(layer.access, first, end)
             codes = layer.map.codes(first, end)
             unneeded = (codes >= COPIED) & ~wanted
             if unneeded.any():

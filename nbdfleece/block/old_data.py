@@ -50,7 +50,7 @@ class OldData:
         Raises:
             OSError: It cannot be read, or not be kept; nothing of it is.
         """
-        codes = await self._zero_codes(first, end)
+        codes = await self.zero_codes(first, end)
         try:
             for start, stop in true_runs(codes == UNTOUCHED):
                 place = await self._copy_data(scratch, first + start, stop - start)
@@ -73,7 +73,7 @@ class OldData:
             raise
         return place
 
-    async def _zero_codes(self, first: int, end: int) -> Codes:
+    async def zero_codes(self, first: int, end: int) -> Codes:
         """Codes for granules that read as zeroes, UNTOUCHED for those that hold data."""
         codes = np.full(end - first, FORGOTTEN, dtype=np.uint32)
         offset, limit = first << self._shift, min(end << self._shift, self._source.size)

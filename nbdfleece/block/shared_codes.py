@@ -12,7 +12,8 @@ What may be trusted (rule 1)
     each other's stores in order, which :func:`are_seen_in_order` tells of the machine.
 
     Anything but displaced granules (a range was given up, the snapshot is broken or gone)
-    *withdraws* the array, for good and before it takes effect: readers then have to ask.
+    *withdraws* the array, for good and before it takes effect: readers then have to ask. So does
+    a guest that discards more than :data:`FREE_CODES_MAX` tells of: it would take memory (rule 5).
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from typing import Final
 
 import numpy as np
 
-from .granule_codes import UNTOUCHED
+from .granule_codes import COPIED, UNTOUCHED
 from .granule_map import Codes
+
+FREE_CODES_MAX: Final = 16 << 20
+"""Codes of granules that were not copied: 64 MiB. Of the others there are no more than copies."""
 
 _HEAD_BYTES: Final = mmap.PAGESIZE
 """Before the codes: one word that says whether they may be used, alone in its page."""
 
 _CODE_BYTES: Final = 4
+_PAGE_CODES: Final = mmap.PAGESIZE // _CODE_BYTES
 _OPEN: Final = 1
 _IN_ORDER: Final = frozenset({"x86_64", "i686", "s390x"})
 
@@ -64,6 +69,7 @@ class SharedCodes:
         self._words = memoryview(self._memory).cast("I")
         self._codes = self._words[_HEAD_BYTES // _CODE_BYTES :]
         self._is_withdrawn = False
+        self._free_codes = 0
 
     def fileno(self) -> int:
         """The descriptor of the memory."""
@@ -90,18 +96,38 @@ class SharedCodes:
 
     def set_one(self, granule: int, code: int) -> None:
         """The code of a granule, unless it has one."""
-        if self._codes[granule] == UNTOUCHED:
-            self._codes[granule] = code
+        if self._is_withdrawn or self._codes[granule] != UNTOUCHED:
+            return
+        self._codes[granule] = code
+        if code < COPIED:
+            self._count(1)
 
     def set(self, first: int, codes: Codes) -> None:
-        """The codes of those of ``len(codes)`` granules from ``first`` on that have none."""
-        own = np.asarray(self._codes[first : first + len(codes)])
-        vacant = own == UNTOUCHED
-        own[vacant] = codes[vacant]
+        """The codes of those of ``len(codes)`` granules from ``first`` on that have none.
+
+        Where none is given, no memory is looked at, which would take it.
+        """
+        end = first + len(codes)
+        while first < end and not self._is_withdrawn:
+            stop = min(end, (first | _PAGE_CODES - 1) + 1)
+            given, codes = codes[: stop - first], codes[stop - first :]
+            if given.any():
+                own = np.asarray(self._codes[first:stop])
+                vacant = (own == UNTOUCHED) & (given != UNTOUCHED)
+                own[vacant] = given[vacant]
+                self._count(np.count_nonzero(vacant & (given < COPIED)))
+            first = stop
+
+    def _count(self, free_codes: int) -> None:
+        self._free_codes += free_codes
+        if self._free_codes > FREE_CODES_MAX:
+            self.withdraw()
 
     def replace(self, first: int, codes: Codes) -> None:
         """The codes of ``len(codes)`` granules from ``first`` on, before the first :meth:`open`."""
-        np.asarray(self._codes[first : first + len(codes)])[:] = codes
+        if not self._is_withdrawn:
+            np.asarray(self._codes[first : first + len(codes)])[:] = codes
+            self._count(np.count_nonzero((codes != UNTOUCHED) & (codes < COPIED)))
 
 
 class SharedCodesReader:

@@ -7,20 +7,25 @@ import contextlib
 import errno
 import os
 import random
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from nbdfleece.bitmaps.bitmap import Bitmap
+from nbdfleece.block import copy_before_write
 from nbdfleece.block.copy_before_write import CopyBeforeWrite
 from nbdfleece.block.copy_failure import CopyFailure, OnCbwError
+from nbdfleece.block.granule_codes import FORGOTTEN, UNALLOCATED
+from nbdfleece.block.granule_map import PAGE_GRANULES
 from nbdfleece.block.guest import GuestNode
 from nbdfleece.block.layer import Layer
 from nbdfleece.block.node import BlockStatus, allocation_flags
 from nbdfleece.block.snapshot_access import SnapshotAccess
 from nbdfleece.errors import SnapshotError
 from nbdfleece.testing.memory_node import MemoryNode
+from tests.loop_turns import turns_of
 
 KIB = 1024
 CLUSTER = 64 * KIB
@@ -66,12 +71,21 @@ GUARDED = CopyFailure(OnCbwError.BREAK_GUEST_WRITE)
 
 
 @pytest.mark.parametrize("seed", range(30))
-async def test_snapshots_and_guest_at_random_stay_exact(tmp_path: Path, seed: int) -> None:
+async def test_snapshots_and_guest_at_random_stay_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     """Rule 1: writers, readers, new and dropped snapshots, each pausing at every await."""
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    monkeypatch.setattr(copy_before_write, "COPY_BYTES_MAX", 16_384)
+    monkeypatch.setattr(copy_before_write, "ZERO_GRANULES", 7)
     chance = random.Random(seed)
     size = chance.choice([300_001, 1 << 20, 3 << 20])
-    setup = set_up(tmp_path, chance.randbytes(size), granularity=chance.choice([4096, 65536]))
+    granularity = chance.choice([512, 4096, 65536])
+    setup = set_up(tmp_path, chance.randbytes(size), granularity=granularity)
     disk, guest = setup.disk, setup.guest
+    for _ in range(chance.choice([0, 3])):
+        hole = chance.randrange(size // 4096 * 4 // 5) * 4096
+        await disk.trim(hole, min(chance.randrange(200_000), size - hole))
     loop = asyncio.get_running_loop()
 
     def pause(operation: str) -> asyncio.Future[None] | None:
@@ -129,17 +143,94 @@ async def test_snapshots_and_guest_at_random_stay_exact(tmp_path: Path, seed: in
     snapshots: list[tuple[SnapshotAccess, bytes]] = []
     for _ in range(12):
         kind = chance.random()
+        dropping: list[Awaitable[None]] = []
         if kind < 0.4 and len(snapshots) < 5:
             await guest.drain()
             snapshots.append((setup.snapshot(), bytes(disk.content)))
             guest.resume()
         elif kind < 0.55 and snapshots:
-            dropped, _ = snapshots.pop(chance.randrange(len(snapshots)))
-            await dropped.close()
-        await asyncio.gather(*(reader(*each) for each in snapshots), writer(), writer())
+            for _ in range(chance.randint(1, min(2, len(snapshots)))):
+                dropped, _ = snapshots.pop(chance.randrange(len(snapshots)))
+                dropping.append(dropped.close())
+        readers = [reader(*each) for each in snapshots]
+        await asyncio.gather(*readers, *dropping, writer(), writer())
     for snapshot, _ in snapshots:
         await snapshot.close()
     assert not setup.copies.has_layers
+
+
+async def test_guest_that_zeroes_a_whole_disk_leaves_others_their_turns(tmp_path: Path) -> None:
+    """Rule 5: of 4 GiB in one request each MiB of data is a turn, and holes are found together."""
+    data, holes = 24 << 20, 232 << 20
+    setup = set_up(tmp_path, b"x" * data + bytes(holes))
+    setup.disk.holes = set(range(data // 4096, (data + holes) // 4096))
+    asked = []
+    setup.disk.pause = asked.append
+    snapshot = setup.snapshot()
+    assert await turns_of(setup.guest.write_zeroes(0, data + holes)) > data >> 20
+    assert asked.count("block_status") < 40
+    assert setup.copies.scratch_bytes == data
+    assert len(snapshot._layer.map) == data // 4096 // PAGE_GRANULES
+    await snapshot.close()
+
+
+async def test_holes_outside_what_a_snapshot_keeps_are_not_remembered(tmp_path: Path) -> None:
+    size = 4 << 20
+    setup = set_up(tmp_path, size)
+    setup.disk.holes = set(range(size // 4096))
+    kept = Bitmap(size)
+    kept.set_range(0, size // 2)
+    snapshot = setup.snapshot(kept)
+    await setup.guest.write_zeroes(0, size)
+    assert set(snapshot._layer.map.codes(0, size // 8192).tolist()) == {UNALLOCATED}
+    assert set(snapshot._layer.map.codes(size // 8192, size // 4096).tolist()) == {FORGOTTEN}
+    await snapshot.close()
+
+
+async def test_dropping_a_snapshot_of_much_leaves_others_their_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rules 1 and 5: a guest writes on, and the older snapshot is exact in each turn."""
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 2)
+    pages, step = 40, PAGE_GRANULES * 512
+    setup = set_up(tmp_path, b"old!" * (pages * step // 4), granularity=512)
+    older, newer = setup.snapshot(), setup.snapshot()
+    for page in range(pages):
+        await write(setup.guest, page * step, b"new!")
+    dropping = asyncio.create_task(newer.close())
+    turns = 0
+    while not dropping.done():
+        for page in range(pages):
+            assert await read(older, page * step, 8) == b"old!old!"
+        await write(setup.guest, (turns % pages) * step + 4096, b"new!")
+        await asyncio.sleep(0)
+        turns += 1
+    assert pages // 2 <= turns <= pages
+    for page in range(pages):
+        assert await read(older, page * step, 8192) == b"old!" * 2048
+    with pytest.raises(SnapshotError, match="dropped"):
+        await read(newer, 0, 1)
+    await older.close()
+    assert setup.copies.scratch_bytes == 0
+
+
+async def test_dropping_that_is_cancelled_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    step = PAGE_GRANULES * 512
+    setup = set_up(tmp_path, b"old!" * step, granularity=512)
+    older, newer = setup.snapshot(), setup.snapshot()
+    for page in range(4):
+        await write(setup.guest, page * step, b"new!")
+    dropping = asyncio.create_task(newer.close())
+    await asyncio.sleep(0)
+    dropping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await dropping
+    assert [*setup.copies._layers] == [older._layer]
+    assert await read(older, 3 * step, 4) == b"old!"
+    await older.close()
 
 
 async def test_reader_suspended_while_guest_overwrites_gets_old_bytes(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdfleece.block.copy_before_write import SHARED_PAGES_AT_ONCE, CopyBeforeWrite
+from nbdfleece.block.copy_before_write import PAGES_AT_ONCE, CopyBeforeWrite
 from nbdfleece.block.granule_map import PAGE_GRANULES
 from nbdfleece.block.guest import GuestNode
 from nbdfleece.block.shared_codes import SharedCodes
@@ -16,7 +16,7 @@ from nbdfleece.testing.memory_node import MemoryNode
 
 GRANULE = 512
 PAGE_BYTES = PAGE_GRANULES * GRANULE
-OLD_PAGES = 4 * SHARED_PAGES_AT_ONCE
+OLD_PAGES = 4 * PAGES_AT_ONCE
 PAGES = 3 * OLD_PAGES
 
 
@@ -51,7 +51,7 @@ async def test_others_have_their_turn_and_need_not_be_idle(tmp_path: Path) -> No
         turns += 1
         await asyncio.sleep(0)
     _, shared = await sharing
-    assert OLD_PAGES / SHARED_PAGES_AT_ONCE <= turns < OLD_PAGES / 8
+    assert OLD_PAGES / PAGES_AT_ONCE <= turns < OLD_PAGES / 8
     assert codes(shared) == layer.map.codes(0, PAGES * PAGE_GRANULES).tolist()
     await setup.copies.remove_layer(layer)
 
@@ -64,12 +64,15 @@ async def test_codes_that_move_meanwhile_are_told(tmp_path: Path) -> None:
         layers.append(setup.copies.add_layer())
         await setup.touch(OLD_PAGES // 4)
     sharing = asyncio.create_task(setup.copies.share(layers[1]))
-    expected = setup.copies._resolve(layers[1], 0, PAGES * PAGE_GRANULES).tolist()
-    for layer in (layers[0], layers[3], layers[2]):
-        await asyncio.sleep(0)
-        assert not sharing.done()
-        await setup.copies.remove_layer(layer)
+    expected = setup.copies._layers.resolve(layers[1], 0, PAGES * PAGE_GRANULES).tolist()
+    await asyncio.sleep(0)
+    removing = [layers[0], layers[3], layers[2]]
+    removed = asyncio.gather(*map(setup.copies.remove_layer, removing))
+    await asyncio.sleep(0)
+    assert not sharing.done()
+    assert all(layer.is_removed for layer in removing)
     _, shared = await sharing
+    await removed
     assert codes(shared) == expected
     await setup.copies.remove_layer(layers[1])
 

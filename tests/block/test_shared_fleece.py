@@ -17,6 +17,7 @@ from nbdfleece.block import mapped_file, shared_codes
 from nbdfleece.block.copy_before_write import CopyBeforeWrite
 from nbdfleece.block.file import FileNode
 from nbdfleece.block.granule_codes import COPIED
+from nbdfleece.block.granule_map import Codes
 from nbdfleece.block.guest import GuestNode
 from nbdfleece.block.host_file import BELOW, ELSEWHERE, ZEROES, Places
 from nbdfleece.block.mapped_file import MappedFile
@@ -272,6 +273,42 @@ def test_codes_take_memory_only_where_they_are_set() -> None:
     finally:
         codes.close()
         reader.close()
+
+
+@pytest.mark.parametrize("way", ["set", "set_one", "replace"])
+def test_guest_that_discards_much_makes_readers_ask(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Rule 5: its codes take memory, and no quota of copies bounds them."""
+    monkeypatch.setattr(shared_codes, "FREE_CODES_MAX", 2000)
+    codes = SharedCodes(1 << 20)
+    copied = np.arange(5000, dtype=np.uint32) + COPIED
+    free = np.full(2001, 3, dtype=np.uint32)
+
+    def give(first: int, given: Codes) -> None:
+        if way == "set_one":
+            for granule, code in enumerate(given.tolist(), first):
+                codes.set_one(granule, code)
+        else:
+            getattr(codes, way)(first, given)
+
+    try:
+        give(0, copied)
+        give(7000, free[:2000])
+        codes.open()
+        reader = SharedCodesReader(os.dup(codes.fileno()))
+        assert reader.is_open
+        if way != "replace":
+            give(7000, free[:2000])
+        assert reader.is_open
+        give(9000, free[:1])
+        assert not reader.is_open
+        before = os.fstat(codes.fileno()).st_blocks
+        give(100_000, copied)
+        assert os.fstat(codes.fileno()).st_blocks == before
+        reader.close()
+    finally:
+        codes.close()
 
 
 def test_only_machines_that_keep_stores_in_order_are_trusted(
