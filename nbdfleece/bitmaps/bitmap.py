@@ -11,14 +11,18 @@ Spec: qcow2.txt, "Bitmap data".
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
-from typing import Final
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ..extents import Extents
 from .memory import zeroed_memory
+
+Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.uint64]
 
 GRANULARITY_MIN: Final = 1 << 9
 GRANULARITY_MAX: Final = 1 << 31
@@ -65,9 +69,7 @@ class Bitmap:
         if data is not None:
             if len(data) > len(self._bits):
                 raise ValueError(f"{len(data)} bytes of bits where {len(self._bits)} are enough")
-            mine, given = self.array(), np.frombuffer(data, dtype=np.uint8)
-            for part in _nonzero_parts(given):
-                mine[part] = given[part]
+            _combine(self.array(), np.frombuffer(data, dtype=np.uint8), None)
             self._clear_tail()
 
     @property
@@ -80,7 +82,7 @@ class Bitmap:
         """The packed bits, ``ceil(bit_count / 8)`` bytes, read-only."""
         return memoryview(self._bits).toreadonly()
 
-    def array(self) -> npt.NDArray[np.uint8]:
+    def array(self) -> Bytes:
         """The packed bits as a writable numpy view of shape (ceil(bit_count / 8),).
 
         Whoever writes through it keeps the bits past the end of the disk zero.
@@ -170,7 +172,8 @@ class Bitmap:
 
     def bits_set(self) -> int:
         """How many granules are dirty."""
-        return int.from_bytes(self._bits, "little").bit_count()
+        pages, tail = _split(self.array())
+        return _count_bits(pages[_used(pages)]) + _count_bits(tail)
 
     def dirty_bytes(self) -> int:
         """Bytes of the disk that lie in dirty granules; the last granule ends with the disk."""
@@ -191,9 +194,7 @@ class Bitmap:
         if other.size != self.size:
             raise ValueError(f"bitmaps of {other.size} and {self.size} bytes cannot be merged")
         if other.granularity == self.granularity:
-            mine, others = self.array(), other.array()
-            for part in _nonzero_parts(others):
-                mine[part] |= others[part]
+            _combine(self.array(), other.array(), operator.or_)
             return
         for offset, length in other.dirty_ranges():
             self.set_range(offset, length)
@@ -206,8 +207,7 @@ class Bitmap:
         """
         if other.size != self.size or other.granularity != self.granularity:
             raise ValueError("only bitmaps of one size and granularity can be subtracted")
-        mine = self.array()
-        np.bitwise_and(mine, ~other.array(), out=mine)
+        _combine(self.array(), other.array(), lambda mine, others: mine & ~others)
 
     def resized(self, size: int) -> Bitmap:
         """A bitmap of a disk of another size; what is new in it is clear, as in QEMU."""
@@ -301,19 +301,41 @@ class Bitmap:
             self._bits[-1] &= _ONES_BELOW[self.bit_count % 8]
 
 
-def _nonzero_parts(array: npt.NDArray[np.uint8]) -> Iterator[slice]:
-    """The parts of an array, by whole pages, outside which all is zero."""
-    whole = len(array) // _PAGE
-    words = array[: whole * _PAGE].view(np.uint64).reshape(whole, _PAGE // 8)
-    is_used = np.concatenate([[0], words.any(axis=1), [0]])
-    edges = np.flatnonzero(np.diff(is_used)) * _PAGE
-    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-        yield slice(start, stop)
-    if whole * _PAGE < len(array):
-        yield slice(whole * _PAGE, len(array))
+def _split(array: Bytes) -> tuple[Words, Bytes]:
+    """An array as words, shape (pages, 512), and the bytes after the last whole page."""
+    whole = len(array) // _PAGE * _PAGE
+    return array[:whole].view(np.uint64).reshape(-1, _PAGE // 8), array[whole:]
 
 
-def _uniform(array: npt.NDArray[np.uint8], start: int, stop: int) -> int | None:
+def _used(pages: Words) -> npt.NDArray[np.intp]:
+    """The pages that are not all zero: ``max`` tells ten times sooner than ``any`` does."""
+    return np.flatnonzero(pages.max(axis=1))
+
+
+def _combine(mine: Bytes, given: Bytes, how: Callable[[Any, Any], Any] | None) -> None:
+    """Change the beginning of an array by what is not zero in another one.
+
+    The rest is neither written, which would take memory, nor read.
+
+    Args:
+        mine: Is changed.
+        given: No longer than it.
+        how: Makes the new words of both; None to take those that are given.
+    """
+    pages, tail = _split(given)
+    mine_pages, mine_tail = _split(mine[: len(given)])
+    used = _used(pages)
+    mine_pages[used] = pages[used] if how is None else how(mine_pages[used], pages[used])
+    mine_tail[:] = tail if how is None else how(mine_tail, tail)
+
+
+def _count_bits(array: Bytes | Words) -> int:
+    if hasattr(np, "bitwise_count"):  # from numpy 2 on
+        return int(np.bitwise_count(array).sum())
+    return int.from_bytes(array.tobytes(), "little").bit_count()
+
+
+def _uniform(array: Bytes, start: int, stop: int) -> int | None:
     """0 or 1 if the bits of all bytes ``[start, stop)`` are equal, else None."""
     first = array[start]
     if first in (0, 0xFF) and not (array[start:stop] != first).any():

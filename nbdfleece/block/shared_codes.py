@@ -115,7 +115,7 @@ class SharedCodes:
                 own = np.asarray(self._codes[first:stop])
                 vacant = (own == UNTOUCHED) & (given != UNTOUCHED)
                 own[vacant] = given[vacant]
-                self._count(np.count_nonzero(vacant & (given < COPIED)))
+                self._count(int((vacant & (given < COPIED)).sum()))
             first = stop
 
     def _count(self, free_codes: int) -> None:
@@ -127,7 +127,7 @@ class SharedCodes:
         """The codes of ``len(codes)`` granules from ``first`` on, before the first :meth:`open`."""
         if not self._is_withdrawn:
             np.asarray(self._codes[first : first + len(codes)])[:] = codes
-            self._count(np.count_nonzero((codes != UNTOUCHED) & (codes < COPIED)))
+            self._count(int(((codes != UNTOUCHED) & (codes < COPIED)).sum()))
 
 
 class SharedCodesReader:
