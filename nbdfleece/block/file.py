@@ -375,6 +375,11 @@ class FileNode(BlockNode):
             self._fd = -1
             self._stable = None
 
+    async def discard(self) -> None:
+        """Close a file that has no name: its content goes with it, which takes the disk a while."""
+        fd, self._fd = self._fd, -1
+        await in_thread(os.close, fd)
+
 
 def _ask(fd: int, begin: int, end: int) -> asyncio.Future[None]:
     """Have a thread ask the disk for what will be read."""

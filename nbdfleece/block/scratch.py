@@ -161,6 +161,6 @@ class Scratch:
             self._idle = asyncio.get_running_loop().create_future()
             await self._idle
         try:
-            await self._file.close()
+            await self._file.discard()
         except OSError as error:  # nobody needs what is in it any more
             _log.warning("%s: %s", self._file.path, error.strerror)

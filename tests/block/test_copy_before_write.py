@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import random
+import threading
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import NamedTuple
@@ -348,6 +349,28 @@ async def test_dropping_the_last_snapshot_frees_all_scratch(tmp_path: Path) -> N
     assert setup.copies.scratch_bytes == 0
     assert files_open_in(tmp_path) == []
     assert os.listdir(tmp_path) == []
+
+
+async def test_scratch_is_given_up_by_a_thread_and_not_written_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 5: freeing its space may take a second; and nobody needs what is in it any more."""
+    closed_by = {}
+    close = os.close
+
+    def note(fd: int) -> None:
+        closed_by[fd] = threading.current_thread()
+        close(fd)
+
+    setup = set_up(tmp_path, b"x" * (1 << 20))
+    snapshot = setup.snapshot()
+    await write(setup.guest, 0, b"y" * (1 << 20))
+    assert setup.copies._scratch is not None
+    fd = setup.copies._scratch.fileno()
+    monkeypatch.setattr(os, "close", note)
+    monkeypatch.setattr(os, "fdatasync", lambda fd: pytest.fail("it is written to the disk"))
+    await snapshot.close()
+    assert closed_by[fd] is not threading.main_thread()
 
 
 async def test_dropped_snapshot_refuses_reads(tmp_path: Path) -> None:
