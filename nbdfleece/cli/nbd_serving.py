@@ -73,7 +73,7 @@ def _serve(
     given: Given, style: Style, listeners: Sequence[Listener], tell_ready: Callable[[], None] | None
 ) -> None:
     from ..qcow2.backing import BackingPolicy
-    from ..server.loop import run
+    from ..server.loop import run, settle
     from ..standalone.image_server import ImageServer
     from .nbd_options import build_options
 
@@ -84,6 +84,7 @@ def _serve(
     async def main() -> None:
         async with ImageServer(options, listeners) as server:
             handle_signals(server.request_stop)
+            settle()
             with pid_file(given.last("pid-file"), keep=style.keeps_pid_file):
                 if style.prints_uri:
                     print("\n".join(uris), flush=True)

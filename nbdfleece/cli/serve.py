@@ -222,12 +222,14 @@ def make_runtime_directory() -> None:
 async def _serve(options: DaemonOptions, values: dict[str, Any]) -> None:
     from ..daemon import Daemon
     from ..server.limits import allow_descriptors
+    from ..server.loop import settle
 
     allow_descriptors(options.limits)
     daemon = Daemon(options)
     handle_signals(lambda: daemon.request_stop("host-signal"))
     with contextlib.ExitStack() as after_the_end:
         async with daemon:
+            settle()
             after_the_end.enter_context(_pid_file(values["pid_file"]))
             _announce(daemon, values)
             await daemon.wait_stop_requested()

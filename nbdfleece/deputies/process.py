@@ -29,7 +29,7 @@ from ..qcow2.image import Qcow2Image
 from ..server.catalogue import describe_export
 from ..server.channel import SocketChannel
 from ..server.limits import Limits
-from ..server.loop import LoopChoice, run
+from ..server.loop import LoopChoice, run, settle
 from ..server.server import Client, NbdServer
 from . import messages
 from .link import Link
@@ -269,6 +269,7 @@ def main(descriptor: int, loop: LoopChoice) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
 
     async def serve() -> None:
+        settle()
         await DeputyProcess(socket.socket(fileno=descriptor)).wait_end()
 
     run(serve(), loop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 
 from .chain import CheckpointState
@@ -85,8 +87,12 @@ class ExportInfo(msgspec.Struct, kw_only=True, rename="kebab"):
 
 async def bitmap_infos(node: BitmapNode) -> list[BitmapInfo]:
     """Describe the bitmaps of a disk or of another node that has some."""
-    return [
-        BitmapInfo(
+    found = []
+    for each in node.state.bitmaps.values():
+        await asyncio.sleep(0)  # to count takes a millisecond: a guest's write comes between
+        if each.name not in node.state.bitmaps:
+            continue
+        info = BitmapInfo(
             name=each.name,
             granularity=each.granularity,
             recording=each.recording,
@@ -95,8 +101,8 @@ async def bitmap_infos(node: BitmapNode) -> list[BitmapInfo]:
             inconsistent=each.inconsistent,
             count=None if each.inconsistent else (await node.bits(each.name)).dirty_bytes(),
         )
-        for each in node.state.bitmaps.values()
-    ]
+        found.append(info)
+    return found
 
 
 async def disk_info(disk: Disk) -> DiskInfo:
@@ -116,9 +122,10 @@ async def disk_info(disk: Disk) -> DiskInfo:
 async def checkpoint_infos(engine: Engine) -> list[CheckpointInfo]:
     """Describe all checkpoints, oldest first."""
     found: dict[str, CheckpointInfo] = {}
-    for disk in engine.disks.values():
+    for disk in list(engine.disks.values()):
         parent = None
         for each in disk.state.chain.checkpoints:
+            await asyncio.sleep(0)  # as above
             info = found.setdefault(
                 each.name,
                 CheckpointInfo(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import importlib
 import importlib.util
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar
@@ -32,6 +34,16 @@ def loop_factory(choice: LoopChoice = "auto") -> Callable[[], asyncio.AbstractEv
     if choice == "uvloop":
         raise UsageError("uvloop is not installed: install it, or choose the loop 'asyncio'")
     return asyncio.new_event_loop
+
+
+def settle() -> None:
+    """A server is complete: what it has imported stays as long as it lives.
+
+    The garbage collector need not look at 40,000 objects again, 15 ms at a time (rule 5).
+    """
+    importlib.import_module("numpy.ma")  # np.unique would, when a guest is waiting
+    gc.collect()
+    gc.freeze()
 
 
 def run(main: Coroutine[Any, Any, T], choice: LoopChoice = "auto", *, debug: bool = False) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from nbdfleece.block.guest_options import DetectZeroes, GuestPolicy
 from nbdfleece.engine.disk import ScratchOptions
 from nbdfleece.engine.engine import Engine
+from nbdfleece.engine.info import bitmap_infos
 from nbdfleece.export.export import ExportTable
 from nbdfleece.testing.memory_node import MemoryNode
+from tests.loop_turns import turns_of
 
 from .rig import CLUSTER, SIZE, make_image, open_engine, qemu_img, stored_bitmaps
 
@@ -77,4 +80,20 @@ async def test_checkpoint_of_a_disk_with_its_bytes_elsewhere_is_stored_after_the
     await engine.create_checkpoint("one")
     assert data.flushes
     assert disk.state.chain.find("one") is not None
+    await engine.close()
+
+
+async def test_bitmaps_are_described_one_in_a_turn_and_may_go_meanwhile(tmp_path: Path) -> None:
+    """Rule 5: to count what is dirty in eighty bitmaps of 1 TiB takes 50 ms."""
+    image = make_image(tmp_path / "vda.qcow2")
+    for number in range(5):
+        qemu_img("bitmap", "--add", image, f"b{number}")
+    engine = await open_engine(tmp_path, image)
+    disk = engine.disk("vda")
+    assert await turns_of(bitmap_infos(disk)) >= 5
+    describing = asyncio.create_task(bitmap_infos(disk))
+    await asyncio.sleep(0)
+    left = {name: each for name, each in disk.state.bitmaps.items() if name != "b3"}
+    disk.state = disk.state._replace(bitmaps=left)
+    assert [each.name for each in await describing] == ["b0", "b1", "b2", "b4"]
     await engine.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 
@@ -27,3 +29,20 @@ def test_missing_uvloop_is_told_only_if_it_was_asked_for(monkeypatch: pytest.Mon
     assert loop_factory("auto") is asyncio.new_event_loop
     with pytest.raises(UsageError, match="uvloop is not installed"):
         loop_factory("uvloop")
+
+
+def test_server_that_is_complete_is_no_work_for_the_garbage_collector() -> None:
+    """Rule 5: looking at all that is imported takes 15 ms."""
+    program = """
+import gc, sys
+import nbdfleece.daemon
+from nbdfleece.server.loop import settle
+imported = len(gc.get_objects())
+settle()
+assert len(gc.get_objects()) < imported / 10
+before = set(sys.modules)
+import numpy
+numpy.unique(numpy.arange(3))
+assert set(sys.modules) == before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -45,7 +45,7 @@ class QueryDisks(Command):
 
     async def run(self, server: Controlled) -> list[DiskInfo]:
         """Carry it out."""
-        return [await disk_info(disk) for disk in server.engine.disks.values()]
+        return [await disk_info(disk) for disk in list(server.engine.disks.values())]
 
 
 class QueryBitmaps(Command):
