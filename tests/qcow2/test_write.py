@@ -411,6 +411,18 @@ async def test_others_have_turns_while_a_request_goes_over_many_tables(folder: P
     await image.close()
 
 
+async def test_others_have_turns_while_many_tables_are_described(folder: Path) -> None:
+    """Rule 5: with extended headers a client may ask for a whole disk at once."""
+    tables = 50
+    path = folder / "many.qcow2"
+    size = tables * 32 * KIB
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=512,preallocation=metadata",
+             path, str(size))  # fmt: skip
+    image = await Qcow2Image.from_file(FakeDisk(path.read_bytes(), read_only=True))
+    assert await turns_of(image.block_status(0, size)) >= tables
+    await image.close()
+
+
 async def test_others_have_turns_while_a_free_cluster_is_looked_for(folder: Path) -> None:
     """Rule 5: a preallocated image has a thousand full refcount blocks."""
     path = folder / "full.qcow2"
