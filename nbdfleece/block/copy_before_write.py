@@ -66,6 +66,7 @@ from .old_data import OldData
 from .range_lock import RangeLock
 from .scratch import Scratch
 from .shared_codes import SharedCodes
+from .threads import to_its_end
 
 DEFAULT_GRANULARITY: Final = 4096
 """Bytes. Small: a random 4 KiB guest write copies 4 KiB, where QEMU copies 64."""
@@ -187,15 +188,17 @@ class CopyBeforeWrite:
             self._shared.remove(layer.shared)
             layer.shared.close()
         self._version += 1
-        try:
-            for count, _ in enumerate(self._hand_down(layer), 1):
-                if count % PAGES_AT_ONCE == 0:
+        await to_its_end(self._remove(layer))
+
+    async def _remove(self, layer: Layer) -> None:
+        moved = -1
+        while moved:  # once more, for what was displaced meanwhile
+            moved = 0
+            for moved, _ in enumerate(self._hand_down(layer), 1):
+                if moved % PAGES_AT_ONCE == 0:
                     await asyncio.sleep(0)
-        finally:
-            for _ in self._hand_down(layer):  # what was displaced meanwhile
-                pass
-            self._layers.remove(layer)
-            self._note_timeout()
+        self._layers.remove(layer)
+        self._note_timeout()
         if not self.has_layers and self._scratch is not None:
             scratch, self._scratch = self._scratch, None
             await scratch.close()
@@ -303,7 +306,8 @@ class CopyBeforeWrite:
             if not needed.all():
                 self._record(at, np.where(needed, UNTOUCHED, FORGOTTEN).astype(np.uint32))
             for start, run_end in true_runs(needed):
-                await self._copy_or_break(at + start, at + run_end)
+                if self.has_layers:  # the last snapshot may be dropped while another run is copied
+                    await self._copy_or_break(at + start, at + run_end)
 
     async def _record_zeroes(self, first: int, end: int) -> None:
         """Record what reads as zeroes, much of it at a time: guests discard whole disks."""

@@ -377,6 +377,10 @@ class FileNode(BlockNode):
 
     async def discard(self) -> None:
         """Close a file that has no name: its content goes with it, which takes the disk a while."""
+        if self._fd < 0:
+            return
+        if self._ahead.asking is not None:
+            await finished(self._ahead.asking)
         fd, self._fd = self._fd, -1
         await in_thread(os.close, fd)
 

@@ -126,8 +126,10 @@ class SharedCodes:
     def replace(self, first: int, codes: Codes) -> None:
         """The codes of ``len(codes)`` granules from ``first`` on, before the first :meth:`open`."""
         if not self._is_withdrawn:
-            np.asarray(self._codes[first : first + len(codes)])[:] = codes
-            self._count(int(((codes != UNTOUCHED) & (codes < COPIED)).sum()))
+            own = np.asarray(self._codes[first : first + len(codes)])
+            is_new = (own == UNTOUCHED) & (codes != UNTOUCHED)
+            own[:] = codes
+            self._count(int((is_new & (codes < COPIED)).sum()))
 
 
 class SharedCodesReader:

@@ -125,7 +125,6 @@ async def checkpoint_infos(engine: Engine) -> list[CheckpointInfo]:
     for disk in list(engine.disks.values()):
         parent = None
         for each in disk.state.chain.checkpoints:
-            await asyncio.sleep(0)  # as above
             info = found.setdefault(
                 each.name,
                 CheckpointInfo(

@@ -231,7 +231,56 @@ async def test_dropping_that_is_cancelled_is_completed(
         await dropping
     assert [*setup.copies._layers] == [older._layer]
     assert await read(older, 3 * step, 4) == b"old!"
+    dropping = asyncio.create_task(setup.snapshot().close())
     await older.close()
+    dropping.cancel()
+    await asyncio.wait([dropping])
+    assert not setup.copies.has_layers
+    assert setup.copies.scratch_bytes == 0
+
+
+async def test_snapshots_dropped_together_leave_others_their_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 5: what a newer one hands to one that goes as well is handed on in turns, too."""
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    pages, step = 30, PAGE_GRANULES * 512
+    setup = set_up(tmp_path, b"old!" * (pages * step // 4), granularity=512)
+    kept, middle, newest = setup.snapshot(), setup.snapshot(), setup.snapshot()
+    for page in range(pages):
+        await write(setup.guest, page * step, b"new!")
+    dropping = asyncio.gather(middle.close(), newest.close())
+    moved = []
+    while not dropping.done():
+        before = len(kept._layer.map)
+        await asyncio.sleep(0)
+        moved.append(len(kept._layer.map) - before)
+    assert max(moved) <= 2
+    assert sum(moved) == pages
+    for page in range(pages):
+        assert await read(kept, page * step, 8) == b"old!old!"
+    await kept.close()
+
+
+async def test_last_snapshot_that_is_dropped_while_a_write_copies_leaves_the_write_alone(
+    tmp_path: Path,
+) -> None:
+    """Rule 5: what is to be copied lies in two pieces, and the first is under way."""
+    setup = set_up(tmp_path, b"x" * CLUSTER)
+    snapshot = setup.snapshot()
+    await write(setup.guest, 4096, b"1")
+    held = asyncio.get_running_loop().create_future()
+    setup.disk.pause = lambda operation: held if operation == "read" else None
+    writing = asyncio.create_task(write(setup.guest, 0, b"y" * 12288))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    dropping = asyncio.create_task(snapshot.close())
+    await asyncio.sleep(0)
+    setup.disk.pause = lambda operation: None
+    held.set_result(None)
+    await asyncio.gather(writing, dropping)
+    assert setup.disk.content[:12288] == b"y" * 12288
+    assert not setup.copies.has_layers
 
 
 async def test_reader_suspended_while_guest_overwrites_gets_old_bytes(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class QueryBlock(Command):
                 "locked": False,
                 "inserted": await _disk_node(disk),
             }
-            for disk in server.engine.disks.values()
+            for disk in list(server.engine.disks.values())
         ]
 
 

@@ -56,7 +56,7 @@ class QueryBitmaps(Command):
     async def run(self, server: Controlled) -> list[DiskBitmapInfo]:
         """Carry it out."""
         disks = server.engine.disks
-        chosen = disks.values() if self.disk is None else [find_disk(server, self.disk)]
+        chosen = list(disks.values()) if self.disk is None else [find_disk(server, self.disk)]
         found = []
         for disk in chosen:
             info = await disk_info(disk)
