@@ -106,7 +106,11 @@ class GranuleMap:
                 if existing.any():
                     number += int(existing.argmax())
                     return min(end, max(granule, number << PAGE_SHIFT))
-            number = (number | _DIRECTORY_PAGES - 1) + 1
+            past = number >> _DIRECTORY_SHIFT
+            following = min((each for each in self._directories if each > past), default=None)
+            if following is None:
+                break
+            number = following << _DIRECTORY_SHIFT
         return end
 
     def pages(self) -> list[int]:

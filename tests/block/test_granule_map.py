@@ -69,3 +69,16 @@ def test_pages_are_no_objects_that_the_garbage_collector_visits() -> None:
         granules.set_one(page * PAGE_GRANULES, 1)
     assert len(granules) == 500
     assert len(gc.get_objects()) - before < 10
+
+
+def test_next_page_of_a_huge_disk_is_found_by_what_exists() -> None:
+    """Rule 5: a disk of 2 PiB has a quarter of a million directories, few of which exist."""
+    granules = GranuleMap()
+    end = 1 << 39
+    assert granules.next_page(5, end) == end
+    far = [7, 1 << 30, (1 << 38) + 9]
+    for granule in far:
+        granules.set_one(granule, 1)
+    pages = [granule // PAGE_GRANULES * PAGE_GRANULES for granule in far]
+    assert [granules.next_page(page_end(page), end) for page in pages] == [*pages[1:], end]
+    assert granules.next_page(page_end(pages[0]), 1 << 29) == 1 << 29
