@@ -318,7 +318,8 @@ class CopyBeforeWrite:
             except OSError:  # of one place, which copying will come to
                 continue
             codes[~self._layers.needed(at, stop)] = UNTOUCHED
-            self._record(at, codes)
+            if codes.any():
+                self._record(at, codes)
             await asyncio.sleep(0)
 
     async def _copy_or_break(self, first: int, end: int) -> None:

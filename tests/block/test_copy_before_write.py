@@ -188,16 +188,25 @@ async def test_holes_outside_what_a_snapshot_keeps_are_not_remembered(tmp_path: 
     await snapshot.close()
 
 
+async def overwritten(
+    directory: Path, pages: int, *, snapshots: int
+) -> tuple[Setup, list[SnapshotAccess]]:
+    """Snapshots of a disk of old bytes; since them a guest has touched each page of codes."""
+    step = PAGE_GRANULES * 512
+    setup = set_up(directory, b"old!" * (pages * step // 4), granularity=512)
+    taken = [setup.snapshot() for _ in range(snapshots)]
+    for page in range(pages):
+        await write(setup.guest, page * step, b"new!")
+    return setup, taken
+
+
 async def test_dropping_a_snapshot_of_much_leaves_others_their_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rules 1 and 5: a guest writes on, and the older snapshot is exact in each turn."""
     monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 2)
     pages, step = 40, PAGE_GRANULES * 512
-    setup = set_up(tmp_path, b"old!" * (pages * step // 4), granularity=512)
-    older, newer = setup.snapshot(), setup.snapshot()
-    for page in range(pages):
-        await write(setup.guest, page * step, b"new!")
+    setup, (older, newer) = await overwritten(tmp_path, pages, snapshots=2)
     dropping = asyncio.create_task(newer.close())
     turns = 0
     while not dropping.done():
@@ -245,10 +254,7 @@ async def test_snapshots_dropped_together_leave_others_their_turns(
     """Rule 5: what a newer one hands to one that goes as well is handed on in turns, too."""
     monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
     pages, step = 30, PAGE_GRANULES * 512
-    setup = set_up(tmp_path, b"old!" * (pages * step // 4), granularity=512)
-    kept, middle, newest = setup.snapshot(), setup.snapshot(), setup.snapshot()
-    for page in range(pages):
-        await write(setup.guest, page * step, b"new!")
+    _, (kept, middle, newest) = await overwritten(tmp_path, pages, snapshots=3)
     dropping = asyncio.gather(middle.close(), newest.close())
     moved = []
     while not dropping.done():
