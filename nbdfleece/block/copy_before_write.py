@@ -50,7 +50,6 @@ from ..bitmaps.bitmap import Bitmap
 from ..extents import Extents
 from .copy_failure import USUAL, CopyFailure, OnCbwError, shortest_timeout
 from .granule_codes import (
-    COPIED,
     FORGOTTEN,
     UNTOUCHED,
     free_copies,
@@ -78,8 +77,9 @@ STATUS_GRANULES_MAX: Final = 1 << 15
 """Granules that one block status looks at, not counting what the guest has left alone: 128 MiB
 at granules of 4 KiB, as much as nbdcopy asks for at a time. It takes 0.3 to 1 ms."""
 
-PAGES_AT_ONCE: Final = 64
-"""Pages of codes that are moved, or told to other processes, before others have turns: 0.5 ms."""
+PAGES_AT_ONCE: Final = 32
+"""Pages of codes that are moved, forgotten or told to other processes before others have turns:
+0.3 to 1 ms."""
 
 COPY_BYTES_MAX: Final = 1 << 20
 """Bytes copied at once: a bound on memory, not on what a guest write may touch."""
@@ -125,6 +125,7 @@ class CopyBeforeWrite:
         self._layers = LayerChain(self._shift)
         self._shared: list[SharedCodes] = []
         """Of those layers that other processes read."""
+        self._freeing: set[asyncio.Task[int]] = set()
         self._copying = RangeLock()
         self._old_data = OldData(source, self._shift)
         self._version = 0
@@ -164,13 +165,12 @@ class CopyBeforeWrite:
         self._version += 1
         return layer
 
-    def limit(self, layer: Layer, access: Bitmap) -> None:
+    async def limit(self, layer: Layer, access: Bitmap) -> None:
         """Keep from now on only what ``access`` marks; reading the rest is refused."""
         layer.withdraw()
         layer.access = self._wide(access)
         self._version += 1
-        if access.size:
-            self._free_unneeded(0, (access.size - 1 >> self._shift) + 1)
+        await self._free_unneeded(0, access.size)
 
     def _wide(self, access: Bitmap) -> Bitmap:
         """The same ranges or more, in whole access granules."""
@@ -191,40 +191,25 @@ class CopyBeforeWrite:
         await to_its_end(self._remove(layer))
 
     async def _remove(self, layer: Layer) -> None:
-        moved = -1
-        while moved:  # once more, for what was displaced meanwhile
-            moved = 0
-            for moved, _ in enumerate(self._hand_down(layer), 1):
-                if moved % PAGES_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+        while await self._free_in_turns(self._layers.hand_down(layer)):
+            pass  # once more, for what was displaced meanwhile
         self._layers.remove(layer)
         self._note_timeout()
         if not self.has_layers and self._scratch is not None:
             scratch, self._scratch = self._scratch, None
             await scratch.close()
 
-    def _hand_down(self, layer: Layer) -> Iterator[None]:
-        """Move the codes of a removed layer to the next older one, where that has none, by pages.
-
-        Without an older one the copies are freed: all together, if nobody else has any.
-        """
-        if self._layers.is_alone(layer):
-            return
-        for first, codes in layer.map.take_pages():
-            older = self._layers.older(layer)
-            if older is not None:
-                kept = older.map.codes(first, first + len(codes))
-                older.map.set(first, np.where(kept == UNTOUCHED, codes, kept))
-                codes = codes[kept != UNTOUCHED]
-            self._free(codes)
-            yield
-
     def _note_timeout(self) -> None:
         self._timeout_seconds = shortest_timeout(each.failure for each in self._layers)
 
-    def _free_all(self, layer: Layer) -> None:
-        for _, codes in layer.map.take_pages():
+    async def _free_in_turns(self, given_up: Iterator[Codes]) -> int:
+        """Give back the scratch granules of what is given up step by step; how many steps."""
+        steps = 0
+        for steps, codes in enumerate(given_up, 1):
             self._free(codes)
+            if steps % PAGES_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return steps
 
     def _free(self, codes: Codes) -> None:
         """Give back the scratch granules among ``codes``."""
@@ -261,7 +246,7 @@ class CopyBeforeWrite:
         if (
             scratch is None
             or newest.access is not None
-            or newest.error is not None
+            or not newest.is_good
             or self._timeout_seconds is not None
             or not self._copying.is_free(granule, granule + 1)
         ):
@@ -324,6 +309,8 @@ class CopyBeforeWrite:
 
     async def _copy_or_break(self, first: int, end: int) -> None:
         """Copy granules that are needed; on failure do what ``on_error`` says."""
+        if self._freeing:
+            await asyncio.wait(self._freeing)  # there may be no room before
         try:
             self._record(first, await self._copy_in_time(first, end))
         except OSError as error:
@@ -388,10 +375,11 @@ class CopyBeforeWrite:
             self._on_broken(layer)
 
     def _free_broken(self) -> None:
-        """Once no good snapshot is left, no copy is needed any more."""
+        """Once no good snapshot is left, no copy is needed any more; the guest need not wait."""
         if not any(layer.is_good for layer in self._layers):
-            for layer in self._layers:
-                self._free_all(layer)
+            freeing = asyncio.create_task(self._free_in_turns(self._layers.forget_all()))
+            self._freeing.add(freeing)
+            freeing.add_done_callback(self._freeing.discard)
 
     # -- the snapshots' side ------------------------------------------------------
 
@@ -534,7 +522,7 @@ class CopyBeforeWrite:
 
     # -- giving up ranges ---------------------------------------------------------
 
-    def release(self, layer: Layer, offset: int, length: int) -> None:
+    async def release(self, layer: Layer, offset: int, length: int) -> None:
         """The reader of a snapshot is done with a range: stop protecting it, free its copies.
 
         Only whole access granules inside the range are released; reading them is refused
@@ -552,33 +540,13 @@ class CopyBeforeWrite:
         if begin < end:
             layer.access.clear_range(begin, end - begin)
             self._version += 1
-            self._free_unneeded(begin >> self._shift, (end - 1 >> self._shift) + 1)
+            await self._free_unneeded(begin, end - begin)
 
-    def _free_unneeded(self, first: int, end: int) -> None:
-        """Forget the copies of ``[first, end)`` that no snapshot may read any more."""
-        at = first
-        while at < end:
-            at = min(layer.map.next_page(at, end) for layer in self._layers)
-            stop = min(end, page_end(at))
-            if at < stop:
-                self._free_unneeded_page(at, stop)
-            at = stop
-
-    def _free_unneeded_page(self, first: int, end: int) -> None:
-        wanted = np.zeros(end - first, dtype=np.bool_)
-        """Granules that some layer at or before the current one still looks for."""
-        for layer in self._layers:
-            if layer.is_good and layer.access is None:
-                wanted[:] = True
-            elif layer.is_good and layer.access is not None:
-                wanted |= self._layers.accessible(layer.access, first, end)
-            codes = layer.map.codes(first, end)
-            unneeded = (codes >= COPIED) & ~wanted
-            if unneeded.any():
-                self._free(codes[unneeded])
-                codes[unneeded] = FORGOTTEN
-                layer.map.set(first, codes)
-            wanted &= codes == UNTOUCHED
+    async def _free_unneeded(self, offset: int, length: int) -> None:
+        """Forget the copies of a range that no snapshot may read any more."""
+        if length:
+            first, end = offset >> self._shift, (offset + length - 1 >> self._shift) + 1
+            await to_its_end(self._free_in_turns(self._layers.forget_unneeded(first, end)))
 
 
 def _drop_late_copy(scratch: Scratch, copy: asyncio.Task[Codes]) -> None:

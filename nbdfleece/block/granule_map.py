@@ -121,13 +121,9 @@ class GranuleMap:
             for page in np.flatnonzero(np.frombuffer(directory, np.int64)).tolist()
         ]
 
-    def take_pages(self) -> Iterator[tuple[int, Codes]]:
-        """Empty the map: ``(first granule, codes)`` of each page, codes of shape (512,)."""
-        for number in self.pages():
-            first = number << PAGE_SHIFT
-            codes = self.codes(first, first + PAGE_GRANULES)
-            self._give_up(number, 0)
-            yield first, codes
+    def drop_page(self, number: int) -> None:
+        """Let a page not exist any more."""
+        self._give_up(number, 0)
 
     def _entry(self, number: int) -> int:
         """What the directory has of a page."""
@@ -165,9 +161,13 @@ class GranuleMap:
         """Let all codes of a page be alike, without a place; 0 if it is not to exist."""
         directory = self._directories[number >> _DIRECTORY_SHIFT]
         entry = directory[number & _DIRECTORY_PAGES - 1]
+        directory[number & _DIRECTORY_PAGES - 1] = -code
         if entry > 0:
             self._vacant.append(entry)
-        directory[number & _DIRECTORY_PAGES - 1] = -code
+            if not len(self):
+                self._slabs.clear()
+                self._vacant.clear()
+                self._end = PAGE_GRANULES
 
 
 def page_end(granule: int) -> int:

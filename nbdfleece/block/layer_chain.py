@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..bitmaps.bitmap import Bitmap
-from .granule_codes import UNTOUCHED, Mask
-from .granule_map import Codes
+from .granule_codes import COPIED, FORGOTTEN, UNTOUCHED, Mask
+from .granule_map import PAGE_GRANULES, PAGE_SHIFT, Codes, page_end
 from .layer import Layer
 
 
@@ -42,15 +42,6 @@ class LayerChain:
         """Forget one, of which the older ones have what they need."""
         self._layers.remove(layer)
         self.newest = self._layers[-1] if self._layers else None
-
-    def is_alone(self, layer: Layer) -> bool:
-        """Whether there is no other one."""
-        return self._layers == [layer]
-
-    def older(self, layer: Layer) -> Layer | None:
-        """The next older one."""
-        at = self._layers.index(layer)
-        return self._layers[at - 1] if at else None
 
     def since(self, layer: Layer) -> list[Layer]:
         """A layer and the newer ones."""
@@ -115,3 +106,61 @@ class LayerChain:
     def next_page(self, layer: Layer, first: int, end: int) -> int:
         """The first granule in a page that a snapshot may find something in, or ``end``."""
         return min(other.map.next_page(first, end) for other in self.since(layer))
+
+    # -- giving up, a page of codes at each step: what is yielded, nobody needs any more ---------
+
+    def hand_down(self, layer: Layer) -> Iterator[Codes]:
+        """Move the codes of a removed layer to the next older one, where that has none.
+
+        The last layer keeps them: its copies go all together.
+        """
+        if self._layers == [layer]:
+            return
+        for number in layer.map.pages():
+            first = number << PAGE_SHIFT
+            codes = layer.map.codes(first, first + PAGE_GRANULES)
+            older = self._layers[: self._layers.index(layer)]
+            if any(each.is_good for each in older):
+                kept = older[-1].map.codes(first, first + PAGE_GRANULES)
+                older[-1].map.set(first, np.where(kept == UNTOUCHED, codes, kept))
+                codes = codes[kept != UNTOUCHED]
+            layer.map.drop_page(number)
+            yield codes
+
+    def forget_all(self) -> Iterator[Codes]:
+        """Forget the codes of all layers that there are now, none of which is good."""
+        for layer in list(self._layers):
+            for number in layer.map.pages():
+                if layer not in self._layers:
+                    break  # removed meanwhile, and the copies may belong to others
+                first = number << PAGE_SHIFT
+                codes = layer.map.codes(first, first + PAGE_GRANULES)
+                layer.map.drop_page(number)
+                yield codes
+
+    def forget_unneeded(self, first: int, end: int) -> Iterator[Codes]:
+        """Forget the copies of granules ``[first, end)`` that no snapshot may read."""
+        while first < end and self._layers:
+            first = min(layer.map.next_page(first, end) for layer in self._layers)
+            stop = min(end, page_end(first))
+            if first < stop:
+                yield self._forget_unneeded(first, stop)
+            first = stop
+
+    def _forget_unneeded(self, first: int, end: int) -> Codes:
+        given_up = [np.empty(0, dtype=np.uint32)]
+        wanted = np.zeros(end - first, dtype=np.bool_)
+        """Granules that some layer at or before the current one still looks for."""
+        for layer in self._layers:
+            if layer.is_good and layer.access is None:
+                wanted[:] = True
+            elif layer.is_good and layer.access is not None:
+                wanted |= self.accessible(layer.access, first, end)
+            codes = layer.map.codes(first, end)
+            unneeded = (codes >= COPIED) & ~wanted
+            if unneeded.any():
+                given_up.append(codes[unneeded])
+                codes[unneeded] = FORGOTTEN
+                layer.map.set(first, codes)
+            wanted &= codes == UNTOUCHED
+        return np.concatenate(given_up)

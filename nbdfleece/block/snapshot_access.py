@@ -52,7 +52,7 @@ class SnapshotAccess(BlockNode):
         """Fill ``view`` with the bytes as they were."""
         await self._copies.read_into(self._layer, offset, view)
         if self._release_after_read:
-            self._copies.release(self._layer, offset, len(view))
+            await self._copies.release(self._layer, offset, len(view))
 
     def read_at_once(self, offset: int, view: memoryview) -> bool:
         """Fill ``view`` with the bytes as they were, if these are at hand.
@@ -91,15 +91,15 @@ class SnapshotAccess(BlockNode):
         """The places of the clusters of a part of the disk, for who has a :meth:`share`."""
         return await self._copies.source.locate(part)
 
-    def limit(self, access: Bitmap) -> None:
+    async def limit(self, access: Bitmap) -> None:
         """Keep only what a bitmap marks; reading the rest is refused from now on."""
         self._layer.check()
-        self._copies.limit(self._layer, access)
+        await self._copies.limit(self._layer, access)
 
     async def trim(self, offset: int, length: int) -> None:
         """Release the whole access granules inside the range."""
         self._layer.check()
-        self._copies.release(self._layer, offset, length)
+        await self._copies.release(self._layer, offset, length)
 
     async def close(self) -> None:
         """Drop the snapshot."""

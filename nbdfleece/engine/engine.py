@@ -444,7 +444,7 @@ class Engine:
                 bitmaps[since] = await disk.changes_since(since, instant)
                 context = DirtyBitmap(since, bitmaps[since]).name
                 if only_changes:
-                    snapshot.disks[disk.name].node.limit(bitmaps[since])
+                    await snapshot.disks[disk.name].node.limit(bitmaps[since])
             except StateError as error:
                 reason = str(error)
         export = await self._export(snapshot, disk.name, None, bitmaps, allocation_depth=True)

@@ -268,6 +268,77 @@ async def test_snapshots_dropped_together_leave_others_their_turns(
     await kept.close()
 
 
+@pytest.mark.parametrize("what", ["limit", "release"])
+async def test_giving_up_copies_of_much_leaves_others_their_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Rule 5: a client may trim 4 GiB of a fleece; what it gave up is refused from then on."""
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    pages = 30
+    setup, (snapshot,) = await overwritten(tmp_path, pages, snapshots=1)
+    size = setup.disk.size
+    giving_up = snapshot.trim(0, size) if what == "release" else snapshot.limit(Bitmap(size))
+    in_use = []
+
+    async def watch() -> None:
+        while setup.copies.scratch_bytes:
+            in_use.append(setup.copies.scratch_bytes)
+            with pytest.raises(PermissionError):
+                await read(snapshot, size - 512, 512)
+            await asyncio.sleep(0)
+
+    giving = asyncio.ensure_future(giving_up)
+    await asyncio.sleep(0)
+    await asyncio.wait_for(watch(), 20)
+    await giving
+    assert len(in_use) >= pages - 1
+    await snapshot.close()
+
+
+async def test_broken_snapshots_give_up_their_copies_in_turns_that_no_guest_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 5; and a new snapshot, taken at once, finds the room that they had."""
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    setup, (snapshot,) = await overwritten(tmp_path, 30, snapshots=1)
+    assert setup.copies._scratch is not None
+    setup.copies._scratch._quota = setup.copies.scratch_bytes
+    await write(setup.guest, 512, b"more")
+    assert snapshot.error is not None
+    assert setup.copies.scratch_bytes > 0
+    after = setup.snapshot()
+    before = bytes(setup.disk.content[:1024])
+    await write(setup.guest, 0, b"next" * 256)
+    assert after.error is None
+    assert await read(after, 0, 1024) == before
+    assert setup.copies.scratch_bytes == 1024
+    await after.close()
+    assert setup.copies.scratch_bytes == 0, "a broken one inherits nothing"
+    await snapshot.close()
+
+
+async def test_broken_snapshot_that_goes_gives_up_nothing_of_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 1: a scratch of its own has the same places."""
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    setup, (snapshot,) = await overwritten(tmp_path, 30, snapshots=1)
+    assert setup.copies._scratch is not None
+    setup.copies._scratch._quota = 0
+    await write(setup.guest, 512, b"more")
+    dropping = asyncio.create_task(snapshot.close())
+    while setup.copies.has_layers:
+        await asyncio.sleep(0)
+    assert setup.copies._freeing
+    after, before = setup.snapshot(), bytes(setup.disk.content[:32768])
+    await write(setup.guest, 0, b"next" * 8192)
+    await dropping
+    await asyncio.gather(*setup.copies._freeing)
+    assert await read(after, 0, 32768) == before
+    assert setup.copies.scratch_bytes == 32768
+    await after.close()
+
+
 async def test_last_snapshot_that_is_dropped_while_a_write_copies_leaves_the_write_alone(
     tmp_path: Path,
 ) -> None:
@@ -535,6 +606,7 @@ async def test_full_scratch_breaks_the_snapshot_not_the_guest(tmp_path: Path) ->
         assert "quota" in (snapshot.error or "")
         with pytest.raises(SnapshotError, match="quota"):
             await read(snapshot, 3 * CLUSTER, 1)
+    await asyncio.sleep(0)
     assert setup.copies.scratch_bytes == 0, "a broken snapshot's copies are worth nothing"
     await write(setup.guest, 0, b"z" * (4 * CLUSTER))
     for snapshot in snapshots:

@@ -327,7 +327,7 @@ class Play:
         elif kind < 0.65:
             for index in range(len(taken.kept)):
                 taken.kept[index] &= chance.random() < 0.8
-            taken.node.limit(_bitmap(taken.kept))
+            await taken.node.limit(_bitmap(taken.kept))
 
     async def look(self) -> bytes:
         """See that the disk is what its guests have made of it, none of which is at work."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 
 import numpy as np
 from hypothesis import given
@@ -42,9 +43,13 @@ def test_codes_are_what_was_set_last(
     touched = [max(first, page) for page in pages if page_end(page) > first]
     assert granules.next_page(first, first + length) == min([*touched, first + length])
     taken = {}
-    for begin, codes in granules.take_pages():
+    for number in granules.pages():
+        begin = number * PAGE_GRANULES
+        codes = granules.codes(begin, begin + PAGE_GRANULES)
         taken.update({begin + i: code for i, code in enumerate(codes.tolist()) if code})
+        granules.drop_page(number)
     assert taken == model
+    assert granules.pages() == []
     assert len(granules) == 0
 
 
@@ -59,6 +64,23 @@ def test_codes_that_are_alike_take_no_memory() -> None:
     granules.set_one(70, 9)
     assert granules.code_list(69, 72) == [3, 9, 3]
     assert len(granules) == 1
+
+
+def test_memory_goes_with_the_last_page_that_takes_some() -> None:
+    """Rule 5: a snapshot that stands on after it was broken or released keeps nothing."""
+    granules = GranuleMap()
+    tracemalloc.start()
+    try:
+        for page in range(2000):
+            granules.set_one(page * PAGE_GRANULES + 1, 7)
+        assert tracemalloc.get_traced_memory()[0] > 2000 * 4 * PAGE_GRANULES
+        for page in granules.pages():
+            granules.drop_page(page)
+        assert tracemalloc.get_traced_memory()[0] < 100_000
+    finally:
+        tracemalloc.stop()
+    granules.set_one(3, 7)
+    assert granules.code_list(2, 5) == [0, 7, 0]
 
 
 def test_pages_are_no_objects_that_the_garbage_collector_visits() -> None:

@@ -133,7 +133,9 @@ async def test_what_is_given_up_while_it_is_read_is_refused(
         pieces_at_once, pieces = FileNode.read_pieces_at_once, FileNode.read_pieces
 
         def give_up() -> None:
-            disk.copies.release(node._layer, 0, 65536)
+            giving_up = disk.copies.release(node._layer, 0, 65536)
+            giving_up.send(None)  # up to where it waits for the copies to be freed
+            giving_up.close()
 
         def read_at_once(file: FileNode, wanted: Sequence[tuple[int, memoryview]]) -> bool:
             give_up()
