@@ -267,13 +267,6 @@ class Disk:
             raise StateError(f"bitmap '{name}' of disk '{self.name}' is inconsistent")
         return bitmap.bits or await self._store.load_bits(name)
 
-    async def dirty_bytes(self, name: str) -> int | None:
-        """Bytes that a bitmap marks; None if it is inconsistent or missing."""
-        bitmap = self.state.bitmaps.get(name)
-        if bitmap is None or bitmap.inconsistent:
-            return None
-        return (await self.bits(name)).dirty_bytes()
-
     async def store(self, state: DiskState) -> None:
         """Put a new state into the image, and in its place if that worked.
 

@@ -6,7 +6,8 @@ import asyncio
 
 import msgspec
 
-from .chain import CheckpointState
+from ..errors import StateError
+from .chain import Checkpoint, CheckpointState
 from .disk import Disk
 from .engine import Engine
 from .transaction import BitmapNode
@@ -47,6 +48,18 @@ class CheckpointInfo(msgspec.Struct, kw_only=True, rename="kebab"):
     owner: str
     state: str
     disks: dict[str, LinkInfo]
+
+    @classmethod
+    def of(cls, record: Checkpoint, parent: str | None) -> CheckpointInfo:
+        """Describe a checkpoint, on no disk yet."""
+        return cls(
+            name=record.name,
+            parent=parent,
+            created=record.created_ns / 1e9,
+            owner=record.owner,
+            state=CheckpointState(record.state).name.lower(),
+            disks={},
+        )
 
 
 class DiskInfo(msgspec.Struct, kw_only=True, rename="kebab"):
@@ -90,6 +103,7 @@ async def bitmap_infos(node: BitmapNode) -> list[BitmapInfo]:
     found = []
     for each in node.state.bitmaps.values():
         await asyncio.sleep(0)  # to count takes a millisecond: a guest's write comes between
+        count = await _dirty_bytes(node, each.name)
         if each.name not in node.state.bitmaps:
             continue
         info = BitmapInfo(
@@ -99,10 +113,18 @@ async def bitmap_infos(node: BitmapNode) -> list[BitmapInfo]:
             busy=bool(node.busy[each.name]),
             persistent=each.persistent,
             inconsistent=each.inconsistent,
-            count=None if each.inconsistent else (await node.bits(each.name)).dirty_bytes(),
+            count=count,
         )
         found.append(info)
     return found
+
+
+async def _dirty_bytes(node: BitmapNode, name: str) -> int | None:
+    """Bytes that a bitmap marks; None if it is inconsistent, or gone by now."""
+    try:
+        return (await node.bits(name)).dirty_bytes()
+    except StateError:
+        return None
 
 
 async def disk_info(disk: Disk) -> DiskInfo:
@@ -125,20 +147,15 @@ async def checkpoint_infos(engine: Engine) -> list[CheckpointInfo]:
     for disk in list(engine.disks.values()):
         parent = None
         for each in disk.state.chain.checkpoints:
-            info = found.setdefault(
-                each.name,
-                CheckpointInfo(
-                    name=each.name,
-                    parent=parent,
-                    created=each.created_ns / 1e9,
-                    owner=each.owner,
-                    state=CheckpointState(each.state).name.lower(),
-                    disks={},
-                ),
+            changed = await _dirty_bytes(disk, each.bitmap_name)
+            record = disk.state.chain.find(each.name)
+            if record is None:
+                continue  # deleted meanwhile
+            info = found.setdefault(each.name, CheckpointInfo.of(record, parent))
+            problem = disk.state.problem(record)
+            info.disks[disk.name] = LinkInfo(
+                size=each.size, changed=None if problem else changed, problem=problem
             )
-            problem = disk.state.problem(each)
-            changed = None if problem else await disk.dirty_bytes(each.bitmap_name)
-            info.disks[disk.name] = LinkInfo(size=each.size, changed=changed, problem=problem)
             parent = each.name
     return sorted(found.values(), key=lambda info: info.created)
 

@@ -48,7 +48,6 @@ from . import joint
 from .chain import (
     Chain,
     Checkpoint,
-    CheckpointState,
     PendingChange,
     check_name,
     new_identity,
@@ -233,21 +232,10 @@ async def list_checkpoints(
         for each in images:
             parent = None
             for checkpoint in each.chain.checkpoints:
-                info = found.setdefault(checkpoint.name, _checkpoint_info(checkpoint, parent))
+                info = found.setdefault(checkpoint.name, CheckpointInfo.of(checkpoint, parent))
                 info.disks[each.path] = await each.link_info(checkpoint)
                 parent = checkpoint.name
     return sorted(found.values(), key=lambda info: info.created)
-
-
-def _checkpoint_info(checkpoint: Checkpoint, parent: str | None) -> CheckpointInfo:
-    return CheckpointInfo(
-        name=checkpoint.name,
-        parent=parent,
-        created=checkpoint.created_ns / 1e9,
-        owner=checkpoint.owner,
-        state=CheckpointState(checkpoint.state).name.lower(),
-        disks={},
-    )
 
 
 async def repair_bitmaps(paths: Sequence[Path]) -> list[RepairReport]:

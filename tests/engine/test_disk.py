@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from nbdfleece.bitmaps.bitmap import Bitmap
 from nbdfleece.block.guest_options import DetectZeroes, GuestPolicy
 from nbdfleece.engine.disk import ScratchOptions
 from nbdfleece.engine.engine import Engine
-from nbdfleece.engine.info import bitmap_infos
+from nbdfleece.engine.info import bitmap_infos, checkpoint_infos
 from nbdfleece.export.export import ExportTable
 from nbdfleece.testing.memory_node import MemoryNode
 from tests.loop_turns import turns_of
@@ -96,4 +97,31 @@ async def test_bitmaps_are_described_one_in_a_turn_and_may_go_meanwhile(tmp_path
     left = {name: each for name, each in disk.state.bitmaps.items() if name != "b3"}
     disk.state = disk.state._replace(bitmaps=left)
     assert [each.name for each in await describing] == ["b0", "b1", "b2", "b4"]
+    await engine.close()
+
+
+async def test_checkpoints_that_are_deleted_while_they_are_described_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 8: a question is not refused for it, and no bitmap is called missing."""
+    engine = await open_engine(tmp_path, make_image(tmp_path / "vda.qcow2"))
+    for number in range(4):
+        await engine.create_checkpoint(f"k{number}")
+    disk = engine.disk("vda")
+    load, is_asked = disk.bits, False
+
+    async def delete_and_load(name: str) -> Bitmap:
+        nonlocal is_asked
+        if name == "k1" and not is_asked:
+            is_asked = True
+            await engine.delete_checkpoint("k1")
+            await engine.delete_checkpoint("k2")
+        return await load(name)
+
+    monkeypatch.setattr(disk, "bits", delete_and_load)
+    told = await checkpoint_infos(engine)
+    assert is_asked
+    assert [info.name for info in told] == ["k0", "k3"]
+    assert [info.disks["vda"].problem for info in told] == [None, None]
+    assert [info.disks["vda"].changed for info in told] == [0, 0]
     await engine.close()
