@@ -304,6 +304,13 @@ class FileNode(BlockNode):
             self._writes_done += 1
         self.size = max(self.size, size)
 
+    async def shrink(self, size: int) -> None:
+        """Make the file at most ``size`` bytes long; a block device stays as long as it is."""
+        if size < self.size and stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.ftruncate(self._fd, size)
+            self._writes_done += 1
+            self.size = size
+
     async def flush(self) -> None:
         """Make durable what was written before this call, together with whoever else asks."""
         if self._writes_durable == self._writes_done or self.read_only:

@@ -11,9 +11,13 @@ clusters at worst:
   is cut short, growing gives it up.
 
 The tables of bitmaps are as long as the disk needs, so none fits both sizes: the bitmaps
-are taken out of the image before and stored again after it. A power cut in between loses
-them, but none is ever incomplete (rule 2). On growing, a recording bitmap gets the new
-part marked, unlike in QEMU: the disk may have been longer before, with other content.
+are taken out of the image just before the new size is written, and stored again just after
+it. A power cut in between loses them, but none is ever incomplete (rule 2). On growing, a
+recording bitmap gets the new part marked, unlike in QEMU: the disk may have been longer
+before, with other content.
+
+An external data file gets the disk's length. What one that was longer has past the old end
+is zeroed when the disk grows over it: a raw data file is to read like the disk.
 """
 
 from __future__ import annotations
@@ -27,45 +31,51 @@ import numpy as np
 from ..bitmaps.bitmap import Bitmap
 from ..errors import StateError, UsageError
 from .bitmap_directory import size_fault
-from .bitmap_store import BitmapStore, StoredBitmap
+from .bitmap_store import StoredBitmap
 from .entries import find_runs
 from .header import L1_BYTES_MAX, L1_SIZE_FIELD, SIZE_FIELD
 
 if TYPE_CHECKING:
+    from .bitmap_store import BitmapStore
     from .image import Qcow2Image
 
 _L1_FIELDS: Final = struct.Struct(">IQ")
 
 
-async def resize_image(image: Qcow2Image, size: int) -> None:
+async def resize_image(image: Qcow2Image, store: BitmapStore, size: int) -> None:
     """Give the disk another size; what is new reads as zeroes.
 
     Args:
-        image: Open for writing, with no reads or writes under way and its bitmaps not loaded.
+        image: Open for writing, with no reads or writes under way.
+        store: Its bitmaps, into which nobody records.
         size: Bytes.
 
     Raises:
         UsageError: No L1 table would be long enough.
         StateError: A bitmap is inconsistent or damaged, or would become too large; or the
             image is of version 2 with internal snapshots. Nothing was changed.
-        OSError: It could not be done; the disk has its old size or the new one.
+        OSError: It could not be done; the disk has its old size, unless the text says that it
+            has the new one.
     """
     image.check_writable()
+    if size == image.size:
+        return
     entries = _l1_entries(image, size)
     if image.header.version < 3 and image.snapshots:
         raise StateError(f"{image.path}: version 2 cannot be resized while there are snapshots")
-    store = await BitmapStore.load(image)
     bitmaps = await _load_bitmaps(image, store, size)
+    old = image.size
+    if size > old:
+        await _make_room(image, size, entries)
     if bitmaps:
         await store.replace([], None)
     try:
-        if size > image.size:
-            await _grow(image, size, entries)
-        elif size < image.size:
-            await _shrink(image, size)
+        await _write_size(image, size)
     finally:
         if bitmaps:
             await _store_bitmaps(image, store, bitmaps)
+    if size < old:
+        await _give_up(image, old)
 
 
 def _l1_entries(image: Qcow2Image, size: int) -> int:
@@ -83,13 +93,13 @@ async def _load_bitmaps(image: Qcow2Image, store: BitmapStore, size: int) -> lis
     if store.damaged:
         raise StateError(
             f"{image.path}: the bitmap directory is damaged ({store.damaged[0].reason}):"
-            " repair it before the disk is resized"
+            " drop what is damaged ('nbdfleece bitmap repair') before the disk is resized"
         )
     for entry in store.entries:
         if entry.inconsistent:
             raise StateError(
-                f"{image.path}: bitmap {entry.name!r} is inconsistent:"
-                " remove it before the disk is resized"
+                f"{image.path}: bitmap {entry.name!r} is inconsistent: remove it, or the"
+                " checkpoint that it belongs to, before the disk is resized"
             )
         if reason := size_fault(size, entry.granularity):
             raise StateError(f"{image.path}: bitmap {entry.name!r} {reason}")
@@ -112,7 +122,16 @@ async def _store_bitmaps(
     record = store.record
     payload = record.payload if record is not None and record.matches_directory else None
     resized = [bitmap._replace(content=_resized(bitmap, image.size)) for bitmap in bitmaps]
-    await store.replace(resized, payload)
+    try:
+        await store.replace(resized, payload)
+    except OSError as error:
+        raise _half_done(image, "its bitmaps could not be stored and are lost", error) from error
+
+
+def _half_done(image: Qcow2Image, what: str, error: OSError) -> OSError:
+    """The error that says what has become of the disk."""
+    text = f"the disk has {image.size} bytes now, but {what}: {error.strerror}"
+    return OSError(error.errno, text, image.path)
 
 
 def _resized(bitmap: StoredBitmap, size: int) -> Bitmap:
@@ -124,30 +143,41 @@ def _resized(bitmap: StoredBitmap, size: int) -> Bitmap:
     return new
 
 
-async def _grow(image: Qcow2Image, size: int, entries: int) -> None:
+async def _make_room(image: Qcow2Image, size: int, entries: int) -> None:
+    """Prepare for a larger size: let everything up to it read as zeroes."""
     if entries > image.header.l1_size:
         await _move_l1(image, entries)
+    old, old_end = image.size, _cluster_end(image, image.size)
     if image.data_file is not image.file:
+        if stale := max(0, min(image.data_file.size, size) - old):
+            await image.data_file.write_zeroes(old, stale)
         await image.data_file.grow(size)
     image.space.resize(size)
-    old, old_end = image.size, _cluster_end(image, image.size)
     await _drop_past(image, old_end)
     shown = 0 if image.backing is None else min(image.backing.size, size)
     end = max(old_end, _cluster_end(image, shown))
     if old < end:
         await image.write_zeroes(old, end - old)
-    await _write_size(image, size)
 
 
-async def _shrink(image: Qcow2Image, size: int) -> None:
-    old, end = image.size, _cluster_end(image, size)
-    await _write_size(image, size)
-    if size < end:
-        await image.write_zeroes(size, end - size)
-    if end < old:
-        await image.space.zero(end, old - end, unmap=True)
-    await _drop_past(image, end)
-    await image.flush()
+async def _give_up(image: Qcow2Image, old: int) -> None:
+    """Give up all that lies between the size and a larger one that the disk had.
+
+    Raises:
+        OSError: Some of it was not; the text says which size the disk has.
+    """
+    size, end = image.size, _cluster_end(image, image.size)
+    try:
+        if size < end:
+            await image.write_zeroes(size, end - size)
+        if end < old:
+            await image.space.zero(end, old - end, unmap=True)
+        await _drop_past(image, end)
+        if image.data_file is not image.file:
+            await image.data_file.shrink(size)
+        await image.flush()
+    except OSError as error:
+        raise _half_done(image, "what lay past it was not all given up", error) from error
     image.space.resize(size)
 
 

@@ -160,7 +160,7 @@ async def test_unknown_compatible_bits_and_extensions_survive_a_writer(folder: P
     insert_extension(path, 0x12345678, b"of another program")
     image = await Qcow2Image.open(path, read_only=False)
     await image.write(0, memoryview(b"x" * 100_000))
-    await resize_image(image, 40 << 30)
+    await resize_image(image, await BitmapStore.load(image), 40 << 30)
     store = await BitmapStore.load(image)
     await store.replace([recording("b", Bitmap(image.size, 1 << 20), in_use=False)], b"record")
     await image.close()

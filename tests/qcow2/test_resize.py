@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from pathlib import Path
 
@@ -22,7 +24,7 @@ MIB = 1 << 20
 
 async def resize(path: Path, size: int) -> None:
     image = await Qcow2Image.open(path, read_only=False)
-    await resize_image(image, size)
+    await resize_image(image, await BitmapStore.load(image), size)
     assert image.size == size
     await image.close()
 
@@ -67,7 +69,7 @@ async def test_random_sizes_with_qemu_taking_turns_agree(
             await rng.choice([guest.write, guest.zero])(*guest.pick_range(300_000))
         size = rng.choice([0, 512, MIB, rng.randrange(6 * MIB) // 512 * 512, 20 * MIB])
         if turn % 3 < 2:
-            await resize_image(image, size)
+            await resize_image(image, await BitmapStore.load(image), size)
             content = content[:size].ljust(size, b"\0")
             guest.content = content
             if size:
@@ -93,11 +95,15 @@ async def test_resize_with_a_data_file_zeroes_it_too(folder: Path, is_raw: str) 
     qemu_io(path, [f"write -P 5 0 {MIB}"])
     await resize(path, MIB // 2 + 512)
     check(path)
+    assert data.stat().st_size == MIB // 2 + 512
+    data.write_bytes(data.read_bytes().ljust(3 * MIB, b"\6"))  # as if that had been cut short
     await resize(path, 2 * MIB)
     check(path)
     kept = b"\5" * (MIB // 2 + 512)
     assert qemu_content(path) == kept.ljust(2 * MIB, b"\0")
     assert data.read_bytes()[: 2 * MIB] == kept.ljust(2 * MIB, b"\0")
+    await resize(path, 4 * MIB)
+    assert data.read_bytes() == kept.ljust(4 * MIB, b"\0")
 
 
 async def test_resize_keeps_internal_snapshots(folder: Path) -> None:
@@ -130,7 +136,7 @@ async def test_resize_of_version_2_with_snapshots_or_past_the_limit_is_refused(
 async def resize_closed(path: Path, size: int) -> None:
     image = await Qcow2Image.open(path, read_only=False)
     try:
-        await resize_image(image, size)
+        await resize_image(image, await BitmapStore.load(image), size)
     finally:
         await image.close()
 
@@ -177,6 +183,69 @@ async def test_resize_with_an_inconsistent_bitmap_is_refused(folder: Path) -> No
     assert bitmap_flags(path) == {"b": ["in-use", "auto"]}
 
 
+async def test_same_size_changes_nothing(folder: Path) -> None:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
+    qemu_img("bitmap", "--add", path, "b")
+    before = path.read_bytes()
+    await resize(path, MIB)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [MIB // 2, 3 * MIB])
+async def test_bitmaps_that_cannot_be_stored_again_are_told_to_be_lost(
+    folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
+    qemu_img("bitmap", "--add", path, "b")
+    replace = BitmapStore.replace
+
+    async def full(self: BitmapStore, bitmaps: list[StoredBitmap], payload: bytes | None) -> None:
+        if bitmaps:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        await replace(self, bitmaps, payload)
+
+    monkeypatch.setattr(BitmapStore, "replace", full)
+    with pytest.raises(OSError, match=f"has {size} bytes now, but its bitmaps .* lost: No space"):
+        await resize_closed(path, size)
+    check(path)
+    assert len(qemu_content(path)) == size
+
+
+async def test_shrinking_that_fails_half_way_says_which_size_the_disk_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
+
+    async def fail(*arguments: object, **more: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Qcow2Image, "write_zeroes", fail)
+    with pytest.raises(OSError, match=r"has 512 bytes now, but .* not all given up: Input/output"):
+        await resize_closed(path, 512)
+    assert len(qemu_content(path)) == 512
+
+
+async def test_growing_that_fails_leaves_size_and_bitmaps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB + 512))
+    qemu_img("bitmap", "--add", path, "b")
+
+    async def fail(*arguments: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Qcow2Image, "write_zeroes", fail)
+    with pytest.raises(OSError, match="No space left"):
+        await resize_closed(path, 64 << 30)
+    check(path)
+    assert len(qemu_content(path)) == MIB + 512
+    assert bitmap_flags(path) == {"b": ["auto"]}
+
+
 @pytest.mark.parametrize("sizes", [(MIB // 2, 3 * MIB), (3 * MIB, MIB // 2)])
 async def test_power_cut_inside_a_resize_leaves_the_old_size_or_the_new(
     folder: Path, sizes: tuple[int, int]
@@ -205,7 +274,7 @@ async def test_power_cut_inside_a_resize_leaves_the_old_size_or_the_new(
         assert not any(seen[start:])
 
     disk.question = question  # type: ignore[method-assign]  # the test's own hook
-    await resize_image(image, end)
+    await resize_image(image, await BitmapStore.load(image), end)
     await image.close()
     crashed.write_bytes(disk.content)
     check(crashed)
