@@ -42,6 +42,7 @@ SUBCOMMANDS: Final = {
     "prune": "points:prune",
     "map": "map:map_export",
     "create": "create:create",
+    "resize": "resize:resize",
     "check": "check:check",
     "completion": "completion:completion",
 }
@@ -92,8 +93,8 @@ def cli(verbose: int) -> None:
     """Live qcow2 disks over NBD: dirty bitmaps, checkpoints and snapshots.
 
     ``serve`` runs a server; commands on disks, snapshots and backups talk to a running one over
-    its control socket. check, create, bitmap, and all others that are given a FILE or --image
-    work on images that no server has open.
+    its control socket. check, create, resize, bitmap, and all others that are given a FILE or
+    --image work on images that no server has open.
     """
     logs.configure(verbose)
 

@@ -1,4 +1,4 @@
-"""Changing the bitmaps of images that no server has open, several images all or nothing.
+"""Changing images that no server has open: their bitmaps, several images all or nothing.
 
 Each image is changed by one atomic switch, which brings its bitmaps and its chain record
 into force together. Over several images the record also holds the *change* that is under way
@@ -26,7 +26,8 @@ images, nobody can know, and they are refused until all are there. So does
 that were recorded in between (rule 2). If another program wrote such an image in between,
 the note is stale: the change is not done there any more, and the user is told.
 
-One image alone needs no note.
+One image alone needs no note. Nor does another size (:func:`resize_disk`), but it waits until
+nothing is left to settle.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ from typing import NamedTuple
 import msgspec
 
 from ..bitmaps.bitmap import Bitmap
-from ..errors import StateError
+from ..errors import StateError, UsageError
 from ..qcow2.bitmap_store import BitmapDescriptor, BitmapStore, RepairReport, StoredBitmap
 from ..qcow2.image import Qcow2Image
+from ..qcow2.resize import resize_image
 from . import joint
 from .chain import (
     Chain,
@@ -115,6 +117,18 @@ class OfflineImage:
         await self.store.replace(bitmaps, pack_chain(chain) if has_record else None)
         self.chain, self.has_record = chain, has_record
         self.is_fresh = has_record
+
+    async def recover(self) -> None:
+        """Store what a crash left in use but a log has kept a superset, as not in use."""
+        bitmaps = []
+        for entry in self.store.entries:
+            bitmap = _kept(entry)
+            if entry.inconsistent and not self.is_inconsistent(entry):
+                content = await self.store.load_bits(entry.name)
+                bitmap = bitmap._replace(in_use=False, content=content)
+            bitmaps.append(bitmap)
+        if bitmaps != self.kept():
+            await self.replace(bitmaps, self.chain.with_logs(False))
 
     def is_inconsistent(self, bitmap: BitmapDescriptor) -> bool:
         """Whether its bits may miss changes; not if a log has kept them a superset."""
@@ -257,10 +271,7 @@ async def change_bitmaps(paths: Sequence[Path], change: PendingChange) -> None:
             with the next change of the same images.
     """
     async with open_images(paths) as images:
-        await settle(images)
-        for each in images:
-            if each.chain.joint is not None:
-                raise StateError(_unsettled(each.path))
+        await _settle_all(images)
         if await _drop_damaged(images, change):
             return
         for each in images:  # what cannot be done on one is done on none
@@ -269,6 +280,51 @@ async def change_bitmaps(paths: Sequence[Path], change: PendingChange) -> None:
             await images[0].replace(await _changed(images[0], change), images[0].chain)
             return
         await _change_together(images, change)
+
+
+async def _settle_all(images: Sequence[OfflineImage]) -> None:
+    """:func:`settle`, and insist that no server's transaction is left either."""
+    await settle(images)
+    for each in images:
+        if each.chain.joint is not None:
+            raise StateError(_unsettled(each.path))
+
+
+async def resize_disk(
+    path: Path, size: int, *, is_relative: bool = False, shrink: bool = False
+) -> tuple[int, int]:
+    """Give a disk another size; its bitmaps and checkpoints stay.
+
+    Args:
+        path: The image.
+        size: Bytes.
+        is_relative: ``size`` is how many more than now; negative for fewer.
+        shrink: It may become smaller.
+
+    Returns:
+        The size that it had, and that it has.
+
+    Raises:
+        UsageError: It cannot have that size, or would become smaller.
+        StateError: As :func:`settle` and :func:`~nbdfleece.qcow2.resize.resize_image`.
+        OSError, ImageError: The image could not be opened or written.
+    """
+    async with open_images([path]) as [opened]:
+        old = opened.image.size
+        new = old + size if is_relative else size
+        if new <= 0 or new % 512:
+            raise UsageError(
+                f"{path}: the size of a disk is a positive multiple of 512 bytes, not {new}"
+            )
+        if new < old and not shrink:
+            raise UsageError(
+                f"{path}: the disk has {old} bytes: with {new} all data past its new end would"
+                " be lost; --shrink allows that"
+            )
+        await _settle_all([opened])
+        await opened.recover()
+        await resize_image(opened.image, opened.store, new)
+        return old, new
 
 
 async def _change_together(images: list[OfflineImage], change: PendingChange) -> None:

@@ -21,7 +21,7 @@ from nbdfleece.engine.engine import Engine
 from nbdfleece.errors import ImageLockedError, StateError
 from nbdfleece.export.export import ExportTable
 
-from .rig import open_engine, write
+from .rig import make_image, open_engine, stored_bitmaps, write
 
 NAMES = ("one", "two", "three")
 
@@ -95,7 +95,7 @@ class Mortal:
     def __init__(self, patch: pytest.MonkeyPatch, writes_left: int) -> None:
         self.writes_left = writes_left
         self.is_dead = False
-        for name in ("write", "write_zeroes", "trim", "grow", "flush"):
+        for name in ("write", "write_zeroes", "trim", "grow", "shrink", "flush"):
             patch.setattr(FileNode, name, self._mortal(getattr(FileNode, name), name))
 
     def _mortal(self, original: Any, name: str) -> Any:
@@ -146,6 +146,43 @@ async def test_kill_at_any_write_leaves_all_or_nothing(tmp_path: Path, name: str
         assert as_qemu_sees(path) == EXPECTED[name][0]
 
 
+@pytest.mark.parametrize("size", [40 << 20, 1 << 20])
+async def test_kill_at_any_write_of_a_resize_leaves_whole_checkpoints_or_none(
+    tmp_path: Path, size: int
+) -> None:
+    """Rule 2: a bitmap is there with all that is new, or is not; rule 4: the image is sound."""
+    before, work = tmp_path / "before", tmp_path / "work"
+    make_image(before, 16 << 20, "cluster_size=4k")
+    engine = await open_engine(tmp_path, before)
+    await engine.create_checkpoint("monday")
+    await write(engine, "before", 0, b"x")
+    await engine.close()
+    outcomes = set()
+    count, is_reached = 0, True
+    while is_reached:
+        shutil.copyfile(before, work)
+        with pytest.MonkeyPatch.context() as patch:
+            mortal = Mortal(patch, count)
+            with contextlib.suppress(Killed):
+                await offline.resize_disk(work, size, shrink=True)
+            is_reached = mortal.is_dead
+        stored_bitmaps(work, after_kill=True)
+        async with offline.open_images([work], read_only=True) as [opened]:
+            now = opened.image.size
+            found = []
+            if opened.store.entries:
+                found = [*(await opened.changes_since("monday")).dirty_ranges()]
+            else:
+                with pytest.raises(StateError, match="'monday' is missing in the image"):
+                    await opened.changes_since("monday")
+        new = [(16 << 20, now - (16 << 20))] if now > 16 << 20 else []
+        assert found in ([], [(0, 4096), *new])
+        outcomes.add((now, bool(found)))
+        count += 1
+        assert count < 200
+    assert outcomes == {(16 << 20, True), (16 << 20, False), (size, False), (size, True)}
+
+
 async def interrupted(folder: Path, name: str) -> list[Path]:
     """Images of which only the first has done a change."""
     paths = make_images(folder)
@@ -174,6 +211,8 @@ async def test_interrupted_images_are_refused_unless_all_are_there(tmp_path: Pat
         await offline.change_bitmaps(paths[:2], CHANGES["add"])
     with pytest.raises(StateError, match=expected):
         await Disk.open("vda", paths[2], ScratchOptions(directory=tmp_path))
+    with pytest.raises(StateError, match=expected):
+        await offline.resize_disk(paths[0], 32 << 20)
     await offline.change_bitmaps(paths, CHANGES["add"])
     for path in paths:
         assert await dirty(path) == {"b": 0, "c": 0, "new": 0}

@@ -214,6 +214,8 @@ async def test_interrupted_transaction_waits_for_all_of_its_disks(
     with pytest.raises(StateError, match="bitmap settle"):
         await offline.change_bitmaps([copies[0]], PendingChange(operation="add", bitmap="n"))
     with pytest.raises(StateError, match="bitmap settle"):
+        await offline.resize_disk(copies[0], 1 << 30)
+    with pytest.raises(StateError, match="bitmap settle"):
         await offline.settle_images([copies[0]])
     settled = [Path(shutil.copyfile(each, f"{each}.settled")) for each in copies]
     await offline.settle_images(settled)
