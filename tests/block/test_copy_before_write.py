@@ -26,7 +26,7 @@ from nbdfleece.block.node import BlockStatus, allocation_flags
 from nbdfleece.block.snapshot_access import SnapshotAccess
 from nbdfleece.errors import SnapshotError
 from nbdfleece.testing.memory_node import MemoryNode
-from tests.loop_turns import turns_of
+from tests.loop_turns import turns_of, until
 
 KIB = 1024
 CLUSTER = 64 * KIB
@@ -327,8 +327,7 @@ async def test_broken_snapshot_that_goes_gives_up_nothing_of_the_next_one(
     setup.copies._scratch._quota = 0
     await write(setup.guest, 512, b"more")
     dropping = asyncio.create_task(snapshot.close())
-    while setup.copies.has_layers:
-        await asyncio.sleep(0)
+    await until(lambda: not setup.copies.has_layers)
     assert setup.copies._freeing
     after, before = setup.snapshot(), bytes(setup.disk.content[:32768])
     await write(setup.guest, 0, b"next" * 8192)

@@ -5,7 +5,7 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from nbdfleece.block.file import INLINE_BYTES_MAX, FileNode
 from nbdfleece.block.node import BlockStatus, allocation_flags
 from nbdfleece.block.threads import THREADS_MAX, in_thread
 from nbdfleece.errors import ImageError
+from tests.loop_turns import until
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -219,11 +220,6 @@ def sync(monkeypatch: pytest.MonkeyPatch) -> GatedSync:
     gated = GatedSync()
     monkeypatch.setattr(os, "fdatasync", gated)
     return gated
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0)
 
 
 async def test_flushes_that_arrive_while_one_runs_share_the_next(

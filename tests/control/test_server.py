@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import stat
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,16 +19,11 @@ from nbdfleece.control.server import ControlServer, may_control
 from nbdfleece.control.session import EVENT_BYTES_MAX
 from nbdfleece.control.texts import TEXT_BYTES_MAX
 from nbdfleece.daemon import Daemon, DaemonOptions
+from tests.loop_turns import until
 
 from .conftest import RawClient
 
 CAPABILITIES = b'{"execute": "qmp_capabilities"}\n'
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Give the event loop turns; a test's timeout bounds it."""
-    while not condition():
-        await asyncio.sleep(0)
 
 
 async def test_qemus_own_client_connects_asks_and_disconnects(qmp: QMPClient) -> None:

@@ -12,7 +12,9 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from .harness import Serve, Served, until
+from tests.loop_turns import until
+
+from .harness import Serve, Served
 
 
 def debug_loop() -> asyncio.AbstractEventLoop:

@@ -23,8 +23,9 @@ from nbdfleece.server.connection import Connection
 from nbdfleece.server.limits import Limits
 from nbdfleece.server.outbox import Outbox
 from nbdfleece.server.turns import COPIES_PER_SENDFILE, REQUEST_COST
+from tests.loop_turns import until
 
-from .harness import SECONDS_MAX, Client, Serve, Served, export_of, pack_request, settled, until
+from .harness import SECONDS_MAX, Client, Serve, Served, export_of, pack_request, settled
 from .test_fairness import Counter
 
 KIB = 1 << 10

@@ -16,8 +16,9 @@ from nbdfleece.server.channel import SocketChannel
 from nbdfleece.server.connection_log import FAILURES_LOGGED_MAX, LIMITS_LOGGED_MAX
 from nbdfleece.server.limits import Limits
 from nbdfleece.testing.memory_node import MemoryNode
+from tests.loop_turns import until
 
-from .harness import Client, Serve, export_of, pack_request, settled, until
+from .harness import Client, Serve, export_of, pack_request, settled
 
 KIB = 1 << 10
 MIB = 1 << 20

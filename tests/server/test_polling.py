@@ -18,8 +18,9 @@ from nbdfleece.server.limits import Limits
 from nbdfleece.server.polling import SKIPPED_MAX, Polling
 from nbdfleece.server.turns import BUSY_REQUESTS
 from nbdfleece.testing.memory_node import MemoryNode
+from tests.loop_turns import until
 
-from .harness import SECONDS_MAX, Client, Serve, pack_request, settled, until
+from .harness import SECONDS_MAX, Client, Serve, pack_request, settled
 
 POLL_SECONDS = Limits().poll_seconds
 

@@ -12,8 +12,9 @@ import pytest
 from nbdfleece.nbd.constants import Command, CommandFlag, Error, ReplyType
 from nbdfleece.server.limits import Limits
 from nbdfleece.testing.memory_node import MemoryNode
+from tests.loop_turns import until
 
-from .harness import Client, Serve, until
+from .harness import Client, Serve
 
 KIB = 1 << 10
 SIZE = (1 << 20) + 3 * 512

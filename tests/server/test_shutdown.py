@@ -18,6 +18,7 @@ from nbdfleece.server.channel import SocketChannel
 from nbdfleece.server.delegation import DelegatedClient, Ending
 from nbdfleece.server.limits import Limits
 from nbdfleece.testing.memory_node import MemoryNode
+from tests.loop_turns import until
 
 from .harness import (
     SECONDS_MAX,
@@ -27,7 +28,6 @@ from .harness import (
     export_of,
     pack_request,
     settled,
-    until,
 )
 from .test_connection import HELLO, flood, tcp_pair
 

@@ -28,6 +28,7 @@ from nbdfleece.server.statuses import (
     Packed,
 )
 from nbdfleece.testing.memory_node import MemoryNode
+from tests.loop_turns import until
 
 from .harness import (
     GREETING_BYTES,
@@ -37,7 +38,6 @@ from .harness import (
     extents_of,
     pack_request,
     settled,
-    until,
 )
 
 GRANULE: Final = 512

@@ -17,6 +17,7 @@ from nbdfleece.server.limits import Limits
 from nbdfleece.server.outbox import ARENA_BYTES
 from nbdfleece.server.reads import BAD_BLOCKS_MAX
 from nbdfleece.testing.memory_node import MemoryNode
+from tests.loop_turns import until
 
 from .harness import (
     Chunk,
@@ -26,7 +27,6 @@ from .harness import (
     extents_of,
     pack_request,
     settled,
-    until,
 )
 
 MIB = 1 << 20

@@ -18,8 +18,9 @@ from nbdfleece.qcow2.create import create_image
 from nbdfleece.qcow2.image import Qcow2Image
 from nbdfleece.server.buffers import BufferPool
 from nbdfleece.server.outbox import Outbox
+from tests.loop_turns import until
 
-from .harness import Serve, export_of, pack_request, settled, until
+from .harness import Serve, export_of, pack_request, settled
 from .test_outbox import Sink
 
 KIB = 1 << 10
