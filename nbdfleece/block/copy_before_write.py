@@ -191,8 +191,9 @@ class CopyBeforeWrite:
         await to_its_end(self._remove(layer))
 
     async def _remove(self, layer: Layer) -> None:
-        while await self._free_in_turns(self._layers.hand_down(layer)):
-            pass  # once more, for what was displaced meanwhile
+        at_once = PAGES_AT_ONCE
+        while await self._free_in_turns(self._layers.hand_down(layer), at_once):
+            at_once *= 2  # once more, for what was displaced meanwhile, and a busy guest is outrun
         self._layers.remove(layer)
         self._note_timeout()
         if not self.has_layers and self._scratch is not None:
@@ -202,12 +203,12 @@ class CopyBeforeWrite:
     def _note_timeout(self) -> None:
         self._timeout_seconds = shortest_timeout(each.failure for each in self._layers)
 
-    async def _free_in_turns(self, given_up: Iterator[Codes]) -> int:
+    async def _free_in_turns(self, given_up: Iterator[Codes], at_once: int) -> int:
         """Give back the scratch granules of what is given up step by step; how many steps."""
         steps = 0
         for steps, codes in enumerate(given_up, 1):
             self._free(codes)
-            if steps % PAGES_AT_ONCE == 0:
+            if steps % at_once == 0:
                 await asyncio.sleep(0)
         return steps
 
@@ -309,8 +310,6 @@ class CopyBeforeWrite:
 
     async def _copy_or_break(self, first: int, end: int) -> None:
         """Copy granules that are needed; on failure do what ``on_error`` says."""
-        if self._freeing:
-            await asyncio.wait(self._freeing)  # there may be no room before
         try:
             self._record(first, await self._copy_in_time(first, end))
         except OSError as error:
@@ -322,9 +321,9 @@ class CopyBeforeWrite:
         scratch = self._scratch
         assert scratch is not None, "layers have a scratch"
         if self._timeout_seconds is None:
-            return await self._old_data.copy(scratch, first, end)
+            return await self._copy(scratch, first, end)
         loop = asyncio.get_running_loop()
-        copy = loop.create_task(self._old_data.copy(scratch, first, end))
+        copy = loop.create_task(self._copy(scratch, first, end))
         begun = loop.time()
         error = OSError(errno.ETIMEDOUT, "copying old data took too long")
         try:
@@ -341,6 +340,16 @@ class CopyBeforeWrite:
             # The guest's write goes on now or never, so what arrives late must not be recorded.
             copy.add_done_callback(lambda late: _drop_late_copy(scratch, late))
             raise
+
+    async def _copy(self, scratch: Scratch, first: int, end: int) -> Codes:
+        """Copy granules; if there is no room, once more when broken snapshots have made some."""
+        try:
+            return await self._old_data.copy(scratch, first, end)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._freeing:
+                raise
+            await asyncio.wait(self._freeing)
+            return await self._old_data.copy(scratch, first, end)
 
     def _record(self, first: int, codes: Codes) -> None:
         """Set codes in the newest layer where it has none; copies that come too late are freed."""
@@ -377,7 +386,9 @@ class CopyBeforeWrite:
     def _free_broken(self) -> None:
         """Once no good snapshot is left, no copy is needed any more; the guest need not wait."""
         if not any(layer.is_good for layer in self._layers):
-            freeing = asyncio.create_task(self._free_in_turns(self._layers.forget_all()))
+            freeing = asyncio.create_task(
+                self._free_in_turns(self._layers.forget_all(), PAGES_AT_ONCE)
+            )
             self._freeing.add(freeing)
             freeing.add_done_callback(self._freeing.discard)
 
@@ -546,7 +557,8 @@ class CopyBeforeWrite:
         """Forget the copies of a range that no snapshot may read any more."""
         if length:
             first, end = offset >> self._shift, (offset + length - 1 >> self._shift) + 1
-            await to_its_end(self._free_in_turns(self._layers.forget_unneeded(first, end)))
+            given_up = self._layers.forget_unneeded(first, end)
+            await to_its_end(self._free_in_turns(given_up, PAGES_AT_ONCE))
 
 
 def _drop_late_copy(scratch: Scratch, copy: asyncio.Task[Codes]) -> None:

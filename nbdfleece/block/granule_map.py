@@ -164,7 +164,7 @@ class GranuleMap:
         directory[number & _DIRECTORY_PAGES - 1] = -code
         if entry > 0:
             self._vacant.append(entry)
-            if not len(self):
+            if not len(self) and len(self._slabs) > 1:
                 self._slabs.clear()
                 self._vacant.clear()
                 self._end = PAGE_GRANULES

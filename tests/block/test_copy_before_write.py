@@ -317,6 +317,63 @@ async def test_broken_snapshots_give_up_their_copies_in_turns_that_no_guest_wait
     await snapshot.close()
 
 
+async def test_wait_for_the_room_of_broken_snapshots_is_no_longer_than_copies_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    setup, (broken,) = await overwritten(tmp_path, 30, snapshots=1)
+    assert setup.copies._scratch is not None
+    setup.copies._scratch._quota = 512
+    await write(setup.guest, 512, b"more")
+    patient = setup.snapshot()
+    impatient = setup.snapshot(failure=CopyFailure(timeout_seconds=1e-9))
+    await write(setup.guest, 1024, b"next")
+    assert "too long" in (impatient.error or "")
+    assert await read(patient, 1024, 4) == b"old!"
+    for snapshot in (broken, patient, impatient):
+        await snapshot.close()
+
+
+async def test_write_that_waits_for_room_goes_on_when_all_snapshots_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 5."""
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    setup, (broken,) = await overwritten(tmp_path, 30, snapshots=1)
+    assert setup.copies._scratch is not None
+    setup.copies._scratch._quota = 512
+    await write(setup.guest, 512, b"more")
+    after = setup.snapshot()
+    waiting = asyncio.create_task(write(setup.guest, 1024, b"next"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await asyncio.gather(after.close(), broken.close())
+    await waiting
+    assert setup.disk.content[1024:1028] == b"next"
+    assert not setup.copies.has_layers
+
+
+async def test_busy_guest_does_not_keep_a_snapshot_from_being_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it displaces meanwhile must be moved, too: more in each turn than a turn moves."""
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    pages, step = 20, PAGE_GRANULES * 512
+    setup, (older, newer) = await overwritten(tmp_path, pages, snapshots=2)
+    dropping = asyncio.create_task(newer.close())
+    turns = 0
+    while not dropping.done():
+        for page in range(pages):
+            await write(setup.guest, page * step + turns % 500 * 512, b"new!")
+        await asyncio.sleep(0)
+        turns += 1
+        assert turns < 20 * pages
+    for page in range(pages):
+        assert await read(older, page * step, 500 * 512) == b"old!" * (125 * 512)
+    await older.close()
+
+
 async def test_broken_snapshot_that_goes_gives_up_nothing_of_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
