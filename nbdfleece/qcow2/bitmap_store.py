@@ -39,7 +39,7 @@ leaked on purpose: a damaged table may point to anything.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -87,6 +87,14 @@ remembered: two thousand bitmaps of 64 KiB granularity of a 64 TiB disk."""
 
 _LOAD_BYTES: Final = 64 << 10
 """Bytes of bits that are read at once, into memory that is used again: zeroes cost none."""
+
+
+def tables_fault(disk_size: int, cluster_size: int, granularities: Iterable[int]) -> str | None:
+    """Why not all such bitmaps can be in one image, or None."""
+    entries = sum(table_entries_needed(disk_size, each, cluster_size) for each in granularities)
+    if 8 * entries > TABLES_BYTES_MAX:
+        return f"the tables of all bitmaps would take more than {TABLES_BYTES_MAX} bytes"
+    return None
 
 
 class BitmapDescriptor(NamedTuple):
@@ -476,6 +484,9 @@ class BitmapStore:
                 raise StateError(f"{path}: bitmap {item.bitmap.name!r} {reason}")
         if len(wanted) > BITMAPS_MAX or directory_size(names) > DIRECTORY_SIZE_MAX:
             raise StateError(f"{path}: these are more bitmaps than an image can hold")
+        granularities = (item.bitmap.granularity for item in wanted)
+        if reason := tables_fault(self._image.size, self._image.cluster_size, granularities):
+            raise StateError(f"{path}: {reason}")
         if payload is not None:
             switch.check_room(payload, with_directory=bool(wanted))
         return switch

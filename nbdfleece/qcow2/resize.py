@@ -16,8 +16,8 @@ it. A power cut in between loses them, but none is ever incomplete (rule 2). On 
 recording bitmap gets the new part marked, unlike in QEMU: the disk may have been longer
 before, with other content.
 
-An external data file gets the disk's length. What one that was longer has past the old end
-is zeroed when the disk grows over it: a raw data file is to read like the disk.
+An external data file is at least as long as the disk, and cut with it. What it has past the
+old end is zeroed when the disk grows over it: a raw data file is to read like the disk.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ..bitmaps.bitmap import Bitmap
+from ..block.threads import to_its_end
 from ..errors import StateError, UsageError
 from .bitmap_directory import size_fault
-from .bitmap_store import StoredBitmap
+from .bitmap_store import StoredBitmap, tables_fault
 from .entries import find_runs
 from .header import L1_BYTES_MAX, L1_SIZE_FIELD, SIZE_FIELD
 
@@ -54,8 +55,8 @@ async def resize_image(image: Qcow2Image, store: BitmapStore, size: int) -> None
         UsageError: No L1 table would be long enough.
         StateError: A bitmap is inconsistent or damaged, or would become too large; or the
             image is of version 2 with internal snapshots. Nothing was changed.
-        OSError: It could not be done; the disk has its old size, unless the text says that it
-            has the new one.
+        OSError: It could not be done; the disk has its old size and its bitmaps, unless the
+            text says otherwise.
     """
     image.check_writable()
     if size == image.size:
@@ -67,15 +68,29 @@ async def resize_image(image: Qcow2Image, store: BitmapStore, size: int) -> None
     old = image.size
     if size > old:
         await _make_room(image, size, entries)
+    await to_its_end(_switch(image, store, bitmaps, size))
+    if size < old:
+        await _give_up(image, old)
+
+
+async def _switch(
+    image: Qcow2Image, store: BitmapStore, bitmaps: list[StoredBitmap], size: int
+) -> None:
+    """Write the size, and the bitmaps of that size with it; if that fails, both as they were."""
     if bitmaps:
         await store.replace([], None)
     try:
         await _write_size(image, size)
-    finally:
-        if bitmaps:
-            await _store_bitmaps(image, store, bitmaps)
-    if size < old:
-        await _give_up(image, old)
+    except OSError as error:
+        try:
+            await _write_size(image, image.size)
+        except OSError:
+            text = f"the disk has {image.size} or {size} bytes now, and no bitmaps"
+            raise OSError(error.errno, f"{text}: {error.strerror}", image.path) from error
+        await _store_bitmaps(image, store, bitmaps)
+        raise
+    image.size = image.header.size = size
+    await _store_bitmaps(image, store, bitmaps)
 
 
 def _l1_entries(image: Qcow2Image, size: int) -> int:
@@ -103,6 +118,9 @@ async def _load_bitmaps(image: Qcow2Image, store: BitmapStore, size: int) -> lis
             )
         if reason := size_fault(size, entry.granularity):
             raise StateError(f"{image.path}: bitmap {entry.name!r} {reason}")
+    granularities = (entry.granularity for entry in store.entries)
+    if reason := tables_fault(size, image.cluster_size, granularities):
+        raise StateError(f"{image.path}: {reason}")
     return [
         StoredBitmap(
             entry.name,
@@ -119,6 +137,8 @@ async def _store_bitmaps(
     image: Qcow2Image, store: BitmapStore, bitmaps: list[StoredBitmap]
 ) -> None:
     """Store the bitmaps for the size that the disk has now, with the record that they had."""
+    if not bitmaps:
+        return
     record = store.record
     payload = record.payload if record is not None and record.matches_directory else None
     resized = [bitmap._replace(content=_resized(bitmap, image.size)) for bitmap in bitmaps]
@@ -214,7 +234,6 @@ async def _write_size(image: Qcow2Image, size: int) -> None:
     """Make the disk's size durable, after everything before it."""
     data = memoryview(struct.pack(">Q", size))
     await image.epochs.exclusively(partial(image.file.write, SIZE_FIELD, data))
-    image.size = image.header.size = size
 
 
 async def _move_l1(image: Qcow2Image, entries: int) -> None:

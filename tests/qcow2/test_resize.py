@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from nbdfleece.bitmaps.bitmap import Bitmap
+from nbdfleece.block.file import FileNode
 from nbdfleece.errors import StateError, UsageError
+from nbdfleece.qcow2 import bitmap_store
 from nbdfleece.qcow2.bitmap_store import BitmapStore, StoredBitmap
 from nbdfleece.qcow2.create import create_image
+from nbdfleece.qcow2.header import SIZE_FIELD
 from nbdfleece.qcow2.image import Qcow2Image
 from nbdfleece.qcow2.resize import resize_image
 from tests.qcow2.guest import Guest, check, qemu_content, qemu_img, qemu_io
@@ -143,7 +146,7 @@ async def resize_closed(path: Path, size: int) -> None:
 
 def bitmap_flags(path: Path) -> dict[str, list[str]]:
     info = json.loads(qemu_img("info", "--output=json", path))
-    bitmaps = info["format-specific"]["data"]["bitmaps"]
+    bitmaps = info["format-specific"]["data"].get("bitmaps", [])
     return {bitmap["name"]: bitmap["flags"] for bitmap in bitmaps}
 
 
@@ -244,6 +247,65 @@ async def test_growing_that_fails_leaves_size_and_bitmaps(
     check(path)
     assert len(qemu_content(path)) == MIB + 512
     assert bitmap_flags(path) == {"b": ["auto"]}
+
+
+@pytest.mark.parametrize("flushes", [1, 2])
+@pytest.mark.parametrize("size", [MIB // 2, 64 << 30])
+async def test_size_that_cannot_be_made_durable_is_taken_back(
+    folder: Path, size: int, flushes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rules 2 and 7: rather no bitmaps than some of another size than the disk's."""
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
+    qemu_img("bitmap", "--add", "-g", "512", path, "b")
+    write, flush, failures = FileNode.write, FileNode.flush, 0
+
+    async def write_size(self: FileNode, offset: int, data: memoryview) -> None:
+        nonlocal failures
+        await write(self, offset, data)
+        if offset == SIZE_FIELD and flushes:
+            failures = 1
+
+    async def fail(self: FileNode) -> None:
+        nonlocal failures, flushes
+        if failures:
+            failures, flushes = 0, flushes - 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        await flush(self)
+
+    monkeypatch.setattr(FileNode, "write", write_size)
+    monkeypatch.setattr(FileNode, "flush", fail)
+    is_settled = flushes == 1
+    told = "^.Errno 5. Input/output error" if is_settled else f"has {MIB} or {size} .* no bitmaps"
+    with pytest.raises(OSError, match=told):
+        await resize_closed(path, size)
+    assert not flushes
+    check(path)
+    assert len(qemu_content(path)) == MIB
+    assert bitmap_flags(path) == ({"b": ["auto"]} if is_settled else {})
+
+
+async def test_bitmaps_whose_tables_would_be_too_long_together_are_not_begun_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "disk.qcow2"
+    await create_image(path, MIB, cluster_size=512)
+    for name in "abc":
+        qemu_img("bitmap", "--add", "-g", "512", path, name)
+    before = path.read_bytes()
+    monkeypatch.setattr(bitmap_store, "TABLES_BYTES_MAX", 3 * 8 * 16)
+    with pytest.raises(StateError, match="tables of all bitmaps would take more than 384 bytes"):
+        await resize_closed(path, 33 * MIB)
+    assert path.read_bytes() == before
+    await resize(path, 32 * MIB)
+    assert bitmap_flags(path) == {name: ["auto"] for name in "abc"}
+    image = await Qcow2Image.open(path, read_only=False)
+    store = await BitmapStore.load(image)
+    assert not store.damaged
+    more = [StoredBitmap(name, 512, True, False, Bitmap(32 * MIB, 512)) for name in "abcd"]
+    with pytest.raises(StateError, match="tables of all bitmaps"):
+        await store.replace(more, None)
+    await image.close()
 
 
 @pytest.mark.parametrize("sizes", [(MIB // 2, 3 * MIB), (3 * MIB, MIB // 2)])
