@@ -105,9 +105,10 @@ async def test_checkpoints_that_are_deleted_while_they_are_described_are_left_ou
 ) -> None:
     """Rule 8: a question is not refused for it, and no bitmap is called missing."""
     engine = await open_engine(tmp_path, make_image(tmp_path / "vda.qcow2"))
+    disk = engine.disk("vda")
     for number in range(4):
         await engine.create_checkpoint(f"k{number}")
-    disk = engine.disk("vda")
+        await disk.node.write(number << 16, memoryview(b"changed"))
     load, is_asked = disk.bits, False
 
     async def delete_and_load(name: str) -> Bitmap:
@@ -123,5 +124,5 @@ async def test_checkpoints_that_are_deleted_while_they_are_described_are_left_ou
     assert is_asked
     assert [info.name for info in told] == ["k0", "k3"]
     assert [info.disks["vda"].problem for info in told] == [None, None]
-    assert [info.disks["vda"].changed for info in told] == [0, 0]
+    assert [info.disks["vda"].changed for info in told] == [3 << 16, 1 << 16]
     await engine.close()
