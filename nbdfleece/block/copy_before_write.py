@@ -126,6 +126,8 @@ class CopyBeforeWrite:
         self._shared: list[SharedCodes] = []
         """Of those layers that other processes read."""
         self._freeing: set[asyncio.Task[int]] = set()
+        self._without_room: set[asyncio.Task[Codes]] = set()
+        """Copies that wait for it."""
         self._copying = RangeLock()
         self._old_data = OldData(source, self._shift)
         self._version = 0
@@ -339,17 +341,27 @@ class CopyBeforeWrite:
         except BaseException:
             # The guest's write goes on now or never, so what arrives late must not be recorded.
             copy.add_done_callback(lambda late: _drop_late_copy(scratch, late))
+            if copy in self._without_room:
+                copy.cancel()
             raise
 
     async def _copy(self, scratch: Scratch, first: int, end: int) -> Codes:
-        """Copy granules; if there is no room, once more when broken snapshots have made some."""
+        """Copy granules; if there is no room, once more when what was given up has made some."""
         try:
             return await self._old_data.copy(scratch, first, end)
         except OSError as error:
-            if error.errno != errno.ENOSPC or not self._freeing:
+            if error.errno != errno.ENOSPC or not (self._freeing or scratch.is_punching):
                 raise
-            await asyncio.wait(self._freeing)
-            return await self._old_data.copy(scratch, first, end)
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in one"
+        self._without_room.add(task)
+        try:
+            if self._freeing:
+                await asyncio.wait(self._freeing)
+            await scratch.punched()
+        finally:
+            self._without_room.discard(task)
+        return await self._old_data.copy(scratch, first, end)
 
     def _record(self, first: int, codes: Codes) -> None:
         """Set codes in the newest layer where it has none; copies that come too late are freed."""

@@ -144,6 +144,16 @@ class Scratch:
         if self._punching is None or self._punching.done():
             self._punching = asyncio.get_running_loop().create_task(self._punch())
 
+    @property
+    def is_punching(self) -> bool:
+        """Whether space that was given back is on its way to the file system."""
+        return self._punching is not None and not self._punching.done()
+
+    async def punched(self) -> None:
+        """Wait until the file system has what was given back."""
+        if self._punching is not None:
+            await asyncio.wait([self._punching])
+
     async def _punch(self) -> None:
         while self._to_punch:
             try:

@@ -334,6 +334,74 @@ async def test_wait_for_the_room_of_broken_snapshots_is_no_longer_than_copies_ma
         await snapshot.close()
 
 
+async def test_write_does_not_wait_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    setup, (broken,) = await overwritten(tmp_path, 30, snapshots=1)
+    scratch = setup.copies._scratch
+    assert scratch is not None
+    scratch._quota = 0
+    await write(setup.guest, 512, b"more")
+    scratch._quota = None
+    after = setup.snapshot()
+    await write(setup.guest, 1024, b"next")
+    assert setup.copies._freeing
+    assert await read(after, 1024, 4) == b"old!"
+    await after.close()
+    await broken.close()
+
+
+async def test_copies_that_are_given_up_do_not_go_on_waiting_for_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 5: each holds memory, and would take the room from those that are needed."""
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    setup, (broken,) = await overwritten(tmp_path, 30, snapshots=1)
+    assert setup.copies._scratch is not None
+    setup.copies._scratch._quota = 512
+    await write(setup.guest, 512, b"more")
+    guarded = setup.snapshot(failure=CopyFailure(OnCbwError.BREAK_GUEST_WRITE, 1e-9))
+    for _ in range(5):
+        with pytest.raises(TimeoutError):
+            await write(setup.guest, 1024, b"next")
+        await asyncio.sleep(0)
+        assert not setup.copies._without_room
+    await guarded.close()
+    await broken.close()
+
+
+async def test_copy_waits_for_what_the_file_system_is_given_back(tmp_path: Path) -> None:
+    """With no quota: a hole is punched by a thread, and there is no room before."""
+    setup = set_up(tmp_path, b"old!" * CLUSTER)
+    snapshot = setup.snapshot()
+    await write(setup.guest, 0, b"new!" * (CLUSTER // 4))
+    scratch = setup.copies._scratch
+    assert scratch is not None
+    punch, file_write, is_full = scratch._file.trim, scratch._file.write, True
+
+    async def trim(offset: int, length: int) -> None:
+        nonlocal is_full
+        for _ in range(20):
+            await asyncio.sleep(0)
+        await punch(offset, length)
+        is_full = False
+
+    async def write_if_there_is_room(offset: int, data: memoryview) -> None:
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        await file_write(offset, data)
+
+    with pytest.MonkeyPatch.context() as amid:
+        amid.setattr(scratch._file, "trim", trim)
+        amid.setattr(scratch._file, "write", write_if_there_is_room)
+        await snapshot.trim(0, CLUSTER)
+        await write(setup.guest, CLUSTER, b"new!" * 2048)
+    assert snapshot.error is None
+    assert await read(snapshot, CLUSTER, 8192) == b"old!" * 2048
+    await snapshot.close()
+
+
 async def test_write_that_waits_for_room_goes_on_when_all_snapshots_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
