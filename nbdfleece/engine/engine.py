@@ -54,6 +54,9 @@ class Engine:
         disconnect: Called with the name of an export that was removed; returns once no
             client uses it any more.
         event: Called with the name and the data of each event.
+
+    Attributes:
+        changing: Held while disks, snapshots or chains change, and by who must see them hold still.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Engine:
         self.delegate = delegate
         self._disconnect = disconnect
         self._event = event
-        self._changing = asyncio.Lock()
+        self.changing = asyncio.Lock()
 
     # -- disks --------------------------------------------------------------------
 
@@ -100,7 +103,7 @@ class Engine:
             StateError: The name is taken.
             OSError, ImageError: The image cannot be opened.
         """
-        async with self._changing:
+        async with self.changing:
             check_name(name, "disk")
             if name in self.disks:
                 raise StateError(f"disk '{name}' exists already")
@@ -130,7 +133,7 @@ class Engine:
         Raises:
             StateError: A snapshot stands on it.
         """
-        async with self._changing:
+        async with self.changing:
             for snapshot in self.snapshots.values():
                 if disk.name in snapshot.disks:
                     raise StateError(f"snapshot '{snapshot.name}' stands on disk '{disk.name}'")
@@ -205,7 +208,7 @@ class Engine:
             StateError: A name is taken or unknown.
             OSError: An image or the scratch directory cannot be written; nothing was changed.
         """
-        async with self._changing:
+        async with self.changing:
             check_name(name, "snapshot")
             snapshot = await self._freeze(name, self._chosen(disks), checkpoint, owner, release)
             if checkpoint is not None:
@@ -227,7 +230,7 @@ class Engine:
         Raises:
             StateError: There is none of that name, or its backup is not finished.
         """
-        async with self._changing:
+        async with self.changing:
             snapshot = self.snapshot(name)
             if snapshot.is_unfinished:
                 raise StateError(f"backup '{name}' is not finished: commit or abort it")
@@ -340,7 +343,7 @@ class Engine:
         Raises:
             StateError: A name is unknown or taken, or changes are not known.
         """
-        async with self._changing:
+        async with self.changing:
             found = self.snapshot(snapshot)
             if disk not in found.disks:
                 raise StateError(f"snapshot '{snapshot}' has no disk '{disk}'")
@@ -369,7 +372,7 @@ class Engine:
         Raises:
             StateError: There is none of that name, or it is a disk's live export.
         """
-        async with self._changing:
+        async with self.changing:
             for snapshot in self.snapshots.values():
                 if name in snapshot.exports:
                     self.exports.remove(name)
@@ -410,7 +413,7 @@ class Engine:
             StateError: A name is taken, or no disk knows ``since``; nothing was changed.
             OSError: An image or the scratch directory cannot be written; nothing was changed.
         """
-        async with self._changing:
+        async with self.changing:
             chosen = self._chosen(disks)
             if since is not None and not any([await disk.knows(since) for disk in chosen]):
                 raise StateError(f"there is no checkpoint '{since}'")
@@ -458,7 +461,7 @@ class Engine:
                 it cannot be trusted to be complete. Abort it.
             OSError: An image could not be written; commit again, or let the next start settle it.
         """
-        async with self._changing:
+        async with self.changing:
             snapshot = self._unfinished(name)
             if snapshot.error is not None:
                 raise StateError(f"backup '{name}' cannot be committed: {snapshot.error}")
@@ -474,7 +477,7 @@ class Engine:
             StateError: There is no such backup.
             OSError: An image could not be written; the checkpoint is still pending.
         """
-        async with self._changing:
+        async with self.changing:
             snapshot = self._unfinished(name)
             await self._abort(snapshot)
             self._tell_backup("BACKUP_ABORTED", snapshot)
@@ -502,7 +505,7 @@ class Engine:
         Raises:
             As :meth:`create_snapshot`.
         """
-        async with self._changing:
+        async with self.changing:
             chosen = self._chosen(disks)
             snapshot = await self._freeze(f"checkpoint {name}", chosen, name, owner)
             await self._drop(snapshot.name)
@@ -516,7 +519,7 @@ class Engine:
             OSError: An image could not be written. If the deletion had been decided, it is
                 finished by trying again, or at the next start.
         """
-        async with self._changing:
+        async with self.changing:
             for snapshot in self.snapshots.values():
                 if snapshot.is_pending and snapshot.checkpoint == name:
                     raise StateError(f"checkpoint '{name}' belongs to backup '{snapshot.name}'")
@@ -545,7 +548,7 @@ class Engine:
         """
         if keep is None and older_than_seconds is None:
             raise StateError("say how many checkpoints to keep, or how old one may be")
-        async with self._changing:
+        async with self.changing:
             names = checkpoints.prunable(self.disks.values(), keep, older_than_seconds, owner)
             for name in names:
                 await checkpoints.delete(self.disks.values(), name)
@@ -566,7 +569,7 @@ class Engine:
             StateError: What ``change`` raises.
             OSError: The image could not be written; nothing was changed.
         """
-        async with self._changing:
+        async with self.changing:
             await disk.store(await change(disk))
 
     async def transact(self, actions: Sequence[Action]) -> None:
@@ -575,7 +578,7 @@ class Engine:
         Raises:
             As :func:`~nbdfleece.engine.transaction.carry_out`; nothing was changed.
         """
-        async with self._changing:
+        async with self.changing:
             await carry_out(actions, self.snapshots)
 
     async def recover(self) -> None:
@@ -584,7 +587,7 @@ class Engine:
         Raises:
             OSError: An image could not be written.
         """
-        async with self._changing:
+        async with self.changing:
             running = {each.checkpoint for each in self.snapshots.values() if each.is_pending}
             await joint.settle(self.disks.values())
             await checkpoints.settle(self.disks.values(), running)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
 
 import msgspec
 
@@ -12,9 +11,6 @@ from .chain import Checkpoint, CheckpointState
 from .disk import Disk
 from .engine import Engine
 from .transaction import BitmapNode
-
-_ATTEMPTS: Final = 8
-"""To describe checkpoints while others make, commit and delete some."""
 
 
 class BitmapInfo(msgspec.Struct, kw_only=True, rename="kebab"):
@@ -145,36 +141,19 @@ async def disk_info(disk: Disk) -> DiskInfo:
     )
 
 
-async def _changed_bytes(disk: Disk) -> dict[str, int | None]:
-    """What the bitmap of each checkpoint marks, of one instant if the chain does not always change.
-
-    The bits of one that is deleted are in the one before it from then on.
-    """
-    for _ in range(_ATTEMPTS):
-        chain = disk.state.chain
-        changed = {
-            each.name: await _dirty_bytes(disk, each.bitmap_name) for each in chain.checkpoints
-        }
-        if disk.state.chain is chain:
-            break
-    return changed
-
-
 async def checkpoint_infos(engine: Engine) -> list[CheckpointInfo]:
-    """Describe all checkpoints, oldest first."""
+    """Describe all checkpoints, oldest first, while none is made or deleted."""
     found: dict[str, CheckpointInfo] = {}
-    for disk in list(engine.disks.values()):
-        parent = None
-        changed = await _changed_bytes(disk)
-        for each in disk.state.chain.checkpoints:
-            info = found.setdefault(each.name, CheckpointInfo.of(each, parent))
-            problem = disk.state.problem(each)
-            info.disks[disk.name] = LinkInfo(
-                size=each.size,
-                changed=None if problem else changed.get(each.name),
-                problem=problem,
-            )
-            parent = each.name
+    async with engine.changing:
+        for disk in engine.disks.values():
+            parent = None
+            for each in disk.state.chain.checkpoints:
+                await asyncio.sleep(0)  # as for bitmaps
+                info = found.setdefault(each.name, CheckpointInfo.of(each, parent))
+                problem = disk.state.problem(each)
+                changed = None if problem else await _dirty_bytes(disk, each.bitmap_name)
+                info.disks[disk.name] = LinkInfo(size=each.size, changed=changed, problem=problem)
+                parent = each.name
     return sorted(found.values(), key=lambda info: info.created)
 
 
