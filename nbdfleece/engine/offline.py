@@ -36,6 +36,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -202,11 +203,22 @@ async def open_images(
         images: list[OfflineImage] = []
         for path in paths:
             each = await OfflineImage.open(path, read_only=read_only, force_share=force_share)
-            opened.push_async_callback(each.image.close)
+            opened.push_async_exit(partial(_close, each.image))
             images.append(each)
         if len({each.image.file.identity for each in images}) < len(images):
             raise StateError("an image is named twice")
         yield images
+
+
+async def _close(
+    image: Qcow2Image, kind: type[BaseException] | None, error: BaseException | None, _: object
+) -> None:
+    """Close an image; if that fails after something else has, what has failed first is told."""
+    try:
+        await image.close()
+    except OSError:
+        if error is None:
+            raise
 
 
 async def list_bitmaps(path: Path, *, force_share: bool = False) -> list[Listed]:

@@ -33,6 +33,10 @@ TABLE_ENTRIES_MAX: Final = 0x8000000
 BITMAP_BYTES_MAX: Final = 0x20000000
 """QEMU's limits (block/qcow2-bitmap.c, BME_MAX_*); beyond one of them it refuses the image."""
 
+TABLES_BYTES_MAX: Final = 32 << 20
+"""What the tables of all bitmaps may take together, because every cluster they point to is
+remembered: two thousand bitmaps of 64 KiB granularity of a 64 TiB disk."""
+
 GRANULARITY_BITS_MIN: Final = 9
 GRANULARITY_BITS_MAX: Final = 31
 
@@ -144,6 +148,13 @@ def size_fault(disk_size: int, granularity: int) -> str | None:
 def table_entries_needed(disk_size: int, granularity: int, cluster_size: int) -> int:
     """How many entries the table of a bitmap has, no more and no less."""
     return -(-stored_bitmap_bytes(disk_size, granularity) // cluster_size)
+
+
+def tables_fault(entries: int) -> str | None:
+    """Why not all bitmaps can be in one image whose tables have so many entries, or None."""
+    if 8 * entries > TABLES_BYTES_MAX:
+        return f"the tables of all bitmaps would take more than {TABLES_BYTES_MAX} bytes"
+    return None
 
 
 def pack_extension(extension: BitmapsExtension) -> bytes:

@@ -39,7 +39,7 @@ leaked on purpose: a damaged table may point to anything.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -77,24 +77,13 @@ from .bitmap_directory import (
     size_fault,
     stored_bitmap_bytes,
     table_entries_needed,
+    tables_fault,
     unpack_table,
 )
 from .directory_switch import NO_DIRECTORY, BitmapImage, ChainRecord, DirectorySwitch
 
-TABLES_BYTES_MAX: Final = 32 << 20
-"""What the tables of all bitmaps may take together, because every cluster they point to is
-remembered: two thousand bitmaps of 64 KiB granularity of a 64 TiB disk."""
-
 _LOAD_BYTES: Final = 64 << 10
 """Bytes of bits that are read at once, into memory that is used again: zeroes cost none."""
-
-
-def tables_fault(disk_size: int, cluster_size: int, granularities: Iterable[int]) -> str | None:
-    """Why not all such bitmaps can be in one image, or None."""
-    entries = sum(table_entries_needed(disk_size, each, cluster_size) for each in granularities)
-    if 8 * entries > TABLES_BYTES_MAX:
-        return f"the tables of all bitmaps would take more than {TABLES_BYTES_MAX} bytes"
-    return None
 
 
 class BitmapDescriptor(NamedTuple):
@@ -263,11 +252,10 @@ class BitmapStore:
         data = await self._image.file.read(offset, size)
         listing = list_directory(data, count, geometry)
         self.damaged.extend(listing.damaged)
-        budget = TABLES_BYTES_MAX
+        entries = 0
         for entry, position in zip(listing.entries, listing.positions, strict=True):
-            budget -= 8 * entry.table_entries
-            if budget < 0:
-                reason = f"takes the tables of all bitmaps past {TABLES_BYTES_MAX} bytes"
+            entries += entry.table_entries
+            if reason := tables_fault(entries):
                 self.damaged.append(DamagedEntry(position, entry.name, reason))
                 continue
             await self._load_table(entry, position, switch)
@@ -484,12 +472,18 @@ class BitmapStore:
                 raise StateError(f"{path}: bitmap {item.bitmap.name!r} {reason}")
         if len(wanted) > BITMAPS_MAX or directory_size(names) > DIRECTORY_SIZE_MAX:
             raise StateError(f"{path}: these are more bitmaps than an image can hold")
-        granularities = (item.bitmap.granularity for item in wanted)
-        if reason := tables_fault(self._image.size, self._image.cluster_size, granularities):
+        if reason := tables_fault(sum(map(self._table_entries, wanted))):
             raise StateError(f"{path}: {reason}")
         if payload is not None:
             switch.check_room(payload, with_directory=bool(wanted))
         return switch
+
+    def _table_entries(self, item: _Wanted) -> int:
+        """How many a bitmap's table will have; what is kept in use may have any number."""
+        _, granularity, _, _, content, log = item.bitmap
+        if content is None and log is None:
+            return self._held[item.bitmap.name].entry.table_entries
+        return table_entries_needed(self._image.size, granularity, self._image.cluster_size)
 
     def _fault(self, item: _Wanted) -> str | None:
         """Why a bitmap cannot be stored, or None."""

@@ -31,8 +31,8 @@ import numpy as np
 from ..bitmaps.bitmap import Bitmap
 from ..block.threads import to_its_end
 from ..errors import StateError, UsageError
-from .bitmap_directory import size_fault
-from .bitmap_store import StoredBitmap, tables_fault
+from .bitmap_directory import size_fault, table_entries_needed, tables_fault
+from .bitmap_store import StoredBitmap
 from .entries import find_runs
 from .header import L1_BYTES_MAX, L1_SIZE_FIELD, SIZE_FIELD
 
@@ -76,14 +76,15 @@ async def resize_image(image: Qcow2Image, store: BitmapStore, size: int) -> None
 async def _switch(
     image: Qcow2Image, store: BitmapStore, bitmaps: list[StoredBitmap], size: int
 ) -> None:
-    """Write the size, and the bitmaps of that size with it; if that fails, both as they were."""
+    """Write the size and the bitmaps of that size; if the size cannot be written, the old ones."""
     if bitmaps:
         await store.replace([], None)
     try:
         await _write_size(image, size)
     except OSError as error:
         try:
-            await _write_size(image, image.size)
+            await image.file.write(SIZE_FIELD, _packed_size(image.size))
+            await image.file.flush()
         except OSError:
             text = f"the disk has {image.size} or {size} bytes now, and no bitmaps"
             raise OSError(error.errno, f"{text}: {error.strerror}", image.path) from error
@@ -118,8 +119,12 @@ async def _load_bitmaps(image: Qcow2Image, store: BitmapStore, size: int) -> lis
             )
         if reason := size_fault(size, entry.granularity):
             raise StateError(f"{image.path}: bitmap {entry.name!r} {reason}")
-    granularities = (entry.granularity for entry in store.entries)
-    if reason := tables_fault(size, image.cluster_size, granularities):
+    if reason := tables_fault(
+        sum(
+            table_entries_needed(size, entry.granularity, image.cluster_size)
+            for entry in store.entries
+        )
+    ):
         raise StateError(f"{image.path}: {reason}")
     return [
         StoredBitmap(
@@ -232,8 +237,11 @@ async def _drop_table(image: Qcow2Image, l1_index: int) -> None:
 
 async def _write_size(image: Qcow2Image, size: int) -> None:
     """Make the disk's size durable, after everything before it."""
-    data = memoryview(struct.pack(">Q", size))
-    await image.epochs.exclusively(partial(image.file.write, SIZE_FIELD, data))
+    await image.epochs.exclusively(partial(image.file.write, SIZE_FIELD, _packed_size(size)))
+
+
+def _packed_size(size: int) -> memoryview:
+    return memoryview(struct.pack(">Q", size))
 
 
 async def _move_l1(image: Qcow2Image, entries: int) -> None:
