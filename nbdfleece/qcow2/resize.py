@@ -86,8 +86,8 @@ async def _switch(
             await image.file.write(SIZE_FIELD, _packed_size(image.size))
             await image.file.flush()
         except OSError:
-            text = f"the disk has {image.size} or {size} bytes now, and no bitmaps"
-            raise OSError(error.errno, f"{text}: {error.strerror}", image.path) from error
+            what = f"has {image.size} or {size} bytes now, and no bitmaps"
+            raise _half_done(image, what, error) from error
         await _store_bitmaps(image, store, bitmaps)
         raise
     image.size = image.header.size = size
@@ -150,13 +150,13 @@ async def _store_bitmaps(
     try:
         await store.replace(resized, payload)
     except OSError as error:
-        raise _half_done(image, "its bitmaps could not be stored and are lost", error) from error
+        what = f"has {image.size} bytes now, but its bitmaps could not be stored and are lost"
+        raise _half_done(image, what, error) from error
 
 
 def _half_done(image: Qcow2Image, what: str, error: OSError) -> OSError:
     """The error that says what has become of the disk."""
-    text = f"the disk has {image.size} bytes now, but {what}: {error.strerror}"
-    return OSError(error.errno, text, image.path)
+    return OSError(error.errno, f"the disk {what}: {error.strerror}", image.path)
 
 
 def _resized(bitmap: StoredBitmap, size: int) -> Bitmap:
@@ -202,7 +202,8 @@ async def _give_up(image: Qcow2Image, old: int) -> None:
             await image.data_file.shrink(size)
         await image.flush()
     except OSError as error:
-        raise _half_done(image, "what lay past it was not all given up", error) from error
+        what = f"has {size} bytes now, but what lay past it was not all given up"
+        raise _half_done(image, what, error) from error
     image.space.resize(size)
 
 
