@@ -200,6 +200,20 @@ async def overwritten(
     return setup, taken
 
 
+async def broken(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, quota: int
+) -> tuple[Setup, SnapshotAccess]:
+    """A snapshot that has just broken for a quota; its thirty copies go one in a turn."""
+    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
+    setup, (snapshot,) = await overwritten(directory, 30, snapshots=1)
+    assert setup.copies._scratch is not None
+    setup.copies._scratch._quota = quota
+    await write(setup.guest, 512, b"more")
+    assert "quota" in (snapshot.error or "")
+    assert setup.copies.scratch_bytes > 0
+    return setup, snapshot
+
+
 async def test_dropping_a_snapshot_of_much_leaves_others_their_turns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,13 +313,7 @@ async def test_broken_snapshots_give_up_their_copies_in_turns_that_no_guest_wait
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rule 5; and a new snapshot, taken at once, finds the room that they had."""
-    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
-    setup, (snapshot,) = await overwritten(tmp_path, 30, snapshots=1)
-    assert setup.copies._scratch is not None
-    setup.copies._scratch._quota = setup.copies.scratch_bytes
-    await write(setup.guest, 512, b"more")
-    assert snapshot.error is not None
-    assert setup.copies.scratch_bytes > 0
+    setup, snapshot = await broken(tmp_path, monkeypatch, 30 * 512)
     after = setup.snapshot()
     before = bytes(setup.disk.content[:1024])
     await write(setup.guest, 0, b"next" * 256)
@@ -320,47 +328,35 @@ async def test_broken_snapshots_give_up_their_copies_in_turns_that_no_guest_wait
 async def test_wait_for_the_room_of_broken_snapshots_is_no_longer_than_copies_may_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
-    setup, (broken,) = await overwritten(tmp_path, 30, snapshots=1)
-    assert setup.copies._scratch is not None
-    setup.copies._scratch._quota = 512
-    await write(setup.guest, 512, b"more")
+    setup, old = await broken(tmp_path, monkeypatch, 512)
     patient = setup.snapshot()
     impatient = setup.snapshot(failure=CopyFailure(timeout_seconds=1e-9))
     await write(setup.guest, 1024, b"next")
     assert "too long" in (impatient.error or "")
     assert await read(patient, 1024, 4) == b"old!"
-    for snapshot in (broken, patient, impatient):
+    for snapshot in (old, patient, impatient):
         await snapshot.close()
 
 
 async def test_write_does_not_wait_where_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
-    setup, (broken,) = await overwritten(tmp_path, 30, snapshots=1)
-    scratch = setup.copies._scratch
-    assert scratch is not None
-    scratch._quota = 0
-    await write(setup.guest, 512, b"more")
-    scratch._quota = None
+    setup, old = await broken(tmp_path, monkeypatch, 0)
+    assert setup.copies._scratch is not None
+    setup.copies._scratch._quota = None
     after = setup.snapshot()
     await write(setup.guest, 1024, b"next")
     assert setup.copies._freeing
     assert await read(after, 1024, 4) == b"old!"
     await after.close()
-    await broken.close()
+    await old.close()
 
 
 async def test_copies_that_are_given_up_do_not_go_on_waiting_for_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rule 5: each holds memory, and would take the room from those that are needed."""
-    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
-    setup, (broken,) = await overwritten(tmp_path, 30, snapshots=1)
-    assert setup.copies._scratch is not None
-    setup.copies._scratch._quota = 512
-    await write(setup.guest, 512, b"more")
+    setup, old = await broken(tmp_path, monkeypatch, 512)
     guarded = setup.snapshot(failure=CopyFailure(OnCbwError.BREAK_GUEST_WRITE, 1e-9))
     for _ in range(5):
         with pytest.raises(TimeoutError):
@@ -368,7 +364,7 @@ async def test_copies_that_are_given_up_do_not_go_on_waiting_for_room(
         await asyncio.sleep(0)
         assert not setup.copies._without_room
     await guarded.close()
-    await broken.close()
+    await old.close()
 
 
 async def test_copy_waits_for_what_the_file_system_is_given_back(tmp_path: Path) -> None:
@@ -406,17 +402,13 @@ async def test_write_that_waits_for_room_goes_on_when_all_snapshots_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rule 5."""
-    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
-    setup, (broken,) = await overwritten(tmp_path, 30, snapshots=1)
-    assert setup.copies._scratch is not None
-    setup.copies._scratch._quota = 512
-    await write(setup.guest, 512, b"more")
+    setup, old = await broken(tmp_path, monkeypatch, 512)
     after = setup.snapshot()
     waiting = asyncio.create_task(write(setup.guest, 1024, b"next"))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert not waiting.done()
-    await asyncio.gather(after.close(), broken.close())
+    await asyncio.gather(after.close(), old.close())
     await waiting
     assert setup.disk.content[1024:1028] == b"next"
     assert not setup.copies.has_layers
@@ -446,11 +438,7 @@ async def test_broken_snapshot_that_goes_gives_up_nothing_of_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rule 1: a scratch of its own has the same places."""
-    monkeypatch.setattr(copy_before_write, "PAGES_AT_ONCE", 1)
-    setup, (snapshot,) = await overwritten(tmp_path, 30, snapshots=1)
-    assert setup.copies._scratch is not None
-    setup.copies._scratch._quota = 0
-    await write(setup.guest, 512, b"more")
+    setup, snapshot = await broken(tmp_path, monkeypatch, 0)
     dropping = asyncio.create_task(snapshot.close())
     await until(lambda: not setup.copies.has_layers)
     assert setup.copies._freeing

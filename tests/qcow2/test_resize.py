@@ -29,9 +29,18 @@ MIB = 1 << 20
 
 async def resize(path: Path, size: int) -> None:
     image = await Qcow2Image.open(path, read_only=False)
-    await resize_image(image, await BitmapStore.load(image), size)
-    assert image.size == size
-    await image.close()
+    try:
+        await resize_image(image, await BitmapStore.load(image), size)
+        assert image.size == size
+    finally:
+        await image.close()
+
+
+def make_with_bitmap(folder: Path, size: int = MIB, granularity: int = 65536) -> Path:
+    path = folder / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, str(size))
+    qemu_img("bitmap", "--add", "-g", str(granularity), path, "b")
+    return path
 
 
 @pytest.mark.parametrize(
@@ -133,17 +142,9 @@ async def test_resize_of_version_2_with_snapshots_or_past_the_limit_is_refused(
     qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10,cluster_size=512", path, str(MIB))
     qemu_img("snapshot", "-c", "before", path)
     with pytest.raises(StateError, match="version 2 cannot be resized"):
-        await resize_closed(path, 2 * MIB)
+        await resize(path, 2 * MIB)
     with pytest.raises(UsageError, match="at most"):
-        await resize_closed(path, 1 << 50)
-
-
-async def resize_closed(path: Path, size: int) -> None:
-    image = await Qcow2Image.open(path, read_only=False)
-    try:
-        await resize_image(image, await BitmapStore.load(image), size)
-    finally:
-        await image.close()
+        await resize(path, 1 << 50)
 
 
 def bitmap_flags(path: Path) -> dict[str, list[str]]:
@@ -184,14 +185,12 @@ async def test_resize_with_an_inconsistent_bitmap_is_refused(folder: Path) -> No
     await store.replace([StoredBitmap("b", 65536, True, in_use=True, content=bitmap)], None)
     await image.close()
     with pytest.raises(StateError, match="'b' is inconsistent"):
-        await resize_closed(path, 2 * MIB)
+        await resize(path, 2 * MIB)
     assert bitmap_flags(path) == {"b": ["in-use", "auto"]}
 
 
 async def test_same_size_changes_nothing(folder: Path) -> None:
-    path = folder / "disk.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
-    qemu_img("bitmap", "--add", path, "b")
+    path = make_with_bitmap(folder)
     before = path.read_bytes()
     await resize(path, MIB)
     assert path.read_bytes() == before
@@ -201,9 +200,7 @@ async def test_same_size_changes_nothing(folder: Path) -> None:
 async def test_bitmaps_that_cannot_be_stored_again_are_told_to_be_lost(
     folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = folder / "disk.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
-    qemu_img("bitmap", "--add", path, "b")
+    path = make_with_bitmap(folder)
     replace = BitmapStore.replace
 
     async def full(self: BitmapStore, bitmaps: list[StoredBitmap], payload: bytes | None) -> None:
@@ -213,7 +210,7 @@ async def test_bitmaps_that_cannot_be_stored_again_are_told_to_be_lost(
 
     monkeypatch.setattr(BitmapStore, "replace", full)
     with pytest.raises(OSError, match=f"has {size} bytes now, but its bitmaps .* lost: No space"):
-        await resize_closed(path, size)
+        await resize(path, size)
     check(path)
     assert len(qemu_content(path)) == size
 
@@ -229,23 +226,21 @@ async def test_shrinking_that_fails_half_way_says_which_size_the_disk_has(
 
     monkeypatch.setattr(Qcow2Image, "write_zeroes", fail)
     with pytest.raises(OSError, match=r"has 512 bytes now, but .* not all given up: Input/output"):
-        await resize_closed(path, 512)
+        await resize(path, 512)
     assert len(qemu_content(path)) == 512
 
 
 async def test_growing_that_fails_leaves_size_and_bitmaps(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = folder / "disk.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB + 512))
-    qemu_img("bitmap", "--add", path, "b")
+    path = make_with_bitmap(folder, MIB + 512)
 
     async def fail(*arguments: object, **more: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Qcow2Image, "write_zeroes", fail)
     with pytest.raises(OSError, match="No space left"):
-        await resize_closed(path, 64 << 30)
+        await resize(path, 64 << 30)
     check(path)
     assert len(qemu_content(path)) == MIB + 512
     assert bitmap_flags(path) == {"b": ["auto"]}
@@ -255,9 +250,7 @@ async def test_growing_that_fails_leaves_size_and_bitmaps(
 async def test_size_that_cannot_be_written_is_taken_back(
     folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = folder / "disk.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
-    qemu_img("bitmap", "--add", "-g", "512", path, "b")
+    path = make_with_bitmap(folder, granularity=512)
     write, failures = FileNode.write, [errno.EIO]
 
     async def fail(self: FileNode, offset: int, data: memoryview) -> None:
@@ -267,7 +260,7 @@ async def test_size_that_cannot_be_written_is_taken_back(
 
     monkeypatch.setattr(FileNode, "write", fail)
     with pytest.raises(OSError, match=r"^\[Errno 5\] half of it was written$"):
-        await resize_closed(path, size)
+        await resize(path, size)
     check(path)
     assert len(qemu_content(path)) == MIB
     assert bitmap_flags(path) == {"b": ["auto"]}
@@ -278,9 +271,7 @@ async def test_size_that_cannot_be_made_durable_leaves_no_bitmaps_of_another_siz
     folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rules 2, 7 and 8: once a file could not be flushed, nothing of it is certain any more."""
-    path = folder / "disk.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
-    qemu_img("bitmap", "--add", "-g", "512", path, "b")
+    path = make_with_bitmap(folder, granularity=512)
     write, datasync, is_written = FileNode.write, os.fdatasync, False
 
     async def write_size(self: FileNode, offset: int, data: memoryview) -> None:
@@ -305,9 +296,7 @@ async def test_size_that_cannot_be_made_durable_leaves_no_bitmaps_of_another_siz
 async def test_resize_that_is_interrupted_keeps_its_bitmaps(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = folder / "disk.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", path, str(MIB))
-    qemu_img("bitmap", "--add", path, "b")
+    path = make_with_bitmap(folder)
     write = FileNode.write
 
     async def interrupt(self: FileNode, offset: int, data: memoryview) -> None:
@@ -317,7 +306,7 @@ async def test_resize_that_is_interrupted_keeps_its_bitmaps(
             await asyncio.sleep(0)
 
     monkeypatch.setattr(FileNode, "write", interrupt)
-    resizing = asyncio.create_task(resize_closed(path, 2 * MIB))
+    resizing = asyncio.create_task(resize(path, 2 * MIB))
     with pytest.raises(asyncio.CancelledError):
         await resizing
     check(path)
@@ -363,7 +352,7 @@ async def test_bitmaps_whose_tables_would_be_too_long_together_are_not_begun_wit
     before = path.read_bytes()
     monkeypatch.setattr(bitmap_directory, "TABLES_BYTES_MAX", 3 * 8 * 16)
     with pytest.raises(StateError, match="tables of all bitmaps would take more than 384 bytes"):
-        await resize_closed(path, 33 * MIB)
+        await resize(path, 33 * MIB)
     assert path.read_bytes() == before
     await resize(path, 32 * MIB)
     assert bitmap_flags(path) == {name: ["auto"] for name in "abc"}
