@@ -266,7 +266,7 @@ class Connection:
         may_be_broken = is_amid and not self._inbox.is_dry  # and that was the last of it
         if may_be_broken or self._is_overlooked or self._channel.has_pending():
             self._loop.call_soon(self._on_readable)
-        elif self._phase.is_answered and not self._is_writing:
+        elif (self._phase.is_answered or self._inbox.is_dry) and not self._is_writing:
             self._host.polling.begin(self)
 
     def _receive_eof(self) -> None:

@@ -99,7 +99,7 @@ class Inbox:
         self.start = 0
         self.end = 0
         self.is_dry = False
-        """The last look found nothing, and no end either."""
+        """The last look was for more of a large message, and found nothing, and no end either."""
         self._large: Buffer | None = None
         self._large_length = 0
         self._large_end = 0

@@ -1,15 +1,17 @@
 """Looking at the sockets for a moment longer instead of going to sleep.
 
 A client that asks for one small thing at a time sends its next request some 20 us after a reply.
-To fall asleep and be woken takes as long again. So after such a reply the loop goes on looking at
-**all** its sockets, as long as QEMU's I/O threads do: nobody waits for it, unlike for a look at
-one socket only.
+One that sends more than its side of the socket holds goes on as soon as there is room, which the
+receive before has made. To fall asleep and be woken takes as long again. So then the loop goes on
+looking at **all** its sockets, as long as QEMU's I/O threads do: nobody waits for it, unlike for a
+look at one socket only.
 
-What it costs is bounded (rule 5). There is one look for a request that has been answered, none for
-a part of one, and none while the client's socket has no room for replies. When the time is up, or
-another client's request is found, no look is taken after the next small requests, one of them,
-then three, and in the end 63, until a look finds what it is for. A client with pauses between its
-requests, or with others beside it, costs less than a microsecond more for each.
+What it costs is bounded (rule 5). There is one look for a small request that has been answered,
+none for a part of one, one for each receive that leaves a large message incomplete, and none while
+the client's socket has no room for replies. When the time is up, or another client's request is
+found, no look is taken the next time, the next three times, and in the end 63, until a look finds
+what it is for. A client with pauses between its requests, or with others beside it, costs less
+than a microsecond more for each.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from time import perf_counter
 from typing import Final, Protocol
 
 SKIPPED_MAX: Final = 63
-"""Small requests after which the loop does not look, at most, before it tries again."""
+"""How many times the loop does not look, at most, before it tries again."""
 
 
 class Loop(Protocol):
@@ -51,7 +53,7 @@ class Polling:
         self._skips_left = 0
 
     def begin(self, client: object) -> None:
-        """A small request has been answered: look for the next one, if that was worth it lately."""
+        """The client is about to send: look for it, if that was worth it lately."""
         if self._skips_left:
             self._skips_left -= 1
             return

@@ -1,4 +1,4 @@
-"""After a small request the loop looks on for a moment: at all sockets, and only if it pays."""
+"""Where a client is about to send the loop looks on a moment: at all sockets, and if it pays."""
 
 from __future__ import annotations
 
@@ -233,6 +233,18 @@ async def test_it_begins_only_when_a_request_is_answered(serve: Serve) -> None:
         await until(lambda number=number: count.was_found > number)
         await settled()
     assert count.begun == 1
+    assert not (await client.reply()).error
+
+
+async def test_it_begins_for_the_rest_of_a_large_request(serve: Serve) -> None:
+    """It comes as soon as there is room for it, which the receive has made."""
+    client, count = await open_counted(serve, MemoryNode(1 << 20))
+    write = pack_request(Command.WRITE, 0, 256 << 10) + bytes(256 << 10)
+    for number, at in enumerate(range(0, len(write), 64 << 10)):
+        assert count.begun == number
+        await client.send(write[at : at + (64 << 10)])
+        await until(lambda number=number: count.begun > number)
+        await settled()
     assert not (await client.reply()).error
 
 
