@@ -9,7 +9,8 @@ What "best" is was found by trying; ``docs/performance.md`` says what each peer 
   qcow2 and serves the same disk as raw bytes: shown, but no peer for a qcow2 row.
 * **nbdfleece**: ``nbdfleece serve``; where nobody writes with ``--read-only`` and
   ``--processes 2``, one for each processor, but ``nbdfleece nbd -r`` over TLS and for bitmaps.
-  Where a snapshot is pulled beside a guest, it is read by two processes, too.
+  Where a snapshot is pulled beside a guest, it is read by two processes, too, to which the
+  server yields (``--processes-nice -10``): both are to be fast.
 * **the raw limit**: no server, and no peer: what the kernel and the client allow.
 """
 
@@ -157,6 +158,9 @@ class Server(ABC):
 PROCESSES = 2
 """Ours for read-only images: one for each processor."""
 
+PULL_NICE = -10
+"""Of those that read a snapshot beside a guest, whom the server would let have all it can take."""
+
 
 class Nbdfleece(Server):
     """Ours, from the checkout."""
@@ -182,6 +186,8 @@ class Nbdfleece(Server):
             argv += [word for bitmap in setup.bitmaps for word in ("--bitmap", f"{name}={bitmap}")]
         if setup.is_pulled or not setup.writable:
             argv += ["--processes", str(PROCESSES)]
+        if setup.is_pulled:
+            argv += ["--processes-nice", str(PULL_NICE)]
         running = self._start(argv, address, setup, stack)
         running.control = stack.enter_context(Qmp(control))
         for number in range(setup.checkpoints):

@@ -77,7 +77,7 @@ class DaemonOptions:
         export_rules: What holds for exports by their names.
         more_exports: What else is served, for as long as each of these contexts is entered.
         processes: So many processes of their own serve ``images`` and snapshots; 0 for this one.
-        processes_nice: How much lower their priority is than this one's, from 0 to 19.
+        processes_nice: How much lower their priority is than this one's, from -19 to 19.
         loop: Their event loop.
         grace_seconds: At the end, how long NBD requests in flight may take.
     """

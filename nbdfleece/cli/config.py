@@ -98,7 +98,7 @@ class ServerConfig(_Part):
     disks: dict[str, str | DiskConfig] = {}
     read_only: dict[str, str | ImageConfig] = {}
     processes: Annotated[int, msgspec.Meta(ge=0, le=PROCESSES_MAX)] | None = None
-    processes_nice: Annotated[int, msgspec.Meta(ge=0, le=NICE_MAX)] | None = None
+    processes_nice: Annotated[int, msgspec.Meta(ge=-NICE_MAX, le=NICE_MAX)] | None = None
     backups: list[str] = []
     listen: list[str] = []
     control: str | None = None

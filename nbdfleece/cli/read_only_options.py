@@ -51,12 +51,13 @@ read_only_options = option_group(
     ),
     click.option(
         "--processes-nice",
-        type=click.IntRange(min=0, max=NICE_MAX),
+        type=click.IntRange(min=-NICE_MAX, max=NICE_MAX),
         default=0,
         show_default=True,
         metavar="N",
-        help="Let those processes have a lower priority, as of nice: where processors are short, "
-        "guests wait less for pulls, and pulls take longer.",
+        help="Let those processes have a lower priority than the server, as of nice: where "
+        "processors are short, guests wait less for pulls, and pulls take longer. Below 0 it is "
+        "the server that has the lower one.",
     ),
 )
 

@@ -67,7 +67,8 @@ class Deputies:
         processes: How many.
         limits: What clients may take.
         loop: The event loop of the processes.
-        nice: How much lower their priority is, as of nice(2).
+        nice: How much lower their priority is than the server's, as of nice(2). If it is higher,
+            the server's is lowered, which stays so: to raise theirs would take privileges.
     """
 
     def __init__(
@@ -90,10 +91,13 @@ class Deputies:
         """
         try:
             for _ in range(self._wanted):
-                self._processes.append(ProcessDeputy(self._limits, self._loop_choice, self._nice))
+                nice = max(0, self._nice)
+                self._processes.append(ProcessDeputy(self._limits, self._loop_choice, nice))
         except BaseException:
             await self.__aexit__()
             raise
+        if self._processes and self._nice < 0:
+            os.nice(-self._nice)  # of this thread, which serves the guests, and those it begins
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -326,6 +326,19 @@ async def test_processes_have_the_priority_that_is_asked_for(options: DaemonOpti
         assert {os.getpriority(os.PRIO_PROCESS, each) for each in threads} == {min(19, own + 7)}
 
 
+async def test_server_has_the_lower_priority_if_that_is_asked_for() -> None:
+    """Who may not raise anybody's can have pulls preferred, too."""
+
+    async def priorities() -> list[int]:
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        async with Deputies(2, Limits(), nice=-5) as started:
+            pids = [0, *(each._process.pid for each in started._processes)]
+            return [os.getpriority(os.PRIO_PROCESS, pid) - before for pid in pids]
+
+    # In a thread that ends: it is a thread that has a priority.
+    assert await asyncio.to_thread(asyncio.run, priorities()) == [5, 0, 0]
+
+
 async def test_what_ends_a_server_does_not_end_its_processes(options: DaemonOptions) -> None:
     """A terminal's signals go to all of them; the server says when it is time."""
     async with Daemon(options) as daemon:
