@@ -20,6 +20,7 @@ from .clients import fio, percentile_microseconds
 from .curve_files import CurveFile, write_index
 from .growth import Expected
 from .images import Images
+from .measure import shuffled
 from .place import warm
 from .servers import Nbdfleece, QemuStorageDaemon, Running, Server, Setup
 
@@ -225,8 +226,7 @@ def _measure_value(
 ) -> None:
     samples: dict[str, list[float]] = {server.label: [] for server in servers}
     for number in range(ROUNDS):
-        turn = number % len(servers)
-        for server in servers[turn:] + servers[:turn]:
+        for server in shuffled(servers, number):
             if not file.has_failed(server.label):
                 try:
                     samples[server.label].append(curve.point(images, server, value))

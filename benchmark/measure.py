@@ -1,17 +1,18 @@
 """Rounds, ratios and their spread.
 
-In a round every contestant runs once; the order is turned by one each round, so that none
-always comes after the same other. A ratio compares two samples of one round. Above 1 ours is
-better, whichever direction a metric has.
+In a round every contestant runs once; the order is shuffled anew each round, so that none always
+comes after the same other. A ratio compares two samples of one round. Above 1 ours is better,
+whichever direction a metric has.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,13 @@ class Ratio:
 Sample = Callable[[], dict[str, float]]
 """Runs a workload once and gives the metrics' values."""
 
+T = TypeVar("T")
+
+
+def shuffled(contestants: list[T], number: int) -> list[T]:
+    """The order of a round, the same in each run."""
+    return random.Random(number).sample(contestants, len(contestants))
+
 
 def run_rounds(
     contestants: list[tuple[Contestant, Sample]],
@@ -81,8 +89,7 @@ def run_rounds(
 ) -> None:
     """Let each contestant run once per round; one that fails is out."""
     for number in range(rounds):
-        turn = number % len(contestants)
-        for contestant, sample in contestants[turn:] + contestants[:turn]:
+        for contestant, sample in shuffled(contestants, number):
             if contestant.failure is not None:
                 continue
             try:
