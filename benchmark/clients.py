@@ -205,7 +205,7 @@ def map_totals(uri: str, context: str) -> float:
 
 
 def pull_dirty(uri: str, context: str) -> dict[str, Any]:
-    """Read what a bitmap says is dirty: seconds, bytes and a hash of it; libnbd does the work."""
+    """Read what a bitmap says is dirty, by libnbd: what :mod:`.pull_dirty` prints."""
     argv = [sys.executable, str(Path(__file__).with_name("pull_dirty.py")), uri, context]
     done = subprocess.run(argv, check=True, capture_output=True, timeout=CLIENT_SECONDS)
     result: dict[str, Any] = json.loads(done.stdout)

@@ -115,9 +115,9 @@ def _of_raw(metric: Metric, contestants: list[Contestant]) -> str:
     return f"{found.median:.2f} {spread} of {_median(limit, metric)}"
 
 
-def _processor_time(contestant: Contestant) -> str:
+def _processor_time(contestant: Contestant, key: str) -> str:
     """The median, of the whole run or of one request, as the row has it."""
-    values = contestant.samples.get("server-cpu")
+    values = contestant.samples.get(key)
     if not values:
         return ""
     seconds = statistics.median(values)
@@ -143,8 +143,8 @@ def details(results: list[Result]) -> str:
         lines = [f"### {result.title}", ""]
         keys = [metric.key for metric in result.metrics]
         lines.append(f"| server | {' | '.join(f'{key} | ours to it' for key in keys)} |")
-        lines[-1] += " server's processor time |"
-        lines.append("|---" * (2 + 2 * len(keys)) + "|")
+        lines[-1] += " server's processor time | client's |"
+        lines.append("|---" * (3 + 2 * len(keys)) + "|")
         ours = next(it for it in result.contestants if it.is_ours)
         for contestant in result.contestants:
             lines.append(_details_line(result, ours, contestant))
@@ -158,6 +158,6 @@ def _details_line(result: Result, ours: Contestant, contestant: Contestant) -> s
         ratio = None if contestant.is_ours else ratio_to(metric, ours, contestant)
         cells.append(_median(contestant, metric))
         cells.append("" if ratio is None else f"{ratio.median:.2f}")
-    cells.append(_processor_time(contestant))
+    cells += [_processor_time(contestant, key) for key in ("server-cpu", "client-cpu")]
     failure = "" if contestant.failure is None else f" ({contestant.failure.splitlines()[0][:100]})"
     return f"| {' | '.join(cells)}{failure} |"

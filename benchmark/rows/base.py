@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -52,8 +53,9 @@ class Row(ABC):
         """Run the workload once.
 
         Returns:
-            The metrics' values. With ``operations``, the processor time that the server has
-            used, which every row's results have beside its metrics, is for each of them.
+            The metrics' values. With ``operations``, the processor time that the server and the
+            clients have used, which every row's results have beside its metrics, is for each of
+            them. A row may measure its client's by itself: ``client-cpu``.
         """
 
     def check(self, server: Server) -> None:
@@ -66,10 +68,20 @@ class Row(ABC):
         with server.serve(setup) as running:
             self.prepare(running)
             before = sum(running.process.user_and_system_seconds())
+            clients_before = _seconds_of_ended()
             values = self.measure(server, running)
+            clients_used = _seconds_of_ended() - clients_before
             used = sum(running.process.user_and_system_seconds()) - before
-        values["server-cpu"] = used / values.pop("operations", 1)
+        operations = values.pop("operations", 1)
+        values["server-cpu"] = used / operations
+        values.setdefault("client-cpu", clients_used / operations)
         return values
+
+
+def _seconds_of_ended() -> float:
+    """Processor time of all processes that have been waited for: clients, and servers before."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def throughput(bytes_done: int, seconds: float) -> float:

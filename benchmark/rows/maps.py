@@ -44,7 +44,8 @@ class IncrementalPull(Row):
             pulled = clients.pull_dirty(running.uri(name), context)
         if pulled["bytes"] < DIRTY_GRANULES * GRANULE:
             raise clients.WrongContent(f"only {pulled['bytes']} bytes are dirty")
-        return {"seconds": begin_seconds + pulled["seconds"], "map": pulled["map"]}
+        seconds = begin_seconds + pulled["seconds"]
+        return {"seconds": seconds, "map": pulled["map"], "client-cpu": pulled["cpu"]}
 
 
 def begin_backup(server: Server, running: Running, stack: ExitStack) -> tuple[float, str, str]:

@@ -99,6 +99,8 @@ def test_table_says_what_is_behind_and_shows_what_does_not_count() -> None:
     assert "**2.00** (1.00 … 3.00)" in table([result])
     assert "| raw |" not in table([result])
     assert "| raw |" in details([result])
+    result.contestants[0].samples |= {"server-cpu": [0.5], "client-cpu": [0.000002]}
+    assert "| 0.50 s | 2.0 µs each |" in details([result])
     result.contestants[0].samples["speed"] = [1.0, 1.0, 1.0]
     assert "**behind**" in table([result])
 

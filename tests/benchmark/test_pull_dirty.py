@@ -27,3 +27,4 @@ def test_what_is_dirty_is_read_in_order() -> None:
     assert pulled["bytes"] == sum(length for _, length in ranges)
     assert pulled["checksum"] == checksum
     assert 0 < pulled["map"] < pulled["seconds"]
+    assert pulled["cpu"] > 0
