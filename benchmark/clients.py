@@ -206,7 +206,16 @@ def map_totals(uri: str, context: str) -> float:
 
 def pull_dirty(uri: str, context: str) -> dict[str, Any]:
     """Read what a bitmap says is dirty, by libnbd: what :mod:`.pull_dirty` prints."""
-    argv = [sys.executable, str(Path(__file__).with_name("pull_dirty.py")), uri, context]
+    return _pull_by_libnbd(uri, "--context", context)
+
+
+def pull_data(uri: str, path: Path) -> dict[str, Any]:
+    """Read where a file has data, in the same way."""
+    return _pull_by_libnbd(uri, "--data-of", str(path))
+
+
+def _pull_by_libnbd(*arguments: str) -> dict[str, Any]:
+    argv = [sys.executable, str(Path(__file__).with_name("pull_dirty.py")), *arguments]
     done = subprocess.run(argv, check=True, capture_output=True, timeout=CLIENT_SECONDS)
     result: dict[str, Any] = json.loads(done.stdout)
     return result

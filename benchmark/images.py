@@ -72,6 +72,10 @@ class Images:
         """A qcow2 of any size with nothing in it."""
         return self._make(f"s{size >> 30}.qcow2", lambda path: create(path, size))
 
+    def sparse_raw(self, size: int) -> Path:
+        """Raw bytes of any size, none of which takes room."""
+        return self._make(f"s{size >> 30}.raw", lambda path: _make_hole(path, size))
+
     @cached_property
     def text(self) -> Path:
         """Raw bytes that compress to about a third, unlike everywhere."""
@@ -138,6 +142,11 @@ def convert(raw: Path, path: Path, *options: str) -> None:
     """A qcow2 of a raw file, made by qemu-img."""
     argv = ["qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", *options]
     subprocess.run([*argv, str(raw), str(path)], check=True)
+
+
+def _make_hole(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
 
 
 def _fill_random(path: Path, size: int) -> None:

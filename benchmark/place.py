@@ -116,7 +116,7 @@ def is_warm(path: Path) -> bool:
     """Whether what a file has is in the page cache."""
     wanted = min(path.stat().st_size, path.stat().st_blocks * 512)
     # Holes may be resident too, and file systems allocate in larger units than pages.
-    return resident_bytes(path) >= wanted * 0.98
+    return not wanted or resident_bytes(path) >= wanted * 0.98
 
 
 def make_cold(path: Path) -> None:

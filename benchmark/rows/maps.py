@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 from .. import clients
 from ..clients import fio
-from ..images import GRANULE
+from ..images import GRANULE, Images
 from ..measure import Metric
 from ..servers import Nbdfleece, QemuStorageDaemon, Running, Server, Setup
 from .base import Row
@@ -15,34 +15,44 @@ from .base import Row
 DISK_BYTES = 100 << 30
 """Of the incremental pull."""
 
-DIRTY_GRANULES = DISK_BYTES // 100 // GRANULE
-
 
 class IncrementalPull(Row):
     """A guest changes 1 % of a sparse disk, a backup begins, and what changed is pulled.
 
     Timed is everything from beginning the backup (freezing the disk and its bitmap, exporting
-    both) to the last byte. The client is libnbd's, the same for all.
+    both) to the last byte. The client is libnbd's, the same for all. The raw limit has nothing
+    to begin and no map: its client reads where the raw file has data.
     """
 
     name = "incremental"
     title = "incremental pull of 1 % dirty, scattered, of a sparse 100 GiB disk, end to end"
     metrics = (Metric("seconds", "s", lower_is_better=True, at_least=1.5, aim=3.0),)
 
+    def __init__(self, images: Images, disk_bytes: int = DISK_BYTES) -> None:
+        super().__init__(images)
+        self._disk_bytes = disk_bytes
+        self._granules = disk_bytes // 100 // GRANULE
+
     def setup(self) -> Setup:
-        return Setup({"vda": self.images.sparse(DISK_BYTES)}, writable=True, checkpoints=1)
+        images, size = self.images, self._disk_bytes
+        disks = {"vda": images.sparse(size)}
+        return Setup(disks, writable=True, checkpoints=1, bare=images.sparse_raw(size))
 
     def prepare(self, running: Running) -> None:
         fio(
-            self.place, running.uri(), "randwrite", bs="64k", size=DISK_BYTES,
-            number_ios=DIRTY_GRANULES, iodepth=8,
+            self.place, running.uri(), "randwrite", bs="64k", size=self._disk_bytes,
+            number_ios=self._granules, iodepth=8,
         )  # fmt: skip
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
         with ExitStack() as stack:
-            begin_seconds, name, context = begin_backup(server, running, stack)
-            pulled = clients.pull_dirty(running.uri(name), context)
-        if pulled["bytes"] < DIRTY_GRANULES * GRANULE:
+            if server.is_limit:
+                begin_seconds = 0.0
+                pulled = clients.pull_data(running.uri(), running.setup.bare)
+            else:
+                begin_seconds, name, context = begin_backup(server, running, stack)
+                pulled = clients.pull_dirty(running.uri(name), context)
+        if pulled["bytes"] < self._granules * GRANULE:
             raise clients.WrongContent(f"only {pulled['bytes']} bytes are dirty")
         seconds = begin_seconds + pulled["seconds"]
         return {"seconds": seconds, "map": pulled["map"], "client-cpu": pulled["cpu"]}

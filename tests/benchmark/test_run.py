@@ -14,6 +14,7 @@ from benchmark import clients
 from benchmark.__main__ import main
 from benchmark.images import Images
 from benchmark.rows.base import Row
+from benchmark.rows.maps import IncrementalPull
 from benchmark.rows.reads import PullTcp, PullUnix
 from benchmark.rows.snapshots import PullWhileWriting
 from benchmark.run import run_rows
@@ -89,6 +90,13 @@ def test_raw_limit_pulls_beside_a_writer(images: Images, tmp_path: Path) -> None
     assert [it["label"] for it in row["contestants"]][2] == "raw limit: copies"
     assert row["metrics"][0]["raw_ratio"] is not None
     assert row["metrics"][1]["raw_ratio"] is None
+
+
+def test_raw_limit_has_what_changed_pulled_too(images: Images, tmp_path: Path) -> None:
+    assert run([IncrementalPull(images, 1 << 30)], images, tmp_path)
+    (row,) = rows_of(tmp_path)
+    assert [it["failure"] for it in row["contestants"]] == [None, None, None]
+    assert min(it["samples"]["client-cpu"][0] for it in row["contestants"]) > 0
 
 
 def test_copy_is_filled_anew_where_a_server_has_written(images: Images) -> None:
