@@ -26,6 +26,10 @@ If it fails, it is taken back; if that fails too, nobody knows what a power cut
 would leave, neither old nor new clusters are reused, and the store refuses
 further changes.
 
+A disk that gets another size (:mod:`.resize`) has the same in steps: :meth:`BitmapStore.write`
+takes all the room that there must be, and after the switch to no directory and the new size a
+second one, which takes none, puts in force what was written.
+
 **Before the first guest write** :meth:`BitmapStore.mark_in_use` marks what records,
 in place: the flags of an entry lie within one sector. That goes for damaged
 entries too: another program may believe them (rule 2).
@@ -52,7 +56,6 @@ from .bitmap_bits import (
     PackedBits,
     cluster_runs,
     contains_any,
-    data_clusters,
     pack_content,
     packed_elsewhere,
     span_clusters,
@@ -70,17 +73,23 @@ from .bitmap_directory import (
     DamagedEntry,
     Table,
     directory_size,
-    entry_size,
     list_directory,
-    pack_directory,
-    pack_table,
     size_fault,
     stored_bitmap_bytes,
     table_entries_needed,
     tables_fault,
     unpack_table,
 )
-from .directory_switch import NO_DIRECTORY, BitmapImage, ChainRecord, DirectorySwitch
+from .directory_switch import BitmapImage, ChainRecord, DirectorySwitch
+from .written_bitmaps import (
+    NOTHING_WRITTEN,
+    HeldBitmap,
+    PlannedBitmap,
+    WrittenBitmaps,
+    all_clusters,
+    clusters_of,
+    write_bitmaps,
+)
 
 _LOAD_BYTES: Final = 64 << 10
 """Bytes of bits that are read at once, into memory that is used again: zeroes cost none."""
@@ -120,17 +129,6 @@ class RepairReport(NamedTuple):
     dropped: list[DamagedEntry]
 
 
-class _Held(NamedTuple):
-    """A bitmap as it is on disk."""
-
-    entry: BitmapEntry
-    position: int
-    """Of its entry, in bytes from the directory's beginning."""
-    table: Table | None
-    """None if it is in use and its table does not fit the disk."""
-    inconsistent: bool
-
-
 class _Wanted(NamedTuple):
     """A :class:`StoredBitmap` whose bits can no longer change."""
 
@@ -144,7 +142,7 @@ class BitmapStore:
     def __init__(self, image: BitmapImage, switch: DirectorySwitch | None) -> None:
         self._image = image
         self._switch = switch
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, HeldBitmap] = {}
         self._lock = asyncio.Lock()
         self.damaged: list[DamagedEntry] = []
         """What is wrong with the directory; while there is anything it is not written to."""
@@ -234,7 +232,7 @@ class BitmapStore:
         """How many bytes of the disk a stored bitmap marks; errors as for :meth:`load_bits`."""
         return (await self.load_bits(name)).dirty_bytes()
 
-    def _get(self, name: str) -> _Held:
+    def _get(self, name: str) -> HeldBitmap:
         held = self._held.get(name)
         if held is None:
             raise StateError(f"{self._image.path}: there is no bitmap {name!r}")
@@ -259,8 +257,8 @@ class BitmapStore:
                 self.damaged.append(DamagedEntry(position, entry.name, reason))
                 continue
             await self._load_table(entry, position, switch)
-        self._drop_shared_clusters(switch.directory)
-        self._register_clusters(switch.directory)
+        self._drop_shared_clusters()
+        self._register_clusters()
 
     async def _load_table(self, entry: BitmapEntry, position: int, switch: DirectorySwitch) -> None:
         """Take up a bitmap, or note what is wrong with its table."""
@@ -273,14 +271,14 @@ class BitmapStore:
             if not entry.in_use:
                 self.damaged.append(DamagedEntry(position, entry.name, str(error)))
                 return
-        self._held[entry.name] = _Held(entry, position, table, inconsistent=entry.in_use)
+        self._held[entry.name] = HeldBitmap(entry, position, table, inconsistent=entry.in_use)
 
-    def _drop_shared_clusters(self, directory: BitmapsExtension) -> None:
+    def _drop_shared_clusters(self) -> None:
         """Note bitmaps whose clusters are somebody else's too."""
-        clusters, counts = np.unique(self._clusters(directory), return_counts=True)
+        clusters, counts = np.unique(self._clusters(), return_counts=True)
         shared = clusters[counts > 1]
         for name, held in list(self._held.items()):
-            mine = self._clusters_of(held)
+            mine = clusters_of(held, self._image.cluster_size)
             if contains_any(shared, mine) or self._is_foreign(mine):
                 del self._held[name]
                 reason = "shares clusters with another bitmap or with the image's own tables"
@@ -291,26 +289,16 @@ class BitmapStore:
         size, overlaps = self._image.cluster_size, self._image.metadata.overlaps
         return any(overlaps(offset, count * size) for offset, count in cluster_runs(clusters, size))
 
-    def _register_clusters(self, directory: BitmapsExtension) -> None:
+    def _register_clusters(self) -> None:
         """Let no guest write reach the bitmaps, whatever the guest's tables say."""
         size = self._image.cluster_size
-        for offset, count in cluster_runs(self._clusters(directory), size):
+        for offset, count in cluster_runs(self._clusters(), size):
             self._image.metadata.add(offset, count * size)
 
-    def _clusters(self, directory: BitmapsExtension) -> Table:
-        """The offsets of all clusters of the directory and of what it holds."""
-        _, size, offset = directory
-        own = span_clusters(offset, size, self._image.cluster_size)
-        return np.concatenate([own, *map(self._clusters_of, self._held.values())])
-
-    def _clusters_of(self, held: _Held) -> Table:
-        """The offsets of all clusters of a bitmap."""
-        entry = held.entry
-        table_size = 8 * entry.table_entries
-        own = span_clusters(entry.table_offset, table_size, self._image.cluster_size)
-        if held.table is None:
-            return own
-        return np.concatenate([own, data_clusters(held.table)])
+    def _clusters(self) -> Table:
+        """The offsets of all clusters of the directory in force and of what it holds."""
+        assert self._switch is not None, "it has a directory"
+        return all_clusters(self._switch.directory, self._held.values(), self._image.cluster_size)
 
     # Changing
 
@@ -347,7 +335,8 @@ class BitmapStore:
                 place = offset + position + ENTRY_FLAGS_POSITION
                 flags = int.from_bytes(await self._image.file.read(place, 4), "big")
                 if flags & BitmapFlags.AUTO and not flags & BitmapFlags.IN_USE:
-                    await self._write(place, (flags | BitmapFlags.IN_USE).to_bytes(4, "big"))
+                    in_use = (flags | BitmapFlags.IN_USE).to_bytes(4, "big")
+                    await self._image.file.write(place, memoryview(in_use))
         await self._image.file.flush()
 
     async def prepare_log(self, granularity: int, content: Bitmap | None = None) -> ActivityLog:
@@ -368,7 +357,7 @@ class BitmapStore:
         data = bytes(length) if content is None else bytes(content.data).ljust(length, b"\0")
         offset = await self._image.allocate_clusters(count)
         try:
-            await self._write(offset, data)
+            await self._image.file.write(offset, memoryview(data))
         except BaseException:
             self._image.free_clusters(offset, count)
             raise
@@ -407,17 +396,69 @@ class BitmapStore:
 
     async def _replace_locked(self, wanted: list[_Wanted], payload: bytes | None) -> None:
         async with self._lock:
-            if self.damaged:
-                raise StateError(
-                    f"{self._image.path}: the bitmap directory is damaged"
-                    f" ({self.damaged[0].reason}): repair it first"
-                )
-            switch = self._check(wanted, payload)
-            old = self._clusters(switch.directory)
+            switch = self._check(wanted, payload, self._image.size)
+            old = self._clusters()
             await self._replace(switch, wanted, payload)
-            unused = np.setdiff1d(old, self._clusters(switch.directory))
-            for offset, count in cluster_runs(unused, self._image.cluster_size):
-                self._image.free_clusters(offset, count)
+            self._free(np.setdiff1d(old, self._clusters()))
+
+    async def write(
+        self, entries: Sequence[StoredBitmap], private_payload: bytes | None, size: int
+    ) -> WrittenBitmaps:
+        """Write bitmaps of a disk of another size, without putting them in force.
+
+        Args:
+            entries: All bitmaps that there shall be, with their bits.
+            private_payload: As of :meth:`replace`.
+            size: Bytes of the disk.
+
+        Raises:
+            StateError: This cannot be; nothing was changed.
+            OSError: They could not be written; nothing was changed.
+        """
+        async with self._lock:
+            cluster_size = self._image.cluster_size
+            wanted = [_Wanted(item, pack_content(item.content, cluster_size)) for item in entries]
+            switch = self._check(wanted, private_payload, size)
+            await switch.prepare(with_directory=True, with_record=private_payload is not None)
+            written = await write_bitmaps(self._image, [self._plan(item) for item in wanted])
+            try:
+                await self._image.flush()  # with the refcounts, which take room, too
+            except BaseException:
+                self.discard(written)
+                raise
+            return written
+
+    async def switch_off(self) -> WrittenBitmaps:
+        """Have no bitmap in force; what was is returned, to be put in force again or discarded.
+
+        Raises:
+            StateError, OSError: As of :meth:`replace`.
+        """
+        async with self._lock:
+            switch = self._check([], None, self._image.size)
+            old = WrittenBitmaps(switch.directory, list(self._held.values()), 0, 0)
+            await self._put_in_force(switch, NOTHING_WRITTEN, None)
+            return old
+
+    async def put_in_force(self, written: WrittenBitmaps, private_payload: bytes | None) -> None:
+        """Have the image hold what was written, after :meth:`switch_off`; it takes no room.
+
+        Raises:
+            OSError: It could not be done; no bitmap is in force, and the image may be beyond use.
+        """
+        async with self._lock:
+            switch = self._switch
+            assert switch is not None, "it was written by way of it"
+            await switch.prepare(with_directory=True, with_record=private_payload is not None)
+            await self._put_in_force(switch, written, private_payload)
+
+    def discard(self, written: WrittenBitmaps) -> None:
+        """Give up the clusters of what is not in force, and shares none with what is."""
+        self._free(written.clusters(self._image.cluster_size))
+
+    def _free(self, clusters: Table) -> None:
+        for offset, count in cluster_runs(clusters, self._image.cluster_size):
+            self._image.free_clusters(offset, count)
 
     async def repair(self) -> RepairReport:
         """Drop what is damaged from the directory and keep the rest; errors as :meth:`replace`."""
@@ -429,7 +470,8 @@ class BitmapStore:
             try:
                 if dropped:
                     wanted = [_Wanted(_kept(held), None) for held in self._held.values()]
-                    await self._replace(self._check(wanted, None), wanted, None)
+                    switch = self._check(wanted, None, self._image.size)
+                    await self._replace(switch, wanted, None)
             except BaseException:
                 self.damaged = dropped
                 raise
@@ -439,24 +481,26 @@ class BitmapStore:
         self, switch: DirectorySwitch, wanted: list[_Wanted], payload: bytes | None
     ) -> None:
         await switch.prepare(with_directory=bool(wanted), with_record=payload is not None)
-        packed = [self._pack(item) for item in wanted]
-        count = self._clusters_needed(wanted, packed)
-        offset = await self._image.allocate_clusters(count) if count else 0
+        written = await write_bitmaps(self._image, [self._plan(item) for item in wanted])
+        await self._put_in_force(switch, written, payload)
+
+    async def _put_in_force(
+        self, switch: DirectorySwitch, written: WrittenBitmaps, payload: bytes | None
+    ) -> None:
+        """Switch to what was written; if that fails, give it up."""
         try:
-            held = await self._write_bitmaps(wanted, packed, offset)
-            directory = await self._write_directory(held, offset)
-            slot = await switch.stage(directory, payload)
+            slot = await switch.stage(written.directory, payload)
             await self._image.flush()
-            await switch.commit(directory, slot)
+            await switch.commit(written.directory, slot)
         except BaseException:
-            if count and not switch.is_uncertain:
-                self._image.free_clusters(offset, count)
+            if written.new_clusters and not switch.is_uncertain:
+                self._image.free_clusters(written.new_offset, written.new_clusters)
             raise
-        self._held = {item.entry.name: item for item in held}
+        self._held = {item.entry.name: item for item in written.held}
         await switch.tidy()
 
-    def _check(self, wanted: list[_Wanted], payload: bytes | None) -> DirectorySwitch:
-        """Insist that the image can hold ``wanted``."""
+    def _check(self, wanted: list[_Wanted], payload: bytes | None, size: int) -> DirectorySwitch:
+        """Insist that the image can hold ``wanted`` when the disk has ``size`` bytes."""
         path, switch = self._image.path, self._switch
         if switch is None:
             raise StateError(f"{path}: qcow2 version 2 has no bitmaps; use version 3")
@@ -464,28 +508,31 @@ class BitmapStore:
             raise StateError(f"{path}: the image is open for reading only")
         if switch.is_uncertain:
             raise StateError(f"{path}: a change of the bitmaps failed half-way; open it again")
+        if self.damaged:
+            damage = self.damaged[0].reason
+            raise StateError(f"{path}: the bitmap directory is damaged ({damage}): repair it first")
         names = [item.bitmap.name for item in wanted]
         if len(set(names)) != len(names):
             raise StateError(f"{path}: two bitmaps have the same name")
         for item in wanted:
-            if reason := self._fault(item):
+            if reason := self._fault(item, size):
                 raise StateError(f"{path}: bitmap {item.bitmap.name!r} {reason}")
         if len(wanted) > BITMAPS_MAX or directory_size(names) > DIRECTORY_SIZE_MAX:
             raise StateError(f"{path}: these are more bitmaps than an image can hold")
-        if reason := tables_fault(sum(map(self._table_entries, wanted))):
+        if reason := tables_fault(sum(self._table_entries(item, size) for item in wanted)):
             raise StateError(f"{path}: {reason}")
         if payload is not None:
             switch.check_room(payload, with_directory=bool(wanted))
         return switch
 
-    def _table_entries(self, item: _Wanted) -> int:
+    def _table_entries(self, item: _Wanted, size: int) -> int:
         """How many a bitmap's table will have; what is kept in use may have any number."""
         _, granularity, _, _, content, log = item.bitmap
         if content is None and log is None:
             return self._held[item.bitmap.name].entry.table_entries
-        return table_entries_needed(self._image.size, granularity, self._image.cluster_size)
+        return table_entries_needed(size, granularity, self._image.cluster_size)
 
-    def _fault(self, item: _Wanted) -> str | None:
+    def _fault(self, item: _Wanted, size: int) -> str | None:
         """Why a bitmap cannot be stored, or None."""
         name, granularity, recording, in_use, content, log = item.bitmap
         try:
@@ -500,8 +547,8 @@ class BitmapStore:
             return None if in_use else "is logged, so it is in use"
         if content is None:
             return self._keeping_fault(name, granularity, in_use)
-        if content.size != self._image.size or content.granularity != granularity:
-            return f"does not fit a disk of {self._image.size} bytes at granularity {granularity}"
+        if content.size != size or content.granularity != granularity:
+            return f"does not fit a disk of {size} bytes at granularity {granularity}"
         return size_fault(content.size, granularity)
 
     def _keeping_fault(self, name: str, granularity: int, in_use: bool) -> str | None:
@@ -515,70 +562,18 @@ class BitmapStore:
             return "is in use: without its content it cannot be called good"
         return None
 
-    def _pack(self, item: _Wanted) -> PackedBits | None:
-        """The bits of a bitmap that is to be stored anew."""
-        log = item.bitmap.log
-        if log is not None and not self._is_held(item.bitmap.name, log):
-            return packed_elsewhere(log.table, self._image.cluster_size)
-        return item.bits
+    def _plan(self, item: _Wanted) -> PlannedBitmap:
+        """What the directory is to have of a bitmap."""
+        bitmap, bits = item
+        if bitmap.log is not None and not self._is_held(bitmap.name, bitmap.log):
+            bits = packed_elsewhere(bitmap.log.table, self._image.cluster_size)
+        held = self._held.get(bitmap.name)
+        return PlannedBitmap(bitmap.name, bitmap.granularity, _flags(bitmap), bits, held)
 
     def _is_held(self, name: str, log: ActivityLog) -> bool:
         """Whether the directory leads to the log's clusters already."""
         held = self._held.get(name)
         return held is not None and held.table is not None and np.array_equal(held.table, log.table)
-
-    def _clusters_needed(self, wanted: list[_Wanted], packed: list[PackedBits | None]) -> int:
-        """How many clusters the directory, the new tables and the new bits take."""
-        cluster_size = self._image.cluster_size
-        count = -(-directory_size(item.bitmap.name for item in wanted) // cluster_size)
-        for bits in packed:
-            if bits is not None:
-                count += -(-8 * len(bits.uniform) // cluster_size) + len(bits.data)
-        return count
-
-    async def _write_bitmaps(
-        self, wanted: list[_Wanted], packed: list[PackedBits | None], offset: int
-    ) -> list[_Held]:
-        """Write new tables and bits behind the place of the directory, which is at ``offset``.
-
-        Returns:
-            What the directory shall hold; the entries' positions are in it.
-        """
-        cluster_size = self._image.cluster_size
-        size = directory_size(item.bitmap.name for item in wanted)
-        table_offset = offset + -(-size // cluster_size) * cluster_size
-        position = 0
-        result = []
-        for (bitmap, _), bits in zip(wanted, packed, strict=True):
-            held = self._held.get(bitmap.name)
-            if bits is not None:
-                entries = len(bits.uniform)
-                data_offset = table_offset + -(-8 * entries // cluster_size) * cluster_size
-                table = bits.table(data_offset)
-                await self._write(table_offset, pack_table(table))
-                await self._write(data_offset, bits.data.tobytes())
-                entry = BitmapEntry(
-                    bitmap.name, bitmap.granularity, BitmapFlags.NONE, table_offset, entries
-                )
-                held = _Held(entry, 0, table, inconsistent=False)
-                table_offset = data_offset + bits.data.size
-            assert held is not None
-            entry = held.entry._replace(flags=_flags(bitmap))
-            result.append(held._replace(entry=entry, position=position))
-            position += entry_size(bitmap.name)
-        return result
-
-    async def _write_directory(self, held: list[_Held], offset: int) -> BitmapsExtension:
-        """Write the directory at ``offset`` and return what the bitmaps extension says of it."""
-        if not held:
-            return NO_DIRECTORY
-        data = pack_directory([item.entry for item in held])
-        await self._write(offset, data)
-        return BitmapsExtension(len(held), len(data), offset)
-
-    async def _write(self, offset: int, data: bytes) -> None:
-        if data:
-            await self._image.file.write(offset, memoryview(data))
 
 
 def _flags(bitmap: StoredBitmap) -> BitmapFlags:
@@ -586,7 +581,7 @@ def _flags(bitmap: StoredBitmap) -> BitmapFlags:
     return flags | BitmapFlags.IN_USE if bitmap.in_use else flags
 
 
-def _kept(held: _Held) -> StoredBitmap:
+def _kept(held: HeldBitmap) -> StoredBitmap:
     """A bitmap as it is stored."""
     entry = held.entry
     return StoredBitmap(entry.name, entry.granularity, entry.auto, entry.in_use)

@@ -10,11 +10,11 @@ clusters at worst:
 * **Shrinking**: the new size comes first, then what lies past it is given up. If that
   is cut short, growing gives it up.
 
-The tables of bitmaps are as long as the disk needs, so none fits both sizes: the bitmaps
-are taken out of the image just before the new size is written, and stored again just after
-it. A power cut in between loses them, but none is ever incomplete (rule 2). On growing, a
-recording bitmap gets the new part marked, unlike in QEMU: the disk may have been longer
-before, with other content.
+The tables of bitmaps are as long as the disk needs, so none fits both sizes: those that fit
+the new size are written first, which takes all the room, and put in force just after the
+size; none is in force while the size is written. A power cut in between loses them, but none
+is ever incomplete (rule 2). On growing, a recording bitmap gets the new part marked, unlike in
+QEMU: the disk may have been longer before, with other content.
 
 An external data file is at least as long as the disk, and cut with it. What it has past the
 old end is zeroed when the disk grows over it: a raw data file is to read like the disk.
@@ -76,11 +76,44 @@ async def resize_image(image: Qcow2Image, store: BitmapStore, size: int) -> None
 async def _switch(
     image: Qcow2Image, store: BitmapStore, bitmaps: list[StoredBitmap], size: int
 ) -> None:
-    """Write the size and the bitmaps of that size; if the size cannot be written, the old ones."""
-    if bitmaps:
-        await store.replace([], None)
+    """Write the size and put the bitmaps of that size in force; if it cannot be, the old ones."""
+    if not bitmaps:
+        if (failure := await _change_size(image, size)) is not None:
+            raise failure
+        return
+    record = store.record
+    payload = record.payload if record is not None and record.matches_directory else None
+    resized = [bitmap._replace(content=_resized(bitmap, size)) for bitmap in bitmaps]
+    new = await store.write(resized, payload, size)
     try:
-        await _write_size(image, size)
+        old = await store.switch_off()
+    except BaseException:
+        store.discard(new)
+        raise
+    failure = await _change_size(image, size)
+    kept, other = (new, old) if failure is None else (old, new)
+    store.discard(other)
+    try:
+        await store.put_in_force(kept, payload)
+    except OSError as error:
+        what = f"has {image.size} bytes now, but its bitmaps could not be stored and are lost"
+        raise _half_done(image, what, error) from error
+    if failure is not None:
+        raise failure
+
+
+async def _change_size(image: Qcow2Image, size: int) -> OSError | None:
+    """Make another size durable, after everything before it.
+
+    Returns:
+        Why it could not be written, and was taken back.
+
+    Raises:
+        OSError: It could not be taken back either; the text says so.
+    """
+    write = partial(image.file.write, SIZE_FIELD, _packed_size(size))
+    try:
+        await image.epochs.exclusively(write)
     except OSError as error:
         try:
             await image.file.write(SIZE_FIELD, _packed_size(image.size))
@@ -88,10 +121,9 @@ async def _switch(
         except OSError:
             what = f"has {image.size} or {size} bytes now, and no bitmaps"
             raise _half_done(image, what, error) from error
-        await _store_bitmaps(image, store, bitmaps)
-        raise
+        return error
     image.size = image.header.size = size
-    await _store_bitmaps(image, store, bitmaps)
+    return None
 
 
 def _l1_entries(image: Qcow2Image, size: int) -> int:
@@ -136,22 +168,6 @@ async def _load_bitmaps(image: Qcow2Image, store: BitmapStore, size: int) -> lis
         )
         for entry in store.entries
     ]
-
-
-async def _store_bitmaps(
-    image: Qcow2Image, store: BitmapStore, bitmaps: list[StoredBitmap]
-) -> None:
-    """Store the bitmaps for the size that the disk has now, with the record that they had."""
-    if not bitmaps:
-        return
-    record = store.record
-    payload = record.payload if record is not None and record.matches_directory else None
-    resized = [bitmap._replace(content=_resized(bitmap, image.size)) for bitmap in bitmaps]
-    try:
-        await store.replace(resized, payload)
-    except OSError as error:
-        what = f"has {image.size} bytes now, but its bitmaps could not be stored and are lost"
-        raise _half_done(image, what, error) from error
 
 
 def _half_done(image: Qcow2Image, what: str, error: OSError) -> OSError:
@@ -234,11 +250,6 @@ async def _drop_table(image: Qcow2Image, l1_index: int) -> None:
         image.space.free(run.entry, run.clusters, punch=True)
     image.mapping.unlink(l1_index)
     image.free_clusters(table.host_offset, 1)
-
-
-async def _write_size(image: Qcow2Image, size: int) -> None:
-    """Make the disk's size durable, after everything before it."""
-    await image.epochs.exclusively(partial(image.file.write, SIZE_FIELD, _packed_size(size)))
 
 
 def _packed_size(size: int) -> memoryview:

@@ -16,11 +16,15 @@ from nbdfleece.block.file import FileNode
 from nbdfleece.engine.offline import resize_disk
 from nbdfleece.errors import StateError, UsageError
 from nbdfleece.qcow2 import bitmap_directory
+from nbdfleece.qcow2.bitmap_directory import BitmapsExtension
 from nbdfleece.qcow2.bitmap_store import BitmapStore, StoredBitmap
 from nbdfleece.qcow2.create import create_image
+from nbdfleece.qcow2.directory_switch import NO_DIRECTORY, DirectorySwitch
 from nbdfleece.qcow2.header import SIZE_FIELD
 from nbdfleece.qcow2.image import Qcow2Image
+from nbdfleece.qcow2.private_extension import Slot
 from nbdfleece.qcow2.resize import resize_image
+from nbdfleece.qcow2.written_bitmaps import WrittenBitmaps
 from tests.qcow2.guest import Guest, check, qemu_content, qemu_img, qemu_io
 from tests.qcow2.test_crash import CrashingDisk
 
@@ -196,23 +200,63 @@ async def test_same_size_changes_nothing(folder: Path) -> None:
     assert path.read_bytes() == before
 
 
+async def test_bitmaps_for_which_there_is_no_room_keep_the_disk_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 6: on a full file system all is found out before anything is changed."""
+    path = make_with_bitmap(folder, granularity=512)
+    write, limit = FileNode.write, path.stat().st_size
+
+    async def write_within(self: FileNode, offset: int, data: memoryview) -> None:
+        if offset + len(data) > limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        await write(self, offset, data)
+
+    monkeypatch.setattr(FileNode, "write", write_within)
+    with pytest.raises(OSError, match="No space left"):
+        await resize(path, 400 * MIB)
+    check(path)
+    assert len(qemu_content(path)) == MIB
+    assert bitmap_flags(path) == {"b": ["auto"]}
+
+
 @pytest.mark.parametrize("size", [MIB // 2, 3 * MIB])
-async def test_bitmaps_that_cannot_be_stored_again_are_told_to_be_lost(
+async def test_bitmaps_that_cannot_be_put_in_force_are_told_to_be_lost(
     folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_with_bitmap(folder)
-    replace = BitmapStore.replace
+    stage = DirectorySwitch.stage
 
-    async def full(self: BitmapStore, bitmaps: list[StoredBitmap], payload: bytes | None) -> None:
-        if bitmaps:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        await replace(self, bitmaps, payload)
+    async def fail(
+        self: DirectorySwitch, directory: BitmapsExtension, payload: bytes | None
+    ) -> Slot | None:
+        if directory != NO_DIRECTORY:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return await stage(self, directory, payload)
 
-    monkeypatch.setattr(BitmapStore, "replace", full)
-    with pytest.raises(OSError, match=f"has {size} bytes now, but its bitmaps .* lost: No space"):
+    monkeypatch.setattr(DirectorySwitch, "stage", fail)
+    with pytest.raises(OSError, match=f"has {size} bytes now, but its bitmaps .* lost: Input/"):
         await resize(path, size)
     check(path)
     assert len(qemu_content(path)) == size
+    assert bitmap_flags(path) == {}
+
+
+@pytest.mark.parametrize("size", [MIB // 2, 3 * MIB])
+async def test_bitmaps_that_cannot_be_switched_off_stay(
+    folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_with_bitmap(folder)
+
+    async def fail(self: BitmapStore) -> WrittenBitmaps:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(BitmapStore, "switch_off", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        await resize(path, size)
+    check(path)
+    assert len(qemu_content(path)) == MIB
+    assert bitmap_flags(path) == {"b": ["auto"]}
 
 
 async def test_shrinking_that_fails_half_way_says_which_size_the_disk_has(
@@ -376,7 +420,17 @@ async def test_power_cut_inside_a_resize_leaves_the_old_size_or_the_new(
     image = await Qcow2Image.open(path, read_only=False)
     data = rng.randbytes(start)
     await image.write(0, memoryview(data))
+    frozen, recording = Bitmap(start, 512), Bitmap(start, 512)
+    frozen.set_range(0, MIB // 4)
+    recording.set_range(512, 512)
+    stored = [
+        StoredBitmap("frozen", 512, False, in_use=False, content=frozen),
+        StoredBitmap("recording", 512, True, in_use=False, content=recording),
+    ]
+    await (await BitmapStore.load(image)).replace(stored, b"record")
     await image.close()
+    grown = [(start, end - start)] if end > start else []
+    bitmaps_seen = []
     disk = CrashingDisk(path.read_bytes())
     image = await Qcow2Image.from_file(disk)
     crashed = folder / "crashed.qcow2"
@@ -391,6 +445,20 @@ async def test_power_cut_inside_a_resize_leaves_the_old_size_or_the_new(
         assert len(seen) in sizes
         assert seen[: min(sizes)] == data[: min(sizes)]
         assert not any(seen[start:])
+        image = await Qcow2Image.open(crashed, read_only=True)
+        store = await BitmapStore.load(image)
+        assert not store.damaged
+        dirty = {
+            each.name: list((await store.load_bits(each.name)).dirty_ranges())
+            for each in store.entries
+        }
+        added = grown if len(seen) == end else []
+        if dirty:
+            assert dirty == {"frozen": [(0, MIB // 4)], "recording": [(512, 512), *added]}
+            assert store.record is not None
+            assert store.record.payload == b"record"
+        bitmaps_seen.append(bool(dirty))
+        await image.close()
 
     disk.question = question  # type: ignore[method-assign]  # the test's own hook
     await resize_image(image, await BitmapStore.load(image), end)
@@ -398,3 +466,5 @@ async def test_power_cut_inside_a_resize_leaves_the_old_size_or_the_new(
     crashed.write_bytes(disk.content)
     check(crashed)
     assert qemu_content(crashed) == data[:end].ljust(end, b"\0")
+    assert bitmaps_seen[0]
+    assert bitmaps_seen.count(True) > bitmaps_seen.count(False)
