@@ -335,7 +335,13 @@ async def resize_disk(
             )
         await _settle_all([opened])
         await opened.recover()
-        await resize_image(opened.image, opened.store, new)
+        try:
+            await resize_image(opened.image, opened.store, new)
+        except OSError as error:
+            if error.filename is not None:  # it says what has become of the disk
+                raise
+            what = f"the disk still has {old} bytes: {error.strerror}"
+            raise OSError(error.errno, what, str(path)) from error
         return old, new
 
 

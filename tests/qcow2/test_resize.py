@@ -213,8 +213,8 @@ async def test_bitmaps_for_which_there_is_no_room_keep_the_disk_as_it_is(
         await write(self, offset, data)
 
     monkeypatch.setattr(FileNode, "write", write_within)
-    with pytest.raises(OSError, match="No space left"):
-        await resize(path, 400 * MIB)
+    with pytest.raises(OSError, match=f"the disk still has {MIB} bytes: No space left .*{path}"):
+        await resize_disk(path, 400 * MIB)
     check(path)
     assert len(qemu_content(path)) == MIB
     assert bitmap_flags(path) == {"b": ["auto"]}
