@@ -206,16 +206,18 @@ def map_totals(uri: str, context: str) -> float:
 
 def pull_dirty(uri: str, context: str) -> dict[str, Any]:
     """Read what a bitmap says is dirty, by libnbd: what :mod:`.pull_dirty` prints."""
-    return _pull_by_libnbd(uri, "--context", context)
+    return _pull_by_libnbd("", uri, context)
 
 
-def pull_data(uri: str, path: Path) -> dict[str, Any]:
-    """Read where a file has data, in the same way."""
-    return _pull_by_libnbd(uri, "--data-of", str(path))
+def pull_ranges(uri: str, ranges: list[tuple[int, int]]) -> dict[str, Any]:
+    """Read ranges, ``(offset, length)``, in the same way."""
+    return _pull_by_libnbd(json.dumps(ranges), uri)
 
 
-def _pull_by_libnbd(*arguments: str) -> dict[str, Any]:
+def _pull_by_libnbd(given: str, *arguments: str) -> dict[str, Any]:
     argv = [sys.executable, str(Path(__file__).with_name("pull_dirty.py")), *arguments]
-    done = subprocess.run(argv, check=True, capture_output=True, timeout=CLIENT_SECONDS)
+    done = subprocess.run(
+        argv, check=True, capture_output=True, timeout=CLIENT_SECONDS, input=given.encode()
+    )
     result: dict[str, Any] = json.loads(done.stdout)
     return result

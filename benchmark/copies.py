@@ -6,6 +6,7 @@ copies a disk of a gigabyte a hundred times.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,13 +56,22 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 
 def _copy_data(reader: BinaryIO, writer: BinaryIO, size: int) -> None:
-    at = 0
     writer.truncate(size)
-    while at < size:
-        try:
-            at = os.lseek(reader.fileno(), at, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole up to the end
-            return
-        end = os.lseek(reader.fileno(), at, os.SEEK_HOLE)
+    for at, length in data_ranges(reader):
+        end = at + length
         while at < end:
             at += os.copy_file_range(reader.fileno(), writer.fileno(), end - at, at, at)
+
+
+def data_ranges(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """``(offset, length)`` of what is no hole in a file."""
+    end = 0
+    while True:
+        try:
+            begin = os.lseek(file.fileno(), end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing but a hole up to the end
+                raise
+            return
+        end = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+        yield begin, end - begin

@@ -20,7 +20,7 @@ from nbdfleece.bitmaps.bitmap import Bitmap
 from nbdfleece.qcow2.bitmap_store import BitmapStore, StoredBitmap
 from nbdfleece.qcow2.image import Qcow2Image
 
-from .place import Place
+from .place import Place, make_hole
 
 GRANULE = 65536
 _OFFSET_MASK = 0x00FFFFFFFFFFFE00
@@ -74,7 +74,7 @@ class Images:
 
     def sparse_raw(self, size: int) -> Path:
         """Raw bytes of any size, none of which takes room."""
-        return self._make(f"s{size >> 30}.raw", lambda path: _make_hole(path, size))
+        return self._make(f"s{size >> 30}.raw", lambda path: make_hole(path, size))
 
     @cached_property
     def text(self) -> Path:
@@ -142,11 +142,6 @@ def convert(raw: Path, path: Path, *options: str) -> None:
     """A qcow2 of a raw file, made by qemu-img."""
     argv = ["qemu-img", "convert", "-q", "-f", "raw", "-O", "qcow2", *options]
     subprocess.run([*argv, str(raw), str(path)], check=True)
-
-
-def _make_hole(path: Path, size: int) -> None:
-    with path.open("wb") as file:
-        file.truncate(size)
 
 
 def _fill_random(path: Path, size: int) -> None:

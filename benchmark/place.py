@@ -96,6 +96,12 @@ def resident_bytes(path: Path) -> int:
     return int(found["fincore"][0]["res"])
 
 
+def make_hole(path: Path, size: int) -> None:
+    """Make a file that has so many bytes, and none that takes room."""
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
 def warm(path: Path) -> None:
     """Have a file in the page cache: look, read it if it is not all there, and look again.
 

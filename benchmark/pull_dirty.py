@@ -1,7 +1,7 @@
 """An incremental pull with libnbd: the map of a dirty bitmap, then what is dirty.
 
-    pull_dirty.py URI --context CONTEXT    # a bitmap's
-    pull_dirty.py URI --data-of FILE       # no map: what is data in a sparse file is dirty
+    pull_dirty.py URI CONTEXT    # a bitmap's
+    pull_dirty.py URI            # no map: standard input has a list of (offset, length) as JSON
 
 A program of its own, so that each pull begins with nothing in memory: it prints one line of
 JSON with the seconds from connecting to the last byte, its own processor time in them, the bytes,
@@ -10,9 +10,7 @@ and a checksum of them.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
 import time
 import zlib
@@ -47,24 +45,6 @@ def dirty_ranges(handle: Any, context: str) -> list[tuple[int, int]]:
     while offset < size:
         handle.block_status(min(size - offset, STATUS_BYTES), offset, collect)
     return ranges
-
-
-def data_ranges(path: str) -> list[tuple[int, int]]:
-    """``(offset, length)`` of what is no hole in a file."""
-    ranges: list[tuple[int, int]] = []
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        end = 0
-        while True:
-            begin = os.lseek(fd, end, os.SEEK_DATA)
-            end = os.lseek(fd, begin, os.SEEK_HOLE)
-            ranges.append((begin, end - begin))
-    except OSError as error:
-        if error.errno != errno.ENXIO:  # no more data
-            raise
-        return ranges
-    finally:
-        os.close(fd)
 
 
 def read_all(handle: Any, ranges: list[tuple[int, int]]) -> tuple[int, int]:
@@ -104,15 +84,15 @@ def requests(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 def main() -> None:
     """Pull what the command line asks for."""
-    uri, source, name = sys.argv[1:]
-    ranges = data_ranges(name) if source == "--data-of" else None
+    uri, *contexts = sys.argv[1:]
+    ranges = None if contexts else json.load(sys.stdin)
     begin, used_before = time.perf_counter(), time.process_time()
     handle = nbd.NBD()
-    if ranges is None:
-        handle.add_meta_context(name)
+    for context in contexts:
+        handle.add_meta_context(context)
     handle.connect_uri(uri)
     if ranges is None:
-        ranges = dirty_ranges(handle, name)
+        ranges = dirty_ranges(handle, *contexts)
     mapped = time.perf_counter() - begin
     total, checksum = read_all(handle, ranges)
     seconds, used = time.perf_counter() - begin, time.process_time() - used_before

@@ -28,7 +28,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .place import SYSTEM, Place
+from .place import SYSTEM, Place, make_hole
 from .processes import START_SECONDS, Process, free_port
 from .qmp import Qmp
 
@@ -150,8 +150,7 @@ class Server(ABC):
         """An empty sparse file that goes when the server has gone."""
         path = self.place.path(".tmp")
         stack.callback(path.unlink, missing_ok=True)
-        with path.open("wb") as file:
-            file.truncate(size)
+        make_hole(path, size)
         return path
 
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from .. import clients
 from ..clients import fio
+from ..copies import data_ranges
 from ..images import GRANULE, Images
 from ..measure import Metric
 from ..servers import Nbdfleece, QemuStorageDaemon, Running, Server, Setup
@@ -47,8 +48,11 @@ class IncrementalPull(Row):
     def measure(self, server: Server, running: Running) -> dict[str, float]:
         with ExitStack() as stack:
             if server.is_limit:
+                assert running.setup.bare is not None
+                with running.setup.bare.open("rb") as file:
+                    ranges = list(data_ranges(file))
                 begin_seconds = 0.0
-                pulled = clients.pull_data(running.uri(), running.setup.bare)
+                pulled = clients.pull_ranges(running.uri(), ranges)
             else:
                 begin_seconds, name, context = begin_backup(server, running, stack)
                 pulled = clients.pull_dirty(running.uri(name), context)

@@ -46,7 +46,7 @@ from ..bitmaps.bitmap import Bitmap
 from ..errors import StateError, UsageError
 from ..qcow2.bitmap_store import BitmapDescriptor, BitmapStore, RepairReport, StoredBitmap
 from ..qcow2.image import Qcow2Image
-from ..qcow2.resize import resize_image
+from ..qcow2.resize import disk_error, resize_image
 from . import joint
 from .chain import (
     Chain,
@@ -340,8 +340,7 @@ async def resize_disk(
         except OSError as error:
             if error.filename is not None:  # it says what has become of the disk
                 raise
-            what = f"the disk still has {old} bytes: {error.strerror}"
-            raise OSError(error.errno, what, str(path)) from error
+            raise disk_error(opened.image, f"still has {old} bytes", error) from error
         return old, new
 
 

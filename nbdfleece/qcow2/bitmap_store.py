@@ -368,8 +368,7 @@ class BitmapStore:
         """Give up the clusters of a log that the image's directory does not lead to."""
         if self._switch is None or self._switch.is_uncertain:
             return  # leaked: after a power cut the directory might lead to them
-        for offset, count in cluster_runs(log.table, self._image.cluster_size):
-            self._image.free_clusters(offset, count)
+        self._free(log.table)
 
     def replace(
         self, entries: Sequence[StoredBitmap], private_payload: bytes | None
@@ -390,9 +389,12 @@ class BitmapStore:
             StateError: This cannot be; nothing was changed.
             OSError: It could not be done; nothing was changed, unless the image is beyond use.
         """
+        return to_its_end(self._replace_locked(self._packed(entries), private_payload))
+
+    def _packed(self, entries: Sequence[StoredBitmap]) -> list[_Wanted]:
+        """The bitmaps as they are now."""
         size = self._image.cluster_size
-        wanted = [_Wanted(item, pack_content(item.content, size)) for item in entries]
-        return to_its_end(self._replace_locked(wanted, private_payload))
+        return [_Wanted(item, pack_content(item.content, size)) for item in entries]
 
     async def _replace_locked(self, wanted: list[_Wanted], payload: bytes | None) -> None:
         async with self._lock:
@@ -416,11 +418,9 @@ class BitmapStore:
             OSError: They could not be written; nothing was changed.
         """
         async with self._lock:
-            cluster_size = self._image.cluster_size
-            wanted = [_Wanted(item, pack_content(item.content, cluster_size)) for item in entries]
+            wanted = self._packed(entries)
             switch = self._check(wanted, private_payload, size)
-            await switch.prepare(with_directory=True, with_record=private_payload is not None)
-            written = await write_bitmaps(self._image, [self._plan(item) for item in wanted])
+            written = await self._write(switch, wanted, private_payload)
             try:
                 await self._image.flush()  # with the refcounts, which take room, too
             except BaseException:
@@ -437,7 +437,7 @@ class BitmapStore:
         async with self._lock:
             switch = self._check([], None, self._image.size)
             old = WrittenBitmaps(switch.directory, list(self._held.values()), 0, 0)
-            await self._put_in_force(switch, NOTHING_WRITTEN, None)
+            await self._switch_to(switch, NOTHING_WRITTEN, None)
             return old
 
     async def put_in_force(self, written: WrittenBitmaps, private_payload: bytes | None) -> None:
@@ -450,7 +450,7 @@ class BitmapStore:
             switch = self._switch
             assert switch is not None, "it was written by way of it"
             await switch.prepare(with_directory=True, with_record=private_payload is not None)
-            await self._put_in_force(switch, written, private_payload)
+            await self._switch_to(switch, written, private_payload)
 
     def discard(self, written: WrittenBitmaps) -> None:
         """Give up the clusters of what is not in force, and shares none with what is."""
@@ -480,11 +480,16 @@ class BitmapStore:
     async def _replace(
         self, switch: DirectorySwitch, wanted: list[_Wanted], payload: bytes | None
     ) -> None:
-        await switch.prepare(with_directory=bool(wanted), with_record=payload is not None)
-        written = await write_bitmaps(self._image, [self._plan(item) for item in wanted])
-        await self._put_in_force(switch, written, payload)
+        await self._switch_to(switch, await self._write(switch, wanted, payload), payload)
 
-    async def _put_in_force(
+    async def _write(
+        self, switch: DirectorySwitch, wanted: list[_Wanted], payload: bytes | None
+    ) -> WrittenBitmaps:
+        """Make places in the header, and write a directory and the bits that are not kept."""
+        await switch.prepare(with_directory=bool(wanted), with_record=payload is not None)
+        return await write_bitmaps(self._image, [self._plan(item) for item in wanted])
+
+    async def _switch_to(
         self, switch: DirectorySwitch, written: WrittenBitmaps, payload: bytes | None
     ) -> None:
         """Switch to what was written; if that fails, give it up."""

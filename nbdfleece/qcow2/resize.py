@@ -97,7 +97,7 @@ async def _switch(
         await store.put_in_force(kept, payload)
     except OSError as error:
         what = f"has {image.size} bytes now, but its bitmaps could not be stored and are lost"
-        raise _half_done(image, what, error) from error
+        raise disk_error(image, what, error) from error
     if failure is not None:
         raise failure
 
@@ -120,7 +120,7 @@ async def _change_size(image: Qcow2Image, size: int) -> OSError | None:
             await image.file.flush()
         except OSError:
             what = f"has {image.size} or {size} bytes now, and no bitmaps"
-            raise _half_done(image, what, error) from error
+            raise disk_error(image, what, error) from error
         return error
     image.size = image.header.size = size
     return None
@@ -170,7 +170,7 @@ async def _load_bitmaps(image: Qcow2Image, store: BitmapStore, size: int) -> lis
     ]
 
 
-def _half_done(image: Qcow2Image, what: str, error: OSError) -> OSError:
+def disk_error(image: Qcow2Image, what: str, error: OSError) -> OSError:
     """The error that says what has become of the disk."""
     return OSError(error.errno, f"the disk {what}: {error.strerror}", image.path)
 
@@ -219,7 +219,7 @@ async def _give_up(image: Qcow2Image, old: int) -> None:
         await image.flush()
     except OSError as error:
         what = f"has {size} bytes now, but what lay past it was not all given up"
-        raise _half_done(image, what, error) from error
+        raise disk_error(image, what, error) from error
     image.space.resize(size)
 
 

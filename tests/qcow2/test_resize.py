@@ -47,6 +47,13 @@ def make_with_bitmap(folder: Path, size: int = MIB, granularity: int = 65536) ->
     return path
 
 
+def check_kept(path: Path, size: int = MIB) -> None:
+    """Look that an image of :func:`make_with_bitmap` has its size and its bitmap."""
+    check(path)
+    assert len(qemu_content(path)) == size
+    assert bitmap_flags(path) == {"b": ["auto"]}
+
+
 @pytest.mark.parametrize(
     ("cluster_size", "version", "extended_l2", "backing_size"),
     [
@@ -215,9 +222,7 @@ async def test_bitmaps_for_which_there_is_no_room_keep_the_disk_as_it_is(
     monkeypatch.setattr(FileNode, "write", write_within)
     with pytest.raises(OSError, match=f"the disk still has {MIB} bytes: No space left .*{path}"):
         await resize_disk(path, 400 * MIB)
-    check(path)
-    assert len(qemu_content(path)) == MIB
-    assert bitmap_flags(path) == {"b": ["auto"]}
+    check_kept(path)
 
 
 @pytest.mark.parametrize("size", [MIB // 2, 3 * MIB])
@@ -254,9 +259,7 @@ async def test_bitmaps_that_cannot_be_switched_off_stay(
     monkeypatch.setattr(BitmapStore, "switch_off", fail)
     with pytest.raises(OSError, match="Input/output error"):
         await resize(path, size)
-    check(path)
-    assert len(qemu_content(path)) == MIB
-    assert bitmap_flags(path) == {"b": ["auto"]}
+    check_kept(path)
 
 
 async def test_shrinking_that_fails_half_way_says_which_size_the_disk_has(
@@ -285,9 +288,7 @@ async def test_growing_that_fails_leaves_size_and_bitmaps(
     monkeypatch.setattr(Qcow2Image, "write_zeroes", fail)
     with pytest.raises(OSError, match="No space left"):
         await resize(path, 64 << 30)
-    check(path)
-    assert len(qemu_content(path)) == MIB + 512
-    assert bitmap_flags(path) == {"b": ["auto"]}
+    check_kept(path, MIB + 512)
 
 
 @pytest.mark.parametrize("size", [MIB // 2, 64 << 30])
@@ -305,9 +306,7 @@ async def test_size_that_cannot_be_written_is_taken_back(
     monkeypatch.setattr(FileNode, "write", fail)
     with pytest.raises(OSError, match=r"^\[Errno 5\] half of it was written$"):
         await resize(path, size)
-    check(path)
-    assert len(qemu_content(path)) == MIB
-    assert bitmap_flags(path) == {"b": ["auto"]}
+    check_kept(path)
 
 
 @pytest.mark.parametrize("size", [MIB // 2, 64 << 30])
