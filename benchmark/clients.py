@@ -214,6 +214,22 @@ def pull_ranges(uri: str, ranges: list[tuple[int, int]]) -> dict[str, Any]:
     return _pull_by_libnbd(json.dumps(ranges), uri)
 
 
+def data_extents(uri: str) -> list[tuple[int, int]]:
+    """``(offset, length)`` of what nbdinfo says is data, adjacent ones joined."""
+    argv = ["nbdinfo", "--map", "--json", uri]
+    done = subprocess.run(argv, check=True, capture_output=True, timeout=CLIENT_SECONDS)
+    joined: list[tuple[int, int]] = []
+    for extent in json.loads(done.stdout):
+        offset, length = extent["offset"], extent["length"]
+        if extent["type"]:
+            continue
+        if joined and sum(joined[-1]) == offset:
+            joined[-1] = joined[-1][0], joined[-1][1] + length
+        else:
+            joined.append((offset, length))
+    return joined
+
+
 def _pull_by_libnbd(given: str, *arguments: str) -> dict[str, Any]:
     argv = [sys.executable, str(Path(__file__).with_name("pull_dirty.py")), *arguments]
     done = subprocess.run(

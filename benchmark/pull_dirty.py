@@ -36,7 +36,9 @@ def dirty_ranges(handle: Any, context: str) -> list[tuple[int, int]]:
         if name != context:
             return 0
         for length, flags in zip(entries[::2], entries[1::2], strict=True):
-            if flags:
+            if flags and ranges and sum(ranges[-1]) == start:
+                ranges[-1] = ranges[-1][0], ranges[-1][1] + length
+            elif flags:
                 ranges.append((start, length))
             start += length
         offset = start

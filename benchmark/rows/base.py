@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import resource
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import ClassVar
 
+from ..clients import check_content
 from ..images import Images
 from ..measure import Metric
 from ..place import Place, warm
@@ -58,8 +60,20 @@ class Row(ABC):
             them. A row may measure its client's by itself: ``client-cpu``.
         """
 
+    def contents(self) -> dict[str, Path]:
+        """Raw files by the names of the exports that must have their bytes."""
+        return {}
+
     def check(self, server: Server) -> None:
-        """Look, outside the measured time, that a server's data are right."""
+        """Look, outside the measured time, that a server's data are right.
+
+        Raises:
+            WrongContent: They are not.
+        """
+        if contents := self.contents():
+            with server.serve(self.setup()) as running:
+                for name, raw in contents.items():
+                    check_content(self.place, running.uri(name), self.images.content_hash(raw))
 
     def sample(self, server: Server) -> dict[str, float]:
         """Start the server, run the workload once, end the server."""

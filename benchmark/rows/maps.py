@@ -61,6 +61,21 @@ class IncrementalPull(Row):
         seconds = begin_seconds + pulled["seconds"]
         return {"seconds": seconds, "map": pulled["map"], "client-cpu": pulled["cpu"]}
 
+    def check(self, server: Server) -> None:
+        """What changed is all that the disk has, and as it has it: nobody writes meanwhile."""
+        if server.is_limit:
+            return  # it has no bitmap
+        with server.serve(self.setup()) as running:
+            self.prepare(running)
+            with ExitStack() as stack:
+                _, name, context = begin_backup(server, running, stack)
+                changed = clients.pull_dirty(running.uri(name), context)
+                live = running.uri()
+                present = clients.pull_ranges(live, clients.data_extents(live))
+        found = [(each["bytes"], each["checksum"]) for each in (changed, present)]
+        if found[0] != found[1]:
+            raise clients.WrongContent(f"{name}: bytes and checksum {found[0]}, not {found[1]}")
+
 
 def begin_backup(server: Server, running: Running, stack: ExitStack) -> tuple[float, str, str]:
     """Freeze the disk and what changed since checkpoint ``c0``; seconds, export, context."""

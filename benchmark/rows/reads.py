@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from .. import clients
 from ..clients import LoggedFio, fio, percentile_microseconds
@@ -39,11 +40,8 @@ class _Pull(Row):
         seconds = clients.pull(running.uri(), *self.options)
         return {"throughput": throughput(self.images.size, seconds)}
 
-    def check(self, server: Server) -> None:
-        with server.serve(self.setup()) as running:
-            clients.check_content(
-                self.place, running.uri(), self.images.content_hash(self.images.raw)
-            )
+    def contents(self) -> dict[str, Path]:
+        return {"vda": self.images.raw}
 
 
 class PullUnix(_Pull):
@@ -90,6 +88,9 @@ class RandomReads(Row):
 
     def setup(self) -> Setup:
         return Setup({"vda": self.images.full}, {"vda": self.images.raw})
+
+    def contents(self) -> dict[str, Path]:
+        return {"vda": self.images.raw}
 
     def measure(self, server: Server, running: Running) -> dict[str, float]:
         figures = self._run(running)
@@ -139,11 +140,8 @@ class CompressedRead(Row):
     def measure(self, server: Server, running: Running) -> dict[str, float]:
         return {"throughput": throughput(self.images.text_size, clients.pull(running.uri()))}
 
-    def check(self, server: Server) -> None:
-        with server.serve(self.setup()) as running:
-            clients.check_content(
-                self.place, running.uri(), self.images.content_hash(self.images.text)
-            )
+    def contents(self) -> dict[str, Path]:
+        return {"vda": self.images.text}
 
 
 class ColdRead(Row):
@@ -155,6 +153,9 @@ class ColdRead(Row):
 
     def setup(self) -> Setup:
         return Setup({"vda": self.images.cold("a")}, bare=self.images.cold_raw)
+
+    def contents(self) -> dict[str, Path]:
+        return {"vda": self.images.raw}
 
     def ready(self, setup: Setup) -> None:
         """What a server reads when it starts may make some of it warm: see measure."""
@@ -177,6 +178,9 @@ class NeighbourLatency(Row):
 
     def setup(self) -> Setup:
         return Setup({"vda": self.images.full, "vdb": self.images.cold("a")})
+
+    def contents(self) -> dict[str, Path]:
+        return {"vda": self.images.raw, "vdb": self.images.raw}
 
     def ready(self, setup: Setup) -> None:
         warm(setup.disks["vda"])

@@ -93,10 +93,21 @@ def test_raw_limit_pulls_beside_a_writer(images: Images, tmp_path: Path) -> None
 
 
 def test_raw_limit_has_what_changed_pulled_too(images: Images, tmp_path: Path) -> None:
-    assert run([IncrementalPull(images, 1 << 30)], images, tmp_path)
+    assert run([IncrementalPull(images, 1 << 30)], images, tmp_path, check=True)
     (row,) = rows_of(tmp_path)
     assert [it["failure"] for it in row["contestants"]] == [None, None, None]
     assert min(it["samples"]["client-cpu"][0] for it in row["contestants"]) > 0
+
+
+def test_incremental_pull_of_something_else_is_found(
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "data_extents", lambda uri: [(0, 65536)])
+    assert run([IncrementalPull(images, 1 << 30)], images, tmp_path, check=True)
+    (row,) = rows_of(tmp_path)
+    own, *limits = row["contestants"]
+    assert "WrongContent" in own["failure"]
+    assert [it["failure"] for it in limits] == [None, None]
 
 
 def test_copy_is_filled_anew_where_a_server_has_written(images: Images) -> None:
